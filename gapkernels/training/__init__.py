@@ -1,0 +1,1 @@
+"""Reference trainer: presets, encoders, training loop, checkpoints, results and reports."""

@@ -1,0 +1,216 @@
+"""The `gapkernels` command: info, train, eval and report."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from gapkernels import __version__
+from gapkernels.training.errors import UserError
+
+_USER_ERROR = 2
+_INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: words after the program's name; those of this process by default.
+
+    Returns:
+        The exit code: 0, 2 for a mistake that lies outside the program (one line on the error stream says which), 130
+        if interrupted. A bug in the program shows its traceback.
+    """
+    try:
+        overrides, words = split_overrides(sys.argv[1:] if arguments is None else arguments)
+        options = _build_parser().parse_args(words)
+        if overrides and options.command != "train":
+            raise UserError(f"gapkernels {options.command} has no option --{next(iter(overrides))}")
+        options.overrides = overrides
+        options.run(options)
+    except UserError as error:
+        print(f"gapkernels: error: {error}", file=sys.stderr)
+        return _USER_ERROR
+    except KeyboardInterrupt:
+        print("gapkernels: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        return _INTERRUPTED
+    return 0
+
+
+def split_overrides(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Separate settings of the configuration (`--optim.lr 1e-3`, `--optim.lr=1e-3`) from the other words.
+
+    Returns:
+        The settings by dotted key, and the remaining words in order.
+
+    Raises:
+        UserError: if a setting has no value.
+    """
+    overrides: dict[str, str] = {}
+    others: list[str] = []
+    remaining = iter(words)
+    for word in remaining:
+        key, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or "." not in key:
+            others.append(word)
+            continue
+        if not equals:
+            following = next(remaining, None)
+            if following is None or following.startswith("--"):
+                raise UserError(f"--{key} needs a value")
+            value = following
+        overrides[key] = value
+    return overrides, others
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises instead of printing the usage: an error is one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="gapkernels",
+        description="Fused exact losses for multimodal contrastive training that closes the modality gap.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"gapkernels {__version__}")
+    commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
+
+    info = commands.add_parser(
+        "info", help="show versions, devices, backends and optional packages", allow_abbrev=False
+    )
+    info.add_argument("--json", action="store_true", help="print JSON")
+    info.set_defaults(run=_info)
+
+    train = commands.add_parser(
+        "train",
+        help="train the methods of a preset and compare them",
+        description="Train every method of a preset with every seed, print the table of results and write a report.",
+        epilog="Every setting of the configuration is an option too, for instance --optim.lr 1e-3 or "
+        "--methods.gap.temperature 0.07; --print-config lists them all. An interrupted run goes on when the same "
+        "command is given again; finished runs are not repeated.",
+        allow_abbrev=False,
+    )
+    train.add_argument("preset", metavar="PRESET", help="name of a preset, for instance digits")
+    train.add_argument("--methods", metavar="A,B", help="train only these methods of the preset")
+    train.add_argument("--seeds", metavar="0,1", help="seeds to train with")
+    train.add_argument(
+        "--config", metavar="FILE", type=Path, action="append", default=[], help="YAML file with settings to change"
+    )
+    train.add_argument("--out", metavar="DIR", type=Path, help="run folder (default: runs/ and the preset's name)")
+    train.add_argument("--data-dir", metavar="DIR", type=Path, help="folder with the data set's files")
+    train.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    existing = train.add_mutually_exclusive_group()
+    existing.add_argument("--resume", action="store_true", help="fail if there is no run to continue")
+    existing.add_argument("--overwrite", action="store_true", help="delete the run in the folder and start anew")
+    train.add_argument("--print-config", action="store_true", help="print the configuration and stop")
+    train.set_defaults(run=_train)
+
+    evaluate = commands.add_parser(
+        "eval",
+        help="evaluate a checkpoint or a file of embeddings",
+        description="Evaluate a checkpoint (.pt) on its data set's test split, or a file of embeddings (.npz or "
+        ".safetensors) that holds one array [N, D] per modality and optionally `labels` and `ids` [N].",
+        allow_abbrev=False,
+    )
+    evaluate.add_argument("path", metavar="FILE", type=Path, help="checkpoint or embeddings")
+    evaluate.add_argument("--anchor", metavar="NAME", help="modality the others are retrieved from and by")
+    evaluate.add_argument("--data-dir", metavar="DIR", type=Path, help="folder with the data set's files")
+    evaluate.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    evaluate.add_argument("--json", action="store_true", help="print JSON")
+    evaluate.set_defaults(run=_eval)
+
+    report = commands.add_parser(
+        "report",
+        help="rebuild table, plots and report.html of a run folder",
+        description="Rebuild results.json, plots and report.html of one or several run folders.",
+        allow_abbrev=False,
+    )
+    report.add_argument("folders", metavar="DIR", type=Path, nargs="+", help="run folder")
+    report.add_argument(
+        "--out", metavar="FILE", type=Path, help="the HTML file (default: report.html in the run folder)"
+    )
+    report.set_defaults(run=_report)
+    return parser
+
+
+def _info(options: argparse.Namespace) -> None:
+    from gapkernels.environment import describe_environment, format_environment
+
+    environment = describe_environment()
+    print(json.dumps(environment, indent=2) if options.json else format_environment(environment))
+
+
+def _train(options: argparse.Namespace) -> None:
+    from gapkernels.environment import require
+
+    require("train", "gapkernels train")
+    from gapkernels.training.config import describe_config, load_config, parse_override
+    from gapkernels.training.experiment import run_experiment
+
+    overrides: dict[str, Any] = {key: parse_override(value) for key, value in options.overrides.items()}
+    if options.seeds is not None:
+        overrides["seeds"] = options.seeds.split(",")
+    config = load_config(options.preset, options.config, overrides)
+    if options.print_config:
+        print(describe_config(config))
+        return
+    folder = options.out or Path("runs") / config.name
+    run_experiment(
+        config,
+        folder,
+        methods=options.methods.split(",") if options.methods else None,
+        data_dir=options.data_dir,
+        device=options.device,
+        existing="overwrite" if options.overwrite else "require" if options.resume else "continue",
+    )
+    _write_report([folder], folder / "report.html")
+
+
+def _eval(options: argparse.Namespace) -> None:
+    from gapkernels.environment import require
+
+    require("train", "gapkernels eval")
+    from gapkernels.training.evaluation import evaluate_file
+    from gapkernels.training.experiment import choose_device
+    from gapkernels.training.results import format_table
+
+    metrics = evaluate_file(options.path, options.anchor, options.data_dir, choose_device(options.device))
+    if options.json:
+        print(json.dumps(metrics, indent=2))
+    else:
+        print(format_table([["metric", "value"], *([name, f"{value:.4f}"] for name, value in metrics.items())]))
+
+
+def _report(options: argparse.Namespace) -> None:
+    from gapkernels.environment import require
+
+    require("train", "gapkernels report")
+    if options.out is None and len(options.folders) > 1:
+        raise UserError("name the report of several run folders with --out FILE")
+    _write_report(options.folders, options.out or options.folders[0] / "report.html")
+
+
+def _write_report(folders: Sequence[Path], path: Path) -> None:
+    """Summarise run folders, print their tables and write one report."""
+    from gapkernels.training.report import write_report
+    from gapkernels.training.results import format_table, load_experiment, summarise, table_rows, write_summary
+
+    experiments = [load_experiment(folder) for folder in folders]
+    for experiment in experiments:
+        write_summary(experiment)
+        print(format_table(table_rows(summarise(experiment))))
+    write_report(experiments, path)
+    print(f"report: {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

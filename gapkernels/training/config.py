@@ -1,0 +1,302 @@
+"""Typed configuration: preset, then the user's YAML files, then the command line; validated once, after merging."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from gapkernels.training.errors import UserError
+
+
+class Section(BaseModel):
+    """A group of settings: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Ramp(Section):
+    """A weight that stays at `initial`, then moves linearly to `final`; a plain number means a constant weight."""
+
+    initial: float = Field(ge=0, description="value until `start`")
+    final: float = Field(ge=0, description="value from `stop` on")
+    start: float = Field(default=0.0, ge=0, le=1, description="where the ramp begins, as a fraction of training")
+    stop: float = Field(default=1.0, ge=0, le=1, description="where the ramp ends, as a fraction of training")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _constant(cls, value: Any) -> Any:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return {"initial": value, "final": value}
+        return value
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Ramp:
+        if self.start > self.stop:
+            raise ValueError(f"`start` ({self.start}) must not be after `stop` ({self.stop})")
+        return self
+
+
+class Method(Section):
+    """One loss to train with: temperature and the weights of the two gap-closing terms."""
+
+    temperature: float = Field(default=0.1, gt=0, description="temperature of the soft-max (initial value if learned)")
+    learn_temperature: bool = Field(
+        default=False, description="learn the temperature, clamped at a logit scale of 100 like CLIP"
+    )
+    atp: Ramp = Field(default=Ramp(initial=0, final=0), description="weight of align true pairs")
+    cu: Ramp = Field(default=Ramp(initial=0, final=0), description="weight of centroid uniformity")
+    uniformity_t: float = Field(default=2.0, gt=0, description="t of the Gaussian potential in centroid uniformity")
+    opening: float = Field(
+        default=0.0, ge=0, lt=1, description="fraction of training, at its start, on centroid uniformity alone"
+    )
+
+
+class Data(Section):
+    """Which data set, and how much of it."""
+
+    dataset: Literal["digits"] = Field(default="digits", description="name of the data set")
+    train_samples: int | None = Field(default=None, gt=0, description="train on this many samples only (null: on all)")
+
+
+class ImageCNNConfig(Section):
+    """Convolutional image encoder: `depth` stages, each halving the resolution and doubling the channels."""
+
+    kind: Literal["image-cnn"]
+    width: int = Field(default=32, gt=0, description="channels of the first stage")
+    depth: int = Field(default=2, gt=0, description="number of stages")
+
+
+class TextTransformerConfig(Section):
+    """Transformer text encoder over the tokens of a caption."""
+
+    kind: Literal["text-transformer"]
+    width: int = Field(default=64, gt=0, description="width of the residual stream")
+    depth: int = Field(default=2, gt=0, description="number of layers")
+    heads: int = Field(default=4, gt=0, description="attention heads")
+    dropout: float = Field(default=0.1, ge=0, lt=1, description="dropout in attention and feed-forward blocks")
+
+    @model_validator(mode="after")
+    def _divisible(self) -> TextTransformerConfig:
+        if self.width % self.heads:
+            raise ValueError(f"`width` ({self.width}) must be a multiple of `heads` ({self.heads})")
+        return self
+
+
+EncoderConfig = Annotated[ImageCNNConfig | TextTransformerConfig, Field(discriminator="kind")]
+
+
+class Model(Section):
+    """One encoder per modality and the joint space they project into."""
+
+    embed_dim: int = Field(default=64, gt=0, description="dimension D of the joint space")
+    anchor: str = Field(default="text", description="modality that every other one is paired with")
+    encoders: dict[str, EncoderConfig] = Field(min_length=2, description="encoder of each modality")
+
+    @model_validator(mode="after")
+    def _anchor_has_encoder(self) -> Model:
+        if self.anchor not in self.encoders:
+            raise ValueError(f"`anchor` is {self.anchor!r} but the encoders are {', '.join(self.encoders)}")
+        return self
+
+
+class Optim(Section):
+    """Optimiser and learning-rate schedule."""
+
+    optimizer: Literal["adam", "adamw"] = Field(default="adamw", description="adam or adamw")
+    lr: float = Field(default=1e-3, gt=0, description="peak learning rate")
+    weight_decay: float = Field(default=0.0, ge=0, description="weight decay of matrices (never of biases and norms)")
+    warmup: float = Field(
+        default=0.2, ge=0, lt=1, description="fraction of training with a linear warm-up; a cosine follows"
+    )
+    epochs: int = Field(default=100, gt=0, description="passes over the training data")
+    batch_size: int = Field(default=256, gt=1, description="samples per step; the incomplete last batch is dropped")
+    grad_clip: float | None = Field(default=None, gt=0, description="largest gradient norm (null: no clipping)")
+    precision: Literal["fp32", "bf16"] = Field(default="fp32", description="bf16 runs the encoders under autocast")
+
+
+class Run(Section):
+    """What happens around the training steps."""
+
+    log_every: int = Field(default=5, gt=0, description="steps between records of the loss")
+    eval_every: int = Field(default=5, gt=0, description="epochs between evaluations on the test split")
+    checkpoint_every: int = Field(default=100, gt=0, description="steps between checkpoints")
+    deterministic: bool = Field(
+        default=True, description="deterministic algorithms, so that a resumed run equals an unbroken one"
+    )
+
+
+class Config(Section):
+    """Everything that defines an experiment."""
+
+    name: str = Field(
+        default="custom", pattern=r"^[\w.-]+$", description="title of the report and name of the run folder"
+    )
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        default=(0,), min_length=1, description="one run per method and seed"
+    )
+    data: Data = Data()
+    model: Model
+    optim: Optim = Optim()
+    run: Run = Run()
+    methods: dict[Annotated[str, Field(pattern=r"^[\w-]+$")], Method] = Field(
+        min_length=1, description="losses to compare"
+    )
+
+    def same_experiment(self, other: Config) -> bool:
+        """Tell whether runs of the two configurations may share a folder: they may differ in the seeds only."""
+        return self.model_copy(update={"seeds": ()}) == other.model_copy(update={"seeds": ()})
+
+
+def preset_names() -> list[str]:
+    """Return the names of the presets shipped with the package."""
+    folder = resources.files("gapkernels.training") / "presets"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_config(preset: str, files: Iterable[Path] = (), overrides: Mapping[str, Any] | None = None) -> Config:
+    """Build the configuration of an experiment.
+
+    Args:
+        preset: name of a preset of the package.
+        files: YAML files whose keys replace those of the preset, the later file first in rank.
+        overrides: values by dotted key (`optim.lr`), the highest rank of all.
+
+    Returns:
+        The validated configuration.
+
+    Raises:
+        UserError: for an unknown preset, an unreadable file, an unknown key or a value that does not fit.
+    """
+    if preset not in preset_names():
+        raise UserError(
+            f"unknown preset {preset!r}{did_you_mean(preset, preset_names())}; presets: {', '.join(preset_names())}"
+        )
+    text = (resources.files("gapkernels.training") / "presets" / f"{preset}.yaml").read_text(encoding="utf-8")
+    tree: dict[str, Any] = yaml.safe_load(text)
+    known_keys = _with_groups(flatten(Config.model_validate(tree).model_dump()))
+    for file in files:
+        tree = _merge(tree, _read_yaml(file))
+    for key, value in (overrides or {}).items():
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        tree = _merge(tree, value)
+    return _validate(tree, known_keys)
+
+
+def read_config(path: Path) -> Config:
+    """Read a complete configuration, as `dump_config` wrote it."""
+    return _validate(_read_yaml(path), known_keys=[])
+
+
+def dump_config(config: Config) -> str:
+    """Write a configuration as YAML that `read_config` reads."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def describe_config(config: Config) -> str:
+    """Write a configuration as YAML in which every setting carries its description as a comment."""
+    return "\n".join(_describe(config, indent=""))
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the settings of nested mappings by dotted key."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
+
+
+def parse_override(text: str) -> Any:
+    """Read a value from the command line like one in a YAML file: `null`, `true`, `[1, 2]`, numbers, words."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def did_you_mean(word: str, candidates: Iterable[str]) -> str:
+    """Return `; did you mean ...?` for the closest candidate, or nothing if none is close."""
+    close = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.7)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must hold a mapping of settings, found {type(tree).__name__}")
+    return tree
+
+
+def _merge(base: Any, update: Any) -> Any:
+    """Return `base` with the keys of `update` set, mapping by mapping."""
+    if not (isinstance(base, dict) and isinstance(update, dict)):
+        return update
+    return {**base, **{key: _merge(base.get(key), value) for key, value in update.items()}}
+
+
+def _validate(tree: dict[str, Any], known_keys: list[str]) -> Config:
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        messages = [_explain(detail, tree, known_keys) for detail in error.errors(include_url=False)]
+        raise UserError("; ".join(messages)) from error
+
+
+def _explain(detail: Any, tree: dict[str, Any], known_keys: list[str]) -> str:
+    """Turn one validation error into `key: what is wrong`."""
+    parts: list[str] = []
+    here: Any = tree
+    for part in detail["loc"]:
+        # pydantic puts the tag of a union into the location; it is no key of the file.
+        if isinstance(here, dict) and part not in here and detail["type"] != "missing":
+            continue
+        parts.append(str(part))
+        here = here.get(part) if isinstance(here, dict) else None
+    key = ".".join(parts)
+    if detail["type"] == "extra_forbidden":
+        return f"unknown key {key}{did_you_mean(key, known_keys)}"
+    if detail["type"] == "missing":
+        return f"{key} is missing"
+    message = detail["msg"].removeprefix("Value error, ")
+    given = "" if isinstance(detail["input"], dict | list | BaseModel) else f", got {detail['input']!r}"
+    return f"{key}: {message[0].lower()}{message[1:]}{given}" if key else message
+
+
+def _with_groups(keys: Iterable[str]) -> list[str]:
+    """Add to dotted keys the groups they are in."""
+    return list(
+        dict.fromkeys(".".join(key.split(".")[:depth]) for key in keys for depth in range(1, key.count(".") + 2))
+    )
+
+
+def _describe(section: Section, indent: str) -> Iterable[str]:
+    for name, field in type(section).model_fields.items():
+        yield from _describe_value(name, getattr(section, name), field.description, indent)
+
+
+def _describe_value(name: str, value: Any, description: str | None, indent: str) -> Iterable[str]:
+    comment = f"  # {description}" if description else ""
+    if isinstance(value, Section):
+        yield f"{indent}{name}:{comment}"
+        yield from _describe(value, indent + "  ")
+    elif isinstance(value, dict):
+        yield f"{indent}{name}:{comment}"
+        for key, entry in value.items():
+            yield from _describe_value(key, entry, None, indent + "  ")
+    else:
+        plain = list(value) if isinstance(value, tuple) else value
+        text = yaml.safe_dump(plain, default_flow_style=True).removesuffix("...\n").strip()
+        yield f"{indent}{name}: {text}{comment}"

@@ -1,0 +1,90 @@
+"""Files of embeddings: one array [N, D] per modality, and optionally `labels` and `ids`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gapkernels.training.checkpoint import atomic_write
+from gapkernels.training.errors import UserError
+
+SUFFIXES = (".safetensors", ".npz")
+_NOT_A_MODALITY = ("labels", "ids")
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Embeddings of N samples.
+
+    Args:
+        modalities: by modality, each [N, D], any float dtype.
+        labels: class of each sample, int64 [N], or None.
+        ids: samples with one id are interchangeable in retrieval, int64 [N], or None if each matches itself alone.
+    """
+
+    modalities: Mapping[str, Tensor]
+    labels: Tensor | None = None
+    ids: Tensor | None = None
+
+
+def write_embeddings(path: Path, embeddings: Embeddings) -> None:
+    """Write a .safetensors file, atomically."""
+    from safetensors.torch import save
+
+    arrays = {name: values.contiguous().cpu() for name, values in embeddings.modalities.items()}
+    for name in _NOT_A_MODALITY:
+        values = getattr(embeddings, name)
+        if values is not None:
+            arrays[name] = values.contiguous().cpu()
+    with atomic_write(path) as file:
+        file.write(save(arrays))
+
+
+def read_embeddings(path: Path) -> Embeddings:
+    """Read a .safetensors or .npz file.
+
+    Raises:
+        UserError: if the file is missing, damaged, or does not hold two or more modalities of one shape.
+    """
+    if not path.is_file():
+        raise UserError(f"no embeddings at {path}")
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"{path} must end in {' or '.join(SUFFIXES)}")
+    try:
+        arrays = _read_npz(path) if path.suffix == ".npz" else _read_safetensors(path)
+    except Exception as error:
+        raise UserError(f"cannot read {path} ({' '.join(str(error).split())})") from error
+
+    modalities = {name: values for name, values in arrays.items() if name not in _NOT_A_MODALITY}
+    shapes = {name: list(values.shape) for name, values in modalities.items()}
+    first = next(iter(shapes.values()), [])
+    if len(shapes) < 2 or len(first) != 2 or any(shape != first for shape in shapes.values()):
+        raise UserError(f"{path} must hold two or more arrays of one shape [N, D], one per modality; found {shapes}")
+    for name, values in modalities.items():
+        if not values.is_floating_point():
+            raise UserError(f"{path}: `{name}` must hold floating point numbers, found {values.dtype}")
+    for name in _NOT_A_MODALITY:
+        if name in arrays and list(arrays[name].shape) != first[:1]:
+            raise UserError(f"{path}: `{name}` must have shape {first[:1]}, found {list(arrays[name].shape)}")
+    return Embeddings(modalities, arrays.get("labels"), arrays.get("ids"))
+
+
+def _read_npz(path: Path) -> dict[str, Tensor]:
+    with np.load(path, allow_pickle=False) as file:
+        return {name: torch.from_numpy(_numbers(file[name])) for name in file.files}
+
+
+def _numbers(values: np.ndarray) -> np.ndarray:
+    """Replace class names by class numbers, in alphabetical order."""
+    return np.unique(values, return_inverse=True)[1].reshape(values.shape) if values.dtype.kind == "U" else values
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(path)

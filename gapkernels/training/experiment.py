@@ -1,0 +1,131 @@
+"""A whole experiment: every method with every seed, in one run folder that can be continued at any time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from gapkernels.environment import describe_environment
+from gapkernels.training.checkpoint import write_text
+from gapkernels.training.config import Config, did_you_mean, dump_config, flatten, read_config
+from gapkernels.training.data import load_dataset
+from gapkernels.training.errors import UserError
+from gapkernels.training.layout import CONFIG, ENVIRONMENT, is_finished, run_folder
+from gapkernels.training.loop import Trainer
+
+Existing = Literal["continue", "require", "overwrite"]
+
+
+def run_experiment(
+    config: Config,
+    folder: Path,
+    methods: Sequence[str] | None = None,
+    data_dir: Path | None = None,
+    device: str = "auto",
+    existing: Existing = "continue",
+) -> None:
+    """Train every method with every seed; finished runs stay as they are, an interrupted one goes on.
+
+    Args:
+        config: the experiment.
+        folder: run folder, made if it does not exist.
+        methods: which methods of the configuration to train (all by default).
+        data_dir: folder with the data set's files.
+        device: `auto`, or anything `torch.device` takes.
+        existing: what to do with a run that is already in the folder: continue it if its settings are the same;
+            require that there is one to continue; or delete it and start anew.
+
+    Raises:
+        UserError: for an unknown method, a folder that holds something else, missing data or an unusable device.
+    """
+    for method in methods or ():
+        if method not in config.methods:
+            raise UserError(
+                f"unknown method {method!r}{did_you_mean(method, config.methods)}; methods: {', '.join(config.methods)}"
+            )
+    target = choose_device(device)
+    dataset = load_dataset(config.data, data_dir)
+    prepare_folder(folder, config, existing)
+
+    runs = [(method, seed) for seed in config.seeds for method in methods or config.methods]
+    for number, (method, seed) in enumerate(runs, start=1):
+        label = f"[{number}/{len(runs)}] {method}, seed {seed}"
+        where = run_folder(folder, method, seed)
+        if is_finished(where):
+            _say(f"{label}: already finished")
+            continue
+        trainer = Trainer(config, method, seed, dataset, where, target)
+        result = trainer.fit()
+        metrics = result["metrics"]
+        _say(f"{label}: gap {metrics['gap']:.3f}, V-measure {metrics['v_measure']:.3f} ({result['seconds']:.0f} s)")
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device called `name`; `auto` is CUDA, then MPS, then the CPU.
+
+    Raises:
+        UserError: if there is no such device here.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"device {name!r} cannot be used: {reason}") from error
+    return device
+
+
+def prepare_folder(folder: Path, config: Config, existing: Existing) -> None:
+    """Make the run folder ready for `config`, without ever mixing two experiments or deleting foreign files."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; choose another one with --out")
+    earlier = read_config(folder / CONFIG) if (folder / CONFIG).is_file() else None
+    if earlier is None:
+        if existing == "require":
+            raise UserError(f"nothing to resume: {folder} holds no run")
+        if folder.is_dir() and any(folder.iterdir()):
+            raise UserError(f"{folder} is not empty and holds no run; choose another folder with --out")
+    elif existing == "overwrite":
+        _delete_run(folder, earlier)
+    elif not config.same_experiment(earlier):
+        raise UserError(
+            f"{folder} holds a run with other settings ({_difference(earlier, config)}); choose another folder with "
+            "--out, or delete that run with --overwrite"
+        )
+    else:
+        config = config.model_copy(update={"seeds": tuple(sorted({*earlier.seeds, *config.seeds}))})
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / CONFIG, dump_config(config))
+    write_text(folder / ENVIRONMENT, json.dumps(describe_environment(), indent=2) + "\n")
+
+
+def _delete_run(folder: Path, config: Config) -> None:
+    for method in config.methods:
+        shutil.rmtree(folder / method, ignore_errors=True)
+    (folder / CONFIG).unlink()
+
+
+def _difference(earlier: Config, now: Config) -> str:
+    """Name the first settings that differ."""
+    there, here = flatten(earlier.model_dump(mode="json")), flatten(now.model_dump(mode="json"))
+    missing: Any = "absent"
+    changed = [
+        f"{key}: {there.get(key, missing)} there, {here.get(key, missing)} now"
+        for key in dict.fromkeys([*there, *here])
+        if key != "seeds" and there.get(key, missing) != here.get(key, missing)
+    ]
+    return "; ".join(changed[:3]) + (f"; and {len(changed) - 3} more" if len(changed) > 3 else "")
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)

@@ -1,0 +1,288 @@
+"""The training loop: one method, one seed, from the first step (or the last checkpoint) to the final metrics."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gapkernels import gap_loss
+from gapkernels.metrics import clustering, evaluate
+from gapkernels.training.checkpoint import (
+    load_checkpoint,
+    random_state,
+    restore_random_state,
+    save_checkpoint,
+    seed_everything,
+    write_text,
+)
+from gapkernels.training.config import Config
+from gapkernels.training.data import Dataset
+from gapkernels.training.embeddings import Embeddings, write_embeddings
+from gapkernels.training.encoders import MultimodalModel
+from gapkernels.training.errors import UserError
+from gapkernels.training.evaluation import embed
+from gapkernels.training.layout import CHECKPOINT, EMBEDDINGS, METRICS, RESULT, TENSORBOARD
+from gapkernels.training.schedules import cosine_with_warmup, loss_weights
+
+_LARGEST_LOGIT_SCALE = 100.0
+
+
+class Trainer:
+    """Trains one model with one method and one seed, and leaves everything it learned in one folder.
+
+    Args:
+        config: the experiment.
+        method: name of the method in `config.methods`.
+        seed: of the initial weights, the order of the data and every other random choice. The same seed gives every
+            method the same start and the same batches.
+        dataset: what to train and evaluate on.
+        folder: where checkpoint, metrics, TensorBoard log and embeddings go.
+        device: where to train.
+
+    Raises:
+        UserError: if the batch is larger than the training split, or the checkpoint in `folder` cannot be used.
+    """
+
+    def __init__(
+        self, config: Config, method: str, seed: int, dataset: Dataset, folder: Path, device: torch.device
+    ) -> None:
+        self.config, self.method_name, self.seed = config, method, seed
+        self.method = config.methods[method]
+        self.dataset, self.folder, self.device = dataset, folder, device
+        self.steps_per_epoch = len(dataset.train) // config.optim.batch_size
+        if self.steps_per_epoch == 0:
+            raise UserError(
+                f"optim.batch_size is {config.optim.batch_size}, the training split has {len(dataset.train)} samples"
+            )
+        self.total_steps = self.steps_per_epoch * config.optim.epochs
+        self.step = 0
+        self.seconds = 0.0
+
+        seed_everything(seed)
+        self.model = MultimodalModel(config.model, dataset.specs).to(device)
+        self.anchor_index = list(self.model.encoders).index(config.model.anchor)
+        self.log_logit_scale = nn.Parameter(
+            torch.tensor(-math.log(self.method.temperature), device=device), requires_grad=self.method.learn_temperature
+        )
+        self.optimizer = _build_optimizer(config, self.model, self.log_logit_scale)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: cosine_with_warmup(step, self.total_steps, config.optim.warmup)
+        )
+
+    def fit(self) -> dict[str, Any]:
+        """Train to the end, from the checkpoint in the folder if there is one, with a progress bar on a terminal.
+
+        Returns:
+            What `result.json` in the folder holds: the final metrics on the test split, and how long it took.
+
+        Raises:
+            UserError: if the loss stops being finite.
+        """
+        from torch.utils.tensorboard import SummaryWriter
+        from tqdm import tqdm
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        resuming = (self.folder / CHECKPOINT).is_file()
+        log_size = self._resume() if resuming else 0
+        started = time.monotonic() - self.seconds
+        with (
+            _deterministic_algorithms(self.config.run.deterministic),
+            _MetricLog(self.folder / METRICS, log_size) as self.log,
+            SummaryWriter(self.folder / TENSORBOARD, purge_step=self.step + 1 if resuming else 0) as self.board,
+            tqdm(
+                total=self.total_steps,
+                initial=self.step,
+                desc=f"{self.method_name}, seed {self.seed}",
+                unit="step",
+                leave=False,
+                disable=None,
+            ) as bar,
+        ):
+            if not resuming:
+                self._evaluate()
+            for batch in self._remaining_batches():
+                self._train_step(batch)
+                bar.update()
+                epoch, position = divmod(self.step, self.steps_per_epoch)
+                if position == 0 and epoch % self.config.run.eval_every == 0 and self.step < self.total_steps:
+                    self._evaluate()
+                if self.step % self.config.run.checkpoint_every == 0 or self.step == self.total_steps:
+                    self.seconds = time.monotonic() - started
+                    self._save()
+            final = self._evaluate_fully()
+        result = {
+            "method": self.method_name,
+            "seed": self.seed,
+            "metrics": final,
+            "steps": self.step,
+            "seconds": round(time.monotonic() - started, 3),
+            "device": str(self.device),
+            "class_names": list(self.dataset.class_names),
+        }
+        # Written last: a folder with a result is a finished run.
+        write_text(self.folder / RESULT, json.dumps(result, indent=2) + "\n")
+        return result
+
+    def _remaining_batches(self) -> Iterator[dict[str, Tensor]]:
+        """Yield the batches from the current step on; their order depends on the seed and the epoch alone."""
+        size = self.config.optim.batch_size
+        while self.step < self.total_steps:
+            epoch, position = divmod(self.step, self.steps_per_epoch)
+            order = torch.from_numpy(np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset.train)))
+            for start in range(position * size, self.steps_per_epoch * size, size):
+                yield self.dataset.train.batch(order[start : start + size], self.device)
+
+    def _train_step(self, inputs: Mapping[str, Tensor]) -> None:
+        optim = self.config.optim
+        weights = loss_weights(self.method, self.step / self.total_steps)
+        self.model.train()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=optim.precision == "bf16"):
+            embeddings = self.model(inputs)
+        terms = gap_loss(
+            *embeddings.values(),
+            logit_scale=self.log_logit_scale.exp(),
+            anchor=self.anchor_index,
+            uniformity_t=self.method.uniformity_t,
+            return_terms=True,
+            **weights,
+        )
+        self.optimizer.zero_grad()
+        terms.loss.backward()
+        if optim.grad_clip is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), optim.grad_clip)
+        learning_rate = self.scheduler.get_last_lr()[0]
+        self.optimizer.step()
+        self.scheduler.step()
+        with torch.no_grad():
+            self.log_logit_scale.clamp_(0.0, math.log(_LARGEST_LOGIT_SCALE))
+        self.step += 1
+
+        # Reading a value waits for the device, so not every step pays for it.
+        if self.step % self.config.run.log_every == 0 or self.step == self.total_steps:
+            values = {name: value.item() for name, value in terms._asdict().items() if value is not None}
+            if not math.isfinite(values["loss"]):
+                raise self._diverged()
+            values |= {**weights, "lr": learning_rate, "logit_scale": self.log_logit_scale.exp().item()}
+            self._record("train", values)
+
+    def _evaluate(self) -> None:
+        """Record what can be had quickly: geometry, retrieval and clustering, without the classifiers."""
+        split, embeddings = self.dataset.test, self._embed_test_split()
+        metrics = evaluate(embeddings, ids=split.ids, anchor=self.config.model.anchor)
+        metrics |= clustering(list(embeddings.values()), split.labels)._asdict()
+        self._record("test", metrics)
+
+    def _evaluate_fully(self) -> dict[str, float]:
+        """Record every metric of the trained model and keep its embeddings of the test split."""
+        split, embeddings = self.dataset.test, self._embed_test_split()
+        metrics = evaluate(embeddings, labels=split.labels, ids=split.ids, anchor=self.config.model.anchor)
+        self._record("test", metrics)
+        write_embeddings(self.folder / EMBEDDINGS, Embeddings(embeddings, split.labels, split.ids))
+        return metrics
+
+    def _embed_test_split(self) -> dict[str, Tensor]:
+        embeddings = embed(self.model, self.dataset.test, self.device)
+        if not all(values.isfinite().all() for values in embeddings.values()):
+            raise self._diverged()
+        return embeddings
+
+    def _diverged(self) -> UserError:
+        return UserError(
+            f"{self.method_name}, seed {self.seed}: training diverged before step {self.step}, loss or embeddings are "
+            "not finite; try a smaller optim.lr or set optim.grad_clip"
+        )
+
+    def _record(self, split: str, values: Mapping[str, float]) -> None:
+        self.log.append({"split": split, "step": self.step, "epoch": self.step / self.steps_per_epoch, **values})
+        for name, value in values.items():
+            self.board.add_scalar(f"{split}/{name}", value, self.step)
+
+    def _save(self) -> None:
+        self.board.flush()
+        state = {
+            "config": self.config.model_dump(mode="json"),
+            "method": self.method_name,
+            "seed": self.seed,
+            "step": self.step,
+            "seconds": self.seconds,
+            "log_size": self.log.sync(),
+            "model": self.model.state_dict(),
+            "log_logit_scale": self.log_logit_scale.detach(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "random": random_state(self.device),
+        }
+        save_checkpoint(self.folder / CHECKPOINT, state)
+
+    def _resume(self) -> int:
+        """Bring back the state of the checkpoint and return the size of the metric log at its time, in bytes."""
+        state = load_checkpoint(self.folder / CHECKPOINT)
+        self.model.load_state_dict(state["model"])
+        with torch.no_grad():
+            self.log_logit_scale.copy_(state["log_logit_scale"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.step, self.seconds = state["step"], state["seconds"]
+        restore_random_state(state["random"], self.device)
+        return state["log_size"]
+
+
+class _MetricLog:
+    """One JSON object per line, cut back to `size` bytes first: what came after the checkpoint is computed again."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        self._file = path.open("ab")
+        if self._file.tell() < size:
+            self._file.close()
+            raise UserError(f"{path} is shorter than the checkpoint beside it says; delete both to redo this run")
+        self._file.truncate(size)
+
+    def __enter__(self) -> _MetricLog:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(record).encode() + b"\n")
+        self._file.flush()
+
+    def sync(self) -> int:
+        """Bring every record to the disk and return the size of the file."""
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+
+def _build_optimizer(config: Config, model: nn.Module, log_logit_scale: nn.Parameter) -> torch.optim.Optimizer:
+    """Build the optimiser; weight decay acts on matrices only, not on biases, norms and the temperature."""
+    parameters = [*model.parameters(), *([log_logit_scale] if log_logit_scale.requires_grad else [])]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.optim.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optim.optimizer]
+    return kind(groups, lr=config.optim.lr)
+
+
+@contextmanager
+def _deterministic_algorithms(enabled: bool) -> Iterator[None]:
+    """Ask torch for deterministic algorithms where it has them, for as long as the block lasts."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    if enabled:
+        # cuBLAS reads this when it starts; without it, its results may differ between runs.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])

@@ -1,0 +1,242 @@
+"""Figures of an experiment: the final metrics side by side, curves over training, and the joint space.
+
+Each figure has one panel and is small enough to be read on a phone. Methods and modalities differ in line style or
+marker as well as in colour, and classes carry their names: no figure depends on telling colours apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+from matplotlib import patheffects
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from gapkernels.training.embeddings import read_embeddings
+from gapkernels.training.layout import EMBEDDINGS
+from gapkernels.training.results import Experiment, RunResult, summarise, table_columns
+
+# Okabe and Ito's palette, made to be told apart with every common form of colour blindness.
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1)))
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+# M. A. Petroff, "Accessible Color Sequences for Data Visualization", 2021.
+_CLASS_COLORS = (
+    *("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6"),
+    *("#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd"),
+)
+_OTHER_CLASSES = "#d0d0d0"
+
+_WIDTH, _HEIGHT = 5.2, 3.9  # inches
+_DPI = 150
+_MOST_POINTS = 1500
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A finished figure.
+
+    Args:
+        section: heading it belongs under.
+        name: file name without suffix.
+        caption: what it shows.
+        png: the image.
+    """
+
+    section: str
+    name: str
+    caption: str
+    png: bytes
+
+
+def draw_plots(experiment: Experiment) -> list[Plot]:
+    """Draw every figure the experiment has data for."""
+    methods = experiment.methods
+    plots = [
+        _draw_summary(experiment),
+        _draw_curves(methods, "test", "gap", "modality gap", "Distance between the means of the modalities"),
+        _draw_curves(methods, "test", "v_measure", "V-measure", "Agreement of k-means clusters with the classes"),
+        _draw_curves(methods, "test", "true_pair_cosine", "cosine of true pairs", "Mean cosine of matching samples"),
+        _draw_curves(methods, "train", "info_nce", "InfoNCE (nats)", "The contrastive term"),
+        _draw_curves(methods, "train", "logit_scale", "logit scale (1 / temperature)", "Sharpness of the soft-max"),
+    ]
+    for method, runs in methods.items():
+        plots += _draw_gap_terms(method, runs)
+    for method, runs in methods.items():
+        plots += _draw_space(method, runs[0])
+    return plots
+
+
+def _draw_summary(experiment: Experiment) -> Plot:
+    """Draw the metrics of the results table: a row per metric, a marker per method."""
+    summary = summarise(experiment)
+    columns = table_columns(next(iter(summary.values())))
+    figure, axes = _new_figure(height=0.5 * len(columns) + 1.0)
+    for number, (method, metrics) in enumerate(summary.items()):
+        rows = np.arange(len(columns)) + 0.2 * (number - (len(summary) - 1) / 2)
+        axes.errorbar(
+            [metrics[key].mean for key in columns],
+            rows,
+            xerr=[metrics[key].std or 0.0 for key in columns],
+            linestyle="none",
+            capsize=2,
+            markersize=5,
+            marker=_MARKERS[number % len(_MARKERS)],
+            color=_COLORS[number % len(_COLORS)],
+            label=method,
+        )
+    axes.set_yticks(range(len(columns)), list(columns.values()))
+    axes.set_ylim(len(columns) - 0.5, -0.5)
+    axes.set_xlabel("value on the test split")
+    axes.grid(axis="x", alpha=0.3)
+    figure.legend(loc="outside upper center", ncols=4, frameon=False)
+    return _finish(figure, "Results", "summary", "Final metrics, mean ± standard deviation over seeds.")
+
+
+def _draw_curves(methods: Mapping[str, Sequence[RunResult]], split: str, key: str, label: str, what: str) -> Plot:
+    """Draw one quantity over training, a line per method."""
+    figure, axes = _new_curves(label)
+    for number, (method, runs) in enumerate(methods.items()):
+        _draw_line(axes, runs, split, key, method, number)
+    axes.legend(frameon=False)
+    where = "the test split" if split == "test" else "the training batches"
+    return _finish(figure, "Over training", key, f"{what}, on {where}; mean over seeds, band: ± standard deviation.")
+
+
+def _draw_gap_terms(method: str, runs: Sequence[RunResult]) -> list[Plot]:
+    """Draw the terms that close the gap, and their weights, for a method that has any."""
+    terms = {
+        "align true pairs": ("align_true_pairs", "atp_weight"),
+        "centroid uniformity": ("centroid_uniformity", "cu_weight"),
+    }
+    used = {name: keys for name, keys in terms.items() if any(record.get(keys[1]) for record in runs[0].history)}
+    plots = []
+    for index, (kind, label) in enumerate({"terms": "value of the term", "weights": "weight of the term"}.items()):
+        if not used:
+            continue
+        figure, axes = _new_curves(label)
+        for number, (name, keys) in enumerate(used.items()):
+            _draw_line(axes, runs, "train", keys[index], name, number)
+        axes.legend(frameon=False)
+        caption = f"{method}: {label}, on the training batches. A term whose weight is 0 is not computed."
+        plots.append(_finish(figure, "Over training", f"{kind}-{method}", caption))
+    return plots
+
+
+def _draw_space(method: str, run: RunResult) -> list[Plot]:
+    """Draw the joint space of one run along its two main directions, by modality and by class."""
+    from sklearn.decomposition import PCA
+
+    embeddings = read_embeddings(run.folder / EMBEDDINGS)
+    arrays = {name: values.float().numpy() for name, values in embeddings.modalities.items()}
+    units = {name: a / np.maximum(np.linalg.norm(a, axis=1, keepdims=True), 1e-12) for name, a in arrays.items()}
+    pca = PCA(n_components=2, random_state=0).fit(np.concatenate(list(units.values())))
+    clouds = {name: pca.transform(values)[:_MOST_POINTS] for name, values in units.items()}
+
+    plots = []
+    for grouping in ("modality", "class"):
+        figure, axes = _new_figure()
+        if grouping == "modality":
+            _draw_by_modality(axes, clouds)
+        elif embeddings.labels is not None:
+            _draw_by_class(axes, clouds, embeddings.labels.numpy()[:_MOST_POINTS], run.class_names)
+        for axis, share in zip("xy", pca.explained_variance_ratio_, strict=True):
+            name = f"principal component {'xy'.index(axis) + 1} ({100 * share:.0f} % of variance)"
+            axes.set(**{f"{axis}label": name})
+        axes.set_aspect("equal", adjustable="datalim")
+        caption = f"{method}, by {grouping}: unit vectors of the test split, seed {run.seed}."
+        plots.append(_finish(figure, "The joint space", f"space-{method}-by-{grouping}", caption))
+    return plots
+
+
+def _draw_by_modality(axes: Axes, clouds: Mapping[str, np.ndarray]) -> None:
+    # The modality with the fewest distinct points goes on top: ten class names would vanish under a cloud of images.
+    order = sorted(clouds, key=lambda name: -len(np.unique(clouds[name].round(3), axis=0)))
+    for number, name in enumerate(order):
+        distinct = np.unique(clouds[name].round(3), axis=0)
+        few = len(distinct) < 50
+        axes.scatter(
+            distinct[:, 0],
+            distinct[:, 1],
+            s=60 if few else 12,
+            alpha=1.0 if few else 0.5,
+            marker=_MARKERS[number],
+            color=_COLORS[number],
+            edgecolors="white" if few else "none",
+            linewidths=0.8,
+            label=name,
+            zorder=2 + number,
+        )
+    axes.legend(frameon=True, framealpha=0.9)
+
+
+def _draw_by_class(axes: Axes, clouds: Mapping[str, np.ndarray], labels: np.ndarray, names: Sequence[str]) -> None:
+    """Colour the most frequent classes and write each one's name at its median; the other classes are grey."""
+    classes, counts = np.unique(labels, return_counts=True)
+    named = classes[np.argsort(-counts, kind="stable")][: len(_CLASS_COLORS)]
+    color_of = {label: _CLASS_COLORS[number] for number, label in enumerate(sorted(named))}
+    colors = [color_of.get(label, _OTHER_CLASSES) for label in labels]
+    for number, (modality, points) in enumerate(clouds.items()):
+        axes.scatter(
+            points[:, 0],
+            points[:, 1],
+            s=12,
+            alpha=0.6,
+            marker=_MARKERS[number],
+            c=colors,
+            edgecolors="none",
+            label=modality,
+        )
+    for label in named:
+        x, y = np.median(np.concatenate([points[labels == label] for points in clouds.values()]), axis=0)
+        halo = [patheffects.withStroke(linewidth=3, foreground="white")]
+        axes.text(x, y, names[label], ha="center", va="center", fontsize=10, weight="bold", path_effects=halo)
+
+
+def _draw_line(axes: Axes, runs: Sequence[RunResult], split: str, key: str, label: str, number: int) -> None:
+    """Draw the mean over runs of one quantity, and a band of one standard deviation."""
+    epochs, values = _history(runs, split, key)
+    if not len(epochs):
+        return
+    mean = values.mean(axis=0)
+    color = _COLORS[number % len(_COLORS)]
+    axes.plot(epochs, mean, color=color, linestyle=_LINES[number % len(_LINES)], linewidth=1.8, label=label)
+    if len(runs) > 1:
+        std = values.std(axis=0, ddof=1)
+        axes.fill_between(epochs, mean - std, mean + std, color=color, alpha=0.18, linewidth=0)
+
+
+def _history(runs: Sequence[RunResult], split: str, key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the epochs at which every run recorded a quantity, [T], and its values there, [runs, T]."""
+    series = [_series(run.history, split, key) for run in runs]
+    epochs = sorted(set.intersection(*(set(values) for values in series)))
+    return np.array(epochs), np.array([[values[epoch] for epoch in epochs] for values in series])
+
+
+def _series(history: Iterable[Mapping[str, Any]], split: str, key: str) -> dict[float, float]:
+    return {record["epoch"]: record[key] for record in history if record["split"] == split and key in record}
+
+
+def _new_figure(height: float = _HEIGHT) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(_WIDTH, height), dpi=_DPI, layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _new_curves(label: str) -> tuple[Figure, Axes]:
+    figure, axes = _new_figure()
+    axes.set_xlabel("epoch")
+    axes.set_ylabel(label)
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _finish(figure: Figure, section: str, name: str, caption: str) -> Plot:
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png")
+    return Plot(section, name, caption, buffer.getvalue())
