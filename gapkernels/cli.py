@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,17 +29,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         overrides, words = split_overrides(sys.argv[1:] if arguments is None else arguments)
-        options = _build_parser().parse_args(words)
-        if overrides and options.command != "train":
-            raise UserError(f"gapkernels {options.command} has no option --{next(iter(overrides))}")
+        options, unknown = _build_parser().parse_known_args(words)
+        if options.command != "train":
+            unknown += [f"--{key}" for key in overrides]
+        if unknown:
+            raise UserError(f"unknown option {unknown[0]} (see gapkernels {options.command} --help)")
         options.overrides = overrides
         options.run(options)
+        sys.stdout.flush()
     except UserError as error:
         print(f"gapkernels: error: {error}", file=sys.stderr)
         return _USER_ERROR
     except KeyboardInterrupt:
         print("gapkernels: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
         return _INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output has seen enough (`gapkernels info | head`); Python must not flush into it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
@@ -158,7 +165,7 @@ def _train(options: argparse.Namespace) -> None:
 
     overrides: dict[str, Any] = {key: parse_override(value) for key, value in options.overrides.items()}
     if options.seeds is not None:
-        overrides["seeds"] = options.seeds.split(",")
+        overrides["seeds"] = [seed.strip() for seed in options.seeds.split(",")]
     config = load_config(options.preset, options.config, overrides)
     if options.print_config:
         print(describe_config(config))
@@ -167,7 +174,7 @@ def _train(options: argparse.Namespace) -> None:
     run_experiment(
         config,
         folder,
-        methods=options.methods.split(",") if options.methods else None,
+        methods=[name.strip() for name in options.methods.split(",")] if options.methods else None,
         data_dir=options.data_dir,
         device=options.device,
         existing="overwrite" if options.overwrite else "require" if options.resume else "continue",

@@ -1,0 +1,342 @@
+"""The loss as functions: arguments are checked here, and nowhere below."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from gapkernels import backends, ops
+from gapkernels.backends import reference
+from gapkernels.spec import LossSpec
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+DEFAULT_TEMPERATURE = 0.07  # CLIP's initial value
+
+
+class GapLossTerms(NamedTuple):
+    """The parts of a loss. All are 0-dim tensors; float64 for float64 embeddings, else float32.
+
+    Attributes:
+        loss: the weighted sum; differentiable.
+        info_nce: unweighted; differentiable. None if its weight is zero.
+        align_true_pairs: likewise.
+        centroid_uniformity: likewise.
+        modality_gap: ‖mean of x − mean of y‖ of the normalised embeddings, averaged over unordered pairs of
+            modalities; detached.
+        true_pair_cosine: mean cosine of matching rows, averaged likewise; detached.
+    """
+
+    loss: Tensor
+    info_nce: Tensor | None
+    align_true_pairs: Tensor | None
+    centroid_uniformity: Tensor | None
+    modality_gap: Tensor
+    true_pair_cosine: Tensor
+
+
+@overload
+def gap_loss(*embeddings: Tensor, return_terms: Literal[False] = ..., **options: Any) -> Tensor: ...
+
+
+@overload
+def gap_loss(*embeddings: Tensor, return_terms: Literal[True], **options: Any) -> GapLossTerms: ...
+
+
+@overload
+def gap_loss(*embeddings: Tensor, return_terms: bool, **options: Any) -> Tensor | GapLossTerms: ...
+
+
+def gap_loss(  # type: ignore[misc]  # the overloads leave the options to this signature instead of repeating them
+    *embeddings: Tensor,
+    logit_scale: float | Tensor | None = None,
+    temperature: float | Tensor | None = None,
+    anchor: int = 0,
+    pairs: str = "anchor",
+    nce_weight: float = 1.0,
+    atp_weight: float = 1.0,
+    cu_weight: float = 1.0,
+    uniformity_t: float = 2.0,
+    normalize: bool = True,
+    normalize_centroids: bool = True,
+    backend: str = "auto",
+    return_terms: bool = False,
+    group: ProcessGroup | None = None,
+) -> Tensor | GapLossTerms:
+    """Contrastive loss that closes the modality gap: InfoNCE + align true pairs + centroid uniformity.
+
+    Row i of every modality belongs to sample i. Extra memory is O(N·D); no N×N matrix is stored.
+
+    Args:
+        *embeddings: two or more ``[N, D]`` tensors of one floating type on one device, one per modality.
+        logit_scale: factor of the cosines in InfoNCE, 1/temperature; a number or a tensor of one element, which may
+            require gradient. Give this or ``temperature``; with neither the temperature is 0.07.
+        temperature: as a number or a tensor of one element.
+        anchor: index of the modality that the others are aligned with.
+        pairs: ``"anchor"``: InfoNCE of every other modality with the anchor. ``"all"``: of every two modalities. The
+            alignment of true pairs is always with the anchor.
+        nce_weight: weight of InfoNCE. A term of weight zero costs nothing.
+        atp_weight: weight of the alignment of true pairs.
+        cu_weight: weight of the centroid uniformity.
+        uniformity_t: sharpness t of the centroid uniformity.
+        normalize: divide rows by their norm first. False takes them as they are.
+        normalize_centroids: put centroids back on the unit sphere, as the paper's code does and its formula does not.
+        backend: ``"auto"``, ``"torch"`` or ``"reference"``.
+        return_terms: return all parts instead of the loss alone; costs no extra N² work.
+        group: the ``torch.distributed`` process group that holds the batch, each process an equal number of rows.
+            Every process then returns the loss of the whole batch; gradients are scaled such that their mean over
+            processes, which DistributedDataParallel takes, is the gradient of that loss.
+
+    Returns:
+        The loss, a 0-dim tensor: float64 for float64 embeddings, else float32. With ``return_terms`` a
+        :class:`GapLossTerms`.
+
+    Raises:
+        TypeError: an embedding is no floating tensor, or types differ outside autocast.
+        ValueError: shapes or devices differ, or an option is out of its range.
+
+    Source:
+        Grassucci et al., "Closing the Modality Gap Aligns Group-Wise Semantics", arXiv 2601.18525. The centroid
+        uniformity averages over pairs, where the paper's formula sums over j ≠ i: a constant log(N − 1) apart.
+
+    Example:
+        >>> image, text = torch.randn(8, 4), torch.randn(8, 4)
+        >>> terms = gap_loss(image, text, temperature=0.1, return_terms=True)
+        >>> bool(terms.loss == gap_loss(image, text, logit_scale=10.0))
+        True
+    """
+    spec = LossSpec(
+        anchor=anchor,
+        all_pairs=_check_pairs(pairs),
+        nce_weight=_check_number("nce_weight", nce_weight),
+        atp_weight=_check_number("atp_weight", atp_weight),
+        cu_weight=_check_number("cu_weight", cu_weight),
+        uniformity_t=_check_number("uniformity_t", uniformity_t, positive=True),
+        normalize=bool(normalize),
+        normalize_centroids=bool(normalize_centroids),
+    )
+    tensors = _check_embeddings(embeddings)
+    _check_anchor(anchor, len(tensors))
+    if backend != "auto" and backend not in backends.NAMES:
+        raise ValueError(f"`backend` must be 'auto' or one of {', '.join(map(repr, backends.NAMES))}, got {backend!r}")
+    world_size = 1 if group is None else torch.distributed.get_world_size(group)
+    if spec.cu_weight and tensors[0].shape[0] * world_size < 2:
+        raise ValueError(
+            "the centroid uniformity needs at least 2 samples, got embeddings of shape "
+            f"{list(tensors[0].shape)}; use a larger batch or cu_weight=0"
+        )
+    scale = _logit_scale(logit_scale, temperature, tensors[0])
+    if backend == "reference":
+        return _by_definition(tensors, scale, spec, return_terms, world_size)
+    loss, terms = ops.loss(tensors, scale, spec, backend, "" if group is None else group.group_name, world_size)
+    if not return_terms:
+        return loss
+    return GapLossTerms(
+        loss,
+        terms[0] if spec.nce_weight else None,
+        terms[1] if spec.atp_weight else None,
+        terms[2] if spec.cu_weight else None,
+        terms[3].detach(),
+        terms[4].detach(),
+    )
+
+
+def info_nce(
+    *embeddings: Tensor,
+    logit_scale: float | Tensor | None = None,
+    temperature: float | Tensor | None = None,
+    anchor: int = 0,
+    pairs: str = "anchor",
+    normalize: bool = True,
+    backend: str = "auto",
+    group: ProcessGroup | None = None,
+) -> Tensor:
+    """Symmetric InfoNCE (the CLIP loss), averaged over pairs of modalities.
+
+    Args, Returns, Raises:
+        as :func:`gap_loss`.
+
+    Source:
+        Oord et al., arXiv 1807.03748; symmetric form: Radford et al., arXiv 2103.00020.
+
+    Example:
+        >>> info_nce(torch.eye(4), torch.eye(4), temperature=0.01).item() < 1e-6
+        True
+    """
+    return gap_loss(
+        *embeddings,
+        logit_scale=logit_scale,
+        temperature=temperature,
+        anchor=anchor,
+        pairs=pairs,
+        atp_weight=0.0,
+        cu_weight=0.0,
+        normalize=normalize,
+        backend=backend,
+        group=group,
+    )
+
+
+def align_true_pairs(
+    *embeddings: Tensor,
+    anchor: int = 0,
+    normalize: bool = True,
+    backend: str = "auto",
+    group: ProcessGroup | None = None,
+) -> Tensor:
+    """Mean squared distance of every sample's embeddings to its anchor embedding.
+
+    Args, Returns, Raises:
+        as :func:`gap_loss`.
+
+    Source:
+        Grassucci et al., arXiv 2601.18525, the alignment of true pairs.
+
+    Example:
+        >>> align_true_pairs(torch.eye(3), -torch.eye(3)).item()
+        4.0
+    """
+    return gap_loss(
+        *embeddings,
+        anchor=anchor,
+        nce_weight=0.0,
+        cu_weight=0.0,
+        normalize=normalize,
+        backend=backend,
+        group=group,
+    )
+
+
+def centroid_uniformity(
+    *embeddings: Tensor,
+    uniformity_t: float = 2.0,
+    normalize: bool = True,
+    normalize_centroids: bool = True,
+    backend: str = "auto",
+    group: ProcessGroup | None = None,
+) -> Tensor:
+    """Logarithm of the mean Gaussian potential exp(−t‖c_i − c_j‖²) between the centroids of different samples.
+
+    Args, Returns, Raises:
+        as :func:`gap_loss`.
+
+    Source:
+        Grassucci et al., arXiv 2601.18525; the potential: Wang and Isola, arXiv 2005.10242.
+
+    Example:
+        >>> round(centroid_uniformity(torch.eye(3), torch.eye(3)).item(), 6)
+        -4.0
+    """
+    return gap_loss(
+        *embeddings,
+        nce_weight=0.0,
+        atp_weight=0.0,
+        uniformity_t=uniformity_t,
+        normalize=normalize,
+        normalize_centroids=normalize_centroids,
+        backend=backend,
+        group=group,
+    )
+
+
+def _by_definition(
+    embeddings: list[Tensor], scale: Tensor, spec: LossSpec, return_terms: bool, world_size: int
+) -> Tensor | GapLossTerms:
+    if world_size > 1:
+        raise ValueError('`group` is not supported by backend="reference"; gather the embeddings first')
+    dtype = torch.promote_types(embeddings[0].dtype, torch.float32)
+    embeddings = [e.to(dtype) for e in embeddings]
+    terms = reference.loss_terms(embeddings, scale.to(dtype), spec)
+    loss = reference.total(terms, spec)
+    return GapLossTerms(loss, *terms, *reference.diagnostics(embeddings)) if return_terms else loss
+
+
+def _check_embeddings(embeddings: tuple[Tensor, ...]) -> list[Tensor]:
+    if len(embeddings) < 2:
+        raise ValueError(f"at least 2 embeddings (one per modality) are needed, got {len(embeddings)}")
+    for index, e in enumerate(embeddings):
+        if not isinstance(e, Tensor):
+            raise TypeError(f"embedding {index} must be a torch.Tensor, got {type(e).__name__}")
+        if not e.is_floating_point() or e.dtype.itemsize < 2:
+            raise TypeError(f"embedding {index} must be float16, bfloat16, float32 or float64, got {_name(e.dtype)}")
+        if e.dim() != 2 or 0 in e.shape:
+            raise ValueError(f"embedding {index} must have shape [N, D] with N, D ≥ 1, got {list(e.shape)}")
+    first = embeddings[0]
+    for index, e in enumerate(embeddings):
+        if e.shape != first.shape:
+            raise ValueError(
+                f"embeddings must have one shape, got {list(first.shape)} for embedding 0 and "
+                f"{list(e.shape)} for embedding {index}"
+            )
+        if e.device != first.device:
+            raise ValueError(
+                f"embeddings must be on one device, got {first.device} for embedding 0 and {e.device} for {index}"
+            )
+    dtypes = [e.dtype for e in embeddings]
+    if any(dtype != first.dtype for dtype in dtypes):
+        # Under autocast one tower may end in a layer that keeps float32: take the wider type, as autocast itself does.
+        if not torch.is_autocast_enabled(first.device.type):
+            raise TypeError(f"embeddings must have one dtype, got {', '.join(map(_name, dtypes))}")
+        widest = dtypes[0]
+        for dtype in dtypes:
+            widest = torch.promote_types(widest, dtype)
+        return [e.to(widest) for e in embeddings]
+    return list(embeddings)
+
+
+def _logit_scale(logit_scale: float | Tensor | None, temperature: float | Tensor | None, like: Tensor) -> Tensor:
+    if logit_scale is not None and temperature is not None:
+        raise ValueError("give `logit_scale` or `temperature` (its inverse), not both")
+    if temperature is not None:
+        value = _check_scalar("temperature", temperature)
+        value = 1 / value
+    elif logit_scale is not None:
+        value = _check_scalar("logit_scale", logit_scale)
+    else:
+        value = 1 / DEFAULT_TEMPERATURE
+    if isinstance(value, Tensor):
+        return value.reshape(()).to(like.device)
+    return torch.full(
+        (), value, dtype=torch.float64 if like.device.type != "mps" else torch.float32, device=like.device
+    )
+
+
+def _check_scalar(name: str, value: float | Tensor) -> float | Tensor:
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or not value.is_floating_point():
+            raise ValueError(
+                f"`{name}` must be a number or a floating tensor of one element, got {_name(value.dtype)} of shape "
+                f"{list(value.shape)}"
+            )
+        return value
+    return _check_number(name, value, positive=True)
+
+
+def _check_number(name: str, value: float, positive: bool = False) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"`{name}` must be a number, got {type(value).__name__}")
+    if not math.isfinite(value) or (positive and value <= 0):
+        raise ValueError(f"`{name}` must be {'positive and ' if positive else ''}finite, got {value}")
+    return float(value)
+
+
+def _check_pairs(pairs: str) -> bool:
+    if pairs not in ("anchor", "all"):
+        raise ValueError(f"`pairs` must be 'anchor' or 'all', got {pairs!r}")
+    return pairs == "all"
+
+
+def _check_anchor(anchor: int, modalities: int) -> None:
+    if isinstance(anchor, bool) or not isinstance(anchor, int):
+        raise TypeError(f"`anchor` must be an integer, got {type(anchor).__name__}")
+    if not 0 <= anchor < modalities:
+        raise ValueError(f"`anchor` must be in [0, {modalities - 1}] for {modalities} embeddings, got {anchor}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
