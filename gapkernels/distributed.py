@@ -78,7 +78,7 @@ def world_of(group_name: str) -> World:
     """The processes of the group registered under ``group_name``; the empty name means this process alone."""
     if not group_name:
         return World()
-    return ProcessGroupWorld(dist.distributed_c10d._resolve_process_group(group_name))
+    return ProcessGroupWorld(dist.distributed_c10d._resolve_process_group(group_name))  # type: ignore[arg-type]
 
 
 def triangle_blocks(rank: int, size: int, rows: int) -> list[tuple[slice, slice]]:

@@ -207,7 +207,7 @@ class _Diagonal:
         self.exponents = _statistic(matrix.rows) if wanted else None
 
     def keep(self, tile: _Tile) -> None:
-        if self.exponents is not None and tile.diagonal_rows is not None:
+        if self.exponents is not None and tile.diagonal_exponents is not None:
             self.exponents[tile.diagonal_rows] = tile.diagonal_exponents.to(self.exponents.dtype)
 
 
