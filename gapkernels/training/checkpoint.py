@@ -71,9 +71,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise UserError(
-            f"the checkpoint {path} is damaged ({reason}); delete it and train again to redo this run from its start"
-        ) from error
+        raise UserError(f"{path} is damaged or not a checkpoint ({reason})") from error
 
 
 def random_state(device: torch.device) -> dict[str, Any]:

@@ -9,9 +9,20 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from gapkernels.training.errors import UserError
+
+
+def _no_truth_value(value: Any) -> Any:
+    """Refuse `true` where a number belongs: Python, and pydantic with it, would take it for 1."""
+    if isinstance(value, bool):
+        raise ValueError("must be a number, not a truth value")
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_no_truth_value)]
+Integer = Annotated[int, BeforeValidator(_no_truth_value)]
 
 
 class Section(BaseModel):
@@ -23,10 +34,10 @@ class Section(BaseModel):
 class Ramp(Section):
     """A weight that stays at `initial`, then moves linearly to `final`; a plain number means a constant weight."""
 
-    initial: float = Field(ge=0, description="value until `start`")
-    final: float = Field(ge=0, description="value from `stop` on")
-    start: float = Field(default=0.0, ge=0, le=1, description="where the ramp begins, as a fraction of training")
-    stop: float = Field(default=1.0, ge=0, le=1, description="where the ramp ends, as a fraction of training")
+    initial: Number = Field(ge=0, description="value until `start`")
+    final: Number = Field(ge=0, description="value from `stop` on")
+    start: Number = Field(default=0.0, ge=0, le=1, description="where the ramp begins, as a fraction of training")
+    stop: Number = Field(default=1.0, ge=0, le=1, description="where the ramp ends, as a fraction of training")
 
     @model_validator(mode="before")
     @classmethod
@@ -45,14 +56,14 @@ class Ramp(Section):
 class Method(Section):
     """One loss to train with: temperature and the weights of the two gap-closing terms."""
 
-    temperature: float = Field(default=0.1, gt=0, description="temperature of the soft-max (initial value if learned)")
+    temperature: Number = Field(default=0.1, gt=0, description="temperature of the soft-max (initial value if learned)")
     learn_temperature: bool = Field(
         default=False, description="learn the temperature, clamped at a logit scale of 100 like CLIP"
     )
     atp: Ramp = Field(default=Ramp(initial=0, final=0), description="weight of align true pairs")
     cu: Ramp = Field(default=Ramp(initial=0, final=0), description="weight of centroid uniformity")
-    uniformity_t: float = Field(default=2.0, gt=0, description="t of the Gaussian potential in centroid uniformity")
-    opening: float = Field(
+    uniformity_t: Number = Field(default=2.0, gt=0, description="t of the Gaussian potential in centroid uniformity")
+    opening: Number = Field(
         default=0.0, ge=0, lt=1, description="fraction of training, at its start, on centroid uniformity alone"
     )
 
@@ -61,25 +72,27 @@ class Data(Section):
     """Which data set, and how much of it."""
 
     dataset: Literal["digits"] = Field(default="digits", description="name of the data set")
-    train_samples: int | None = Field(default=None, gt=0, description="train on this many samples only (null: on all)")
+    train_samples: Integer | None = Field(
+        default=None, gt=0, description="train on this many samples only (null: on all)"
+    )
 
 
 class ImageCNNConfig(Section):
     """Convolutional image encoder: `depth` stages, each halving the resolution and doubling the channels."""
 
     kind: Literal["image-cnn"]
-    width: int = Field(default=32, gt=0, description="channels of the first stage")
-    depth: int = Field(default=2, gt=0, description="number of stages")
+    width: Integer = Field(default=32, gt=0, description="channels of the first stage")
+    depth: Integer = Field(default=2, gt=0, description="number of stages")
 
 
 class TextTransformerConfig(Section):
     """Transformer text encoder over the tokens of a caption."""
 
     kind: Literal["text-transformer"]
-    width: int = Field(default=64, gt=0, description="width of the residual stream")
-    depth: int = Field(default=2, gt=0, description="number of layers")
-    heads: int = Field(default=4, gt=0, description="attention heads")
-    dropout: float = Field(default=0.1, ge=0, lt=1, description="dropout in attention and feed-forward blocks")
+    width: Integer = Field(default=64, gt=0, description="width of the residual stream")
+    depth: Integer = Field(default=2, gt=0, description="number of layers")
+    heads: Integer = Field(default=4, gt=0, description="attention heads")
+    dropout: Number = Field(default=0.1, ge=0, lt=1, description="dropout in attention and feed-forward blocks")
 
     @model_validator(mode="after")
     def _divisible(self) -> TextTransformerConfig:
@@ -94,7 +107,7 @@ EncoderConfig = Annotated[ImageCNNConfig | TextTransformerConfig, Field(discrimi
 class Model(Section):
     """One encoder per modality and the joint space they project into."""
 
-    embed_dim: int = Field(default=64, gt=0, description="dimension D of the joint space")
+    embed_dim: Integer = Field(default=64, gt=0, description="dimension D of the joint space")
     anchor: str = Field(default="text", description="modality that every other one is paired with")
     encoders: dict[str, EncoderConfig] = Field(min_length=2, description="encoder of each modality")
 
@@ -109,23 +122,23 @@ class Optim(Section):
     """Optimiser and learning-rate schedule."""
 
     optimizer: Literal["adam", "adamw"] = Field(default="adamw", description="adam or adamw")
-    lr: float = Field(default=1e-3, gt=0, description="peak learning rate")
-    weight_decay: float = Field(default=0.0, ge=0, description="weight decay of matrices (never of biases and norms)")
-    warmup: float = Field(
+    lr: Number = Field(default=1e-3, gt=0, description="peak learning rate")
+    weight_decay: Number = Field(default=0.0, ge=0, description="weight decay of matrices (never of biases and norms)")
+    warmup: Number = Field(
         default=0.2, ge=0, lt=1, description="fraction of training with a linear warm-up; a cosine follows"
     )
-    epochs: int = Field(default=100, gt=0, description="passes over the training data")
-    batch_size: int = Field(default=256, gt=1, description="samples per step; the incomplete last batch is dropped")
-    grad_clip: float | None = Field(default=None, gt=0, description="largest gradient norm (null: no clipping)")
+    epochs: Integer = Field(default=100, gt=0, description="passes over the training data")
+    batch_size: Integer = Field(default=256, gt=1, description="samples per step; the incomplete last batch is dropped")
+    grad_clip: Number | None = Field(default=None, gt=0, description="largest gradient norm (null: no clipping)")
     precision: Literal["fp32", "bf16"] = Field(default="fp32", description="bf16 runs the encoders under autocast")
 
 
 class Run(Section):
     """What happens around the training steps."""
 
-    log_every: int = Field(default=5, gt=0, description="steps between records of the loss")
-    eval_every: int = Field(default=5, gt=0, description="epochs between evaluations on the test split")
-    checkpoint_every: int = Field(default=100, gt=0, description="steps between checkpoints")
+    log_every: Integer = Field(default=5, gt=0, description="steps between records of the loss")
+    eval_every: Integer = Field(default=5, gt=0, description="epochs between evaluations on the test split")
+    checkpoint_every: Integer = Field(default=100, gt=0, description="steps between checkpoints")
     deterministic: bool = Field(
         default=True, description="deterministic algorithms, so that a resumed run equals an unbroken one"
     )
@@ -137,7 +150,7 @@ class Config(Section):
     name: str = Field(
         default="custom", pattern=r"^[\w.-]+$", description="title of the report and name of the run folder"
     )
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+    seeds: tuple[Annotated[Integer, Field(ge=0)], ...] = Field(
         default=(0,), min_length=1, description="one run per method and seed"
     )
     data: Data = Data()
@@ -251,8 +264,9 @@ def _validate(tree: dict[str, Any], known_keys: list[str]) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        messages = [_explain(detail, tree, known_keys) for detail in error.errors(include_url=False)]
-        raise UserError("; ".join(messages)) from error
+        details = error.errors(include_url=False)
+        more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
+        raise UserError(_explain(details[0], tree, known_keys) + more) from error
 
 
 def _explain(detail: Any, tree: dict[str, Any], known_keys: list[str]) -> str:

@@ -51,6 +51,10 @@ def run_experiment(
             )
     target = choose_device(device)
     dataset = load_dataset(config.data, data_dir)
+    if config.optim.batch_size > len(dataset.train):
+        raise UserError(
+            f"optim.batch_size is {config.optim.batch_size}, but the training split has {len(dataset.train)} samples"
+        )
     prepare_folder(folder, config, existing)
 
     runs = [(method, seed) for seed in config.seeds for method in methods or config.methods]
@@ -97,6 +101,8 @@ def prepare_folder(folder: Path, config: Config, existing: Existing) -> None:
             raise UserError(f"{folder} is not empty and holds no run; choose another folder with --out")
     elif existing == "overwrite":
         _delete_run(folder, earlier)
+    elif not any((folder / method).exists() for method in earlier.methods):
+        pass  # It stopped before its first step: there is nothing to lose or to mix
     elif not config.same_experiment(earlier):
         raise UserError(
             f"{folder} holds a run with other settings ({_difference(earlier, config)}); choose another folder with "

@@ -50,7 +50,7 @@ class Trainer:
         device: where to train.
 
     Raises:
-        UserError: if the batch is larger than the training split, or the checkpoint in `folder` cannot be used.
+        UserError: if the model does not fit the data set.
     """
 
     def __init__(
@@ -60,10 +60,6 @@ class Trainer:
         self.method = config.methods[method]
         self.dataset, self.folder, self.device = dataset, folder, device
         self.steps_per_epoch = len(dataset.train) // config.optim.batch_size
-        if self.steps_per_epoch == 0:
-            raise UserError(
-                f"optim.batch_size is {config.optim.batch_size}, the training split has {len(dataset.train)} samples"
-            )
         self.total_steps = self.steps_per_epoch * config.optim.epochs
         self.step = 0
         self.seconds = 0.0
@@ -86,7 +82,7 @@ class Trainer:
             What `result.json` in the folder holds: the final metrics on the test split, and how long it took.
 
         Raises:
-            UserError: if the loss stops being finite.
+            UserError: if training diverges, or the checkpoint in the folder cannot be used.
         """
         from torch.utils.tensorboard import SummaryWriter
         from tqdm import tqdm
@@ -153,8 +149,10 @@ class Trainer:
             logit_scale=self.log_logit_scale.exp(),
             anchor=self.anchor_index,
             uniformity_t=self.method.uniformity_t,
+            nce_weight=weights.nce,
+            atp_weight=weights.atp,
+            cu_weight=weights.cu,
             return_terms=True,
-            **weights,
         )
         self.optimizer.zero_grad()
         terms.loss.backward()
@@ -172,7 +170,8 @@ class Trainer:
             values = {name: value.item() for name, value in terms._asdict().items() if value is not None}
             if not math.isfinite(values["loss"]):
                 raise self._diverged()
-            values |= {**weights, "lr": learning_rate, "logit_scale": self.log_logit_scale.exp().item()}
+            values |= {f"{name}_weight": weight for name, weight in weights._asdict().items()}
+            values |= {"lr": learning_rate, "logit_scale": self.log_logit_scale.exp().item()}
             self._record("train", values)
 
     def _evaluate(self) -> None:
@@ -226,7 +225,10 @@ class Trainer:
 
     def _resume(self) -> int:
         """Bring back the state of the checkpoint and return the size of the metric log at its time, in bytes."""
-        state = load_checkpoint(self.folder / CHECKPOINT)
+        try:
+            state = load_checkpoint(self.folder / CHECKPOINT)
+        except UserError as error:
+            raise UserError(f"{error}; delete the folder {self.folder} to redo this run from its start") from error
         self.model.load_state_dict(state["model"])
         with torch.no_grad():
             self.log_logit_scale.copy_(state["log_logit_scale"])
@@ -244,7 +246,9 @@ class _MetricLog:
         self._file = path.open("ab")
         if self._file.tell() < size:
             self._file.close()
-            raise UserError(f"{path} is shorter than the checkpoint beside it says; delete both to redo this run")
+            raise UserError(
+                f"{path} is shorter than its checkpoint says; delete the folder {path.parent} to redo this run"
+            )
         self._file.truncate(size)
 
     def __enter__(self) -> _MetricLog:

@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from gapkernels.training.embeddings import read_embeddings
 from gapkernels.training.layout import EMBEDDINGS
@@ -72,29 +73,31 @@ def draw_plots(experiment: Experiment) -> list[Plot]:
 
 
 def _draw_summary(experiment: Experiment) -> Plot:
-    """Draw the metrics of the results table: a row per metric, a marker per method."""
+    """Draw the metrics of the results table: a row per metric with a scale of its own, a marker per method."""
     summary = summarise(experiment)
     columns = table_columns(next(iter(summary.values())))
-    figure, axes = _new_figure(height=0.5 * len(columns) + 1.0)
-    for number, (method, metrics) in enumerate(summary.items()):
-        rows = np.arange(len(columns)) + 0.2 * (number - (len(summary) - 1) / 2)
-        axes.errorbar(
-            [metrics[key].mean for key in columns],
-            rows,
-            xerr=[metrics[key].std or 0.0 for key in columns],
-            linestyle="none",
-            capsize=2,
-            markersize=5,
-            marker=_MARKERS[number % len(_MARKERS)],
-            color=_COLORS[number % len(_COLORS)],
-            label=method,
-        )
-    axes.set_yticks(range(len(columns)), list(columns.values()))
-    axes.set_ylim(len(columns) - 0.5, -0.5)
-    axes.set_xlabel("value on the test split")
-    axes.grid(axis="x", alpha=0.3)
-    figure.legend(loc="outside upper center", ncols=4, frameon=False)
-    return _finish(figure, "Results", "summary", "Final metrics, mean ± standard deviation over seeds.")
+    figure = Figure(figsize=(_WIDTH, 0.2 + len(columns) * (0.45 + 0.17 * len(summary))), dpi=_DPI, layout="constrained")
+    for axes, (key, heading) in zip(figure.subplots(len(columns), squeeze=False)[:, 0], columns.items(), strict=True):
+        for number, metrics in enumerate(summary.values()):
+            axes.errorbar(
+                metrics[key].mean,
+                -number,
+                xerr=metrics[key].std,
+                capsize=3,
+                markersize=6,
+                marker=_MARKERS[number % len(_MARKERS)],
+                color=_COLORS[number % len(_COLORS)],
+            )
+        axes.set_yticks([-number for number in range(len(summary))], list(summary))
+        axes.set_ylim(0.3 - len(summary), 0.7)
+        axes.margins(x=0.15)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.set_title(heading, fontsize=10, loc="left")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="x", alpha=0.3)
+    return _finish(
+        figure, "Results", "summary", "Final metrics on the test split: mean over seeds, bar: ± standard deviation."
+    )
 
 
 def _draw_curves(methods: Mapping[str, Sequence[RunResult]], split: str, key: str, label: str, what: str) -> Plot:
@@ -221,8 +224,8 @@ def _series(history: Iterable[Mapping[str, Any]], split: str, key: str) -> dict[
     return {record["epoch"]: record[key] for record in history if record["split"] == split and key in record}
 
 
-def _new_figure(height: float = _HEIGHT) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(_WIDTH, height), dpi=_DPI, layout="constrained")
+def _new_figure() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(_WIDTH, _HEIGHT), dpi=_DPI, layout="constrained")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 from gapkernels.training.config import Method, Ramp
 
@@ -31,15 +32,19 @@ def ramp_value(ramp: Ramp, progress: float) -> float:
     return ramp.initial + (ramp.final - ramp.initial) * (progress - ramp.start) / (ramp.stop - ramp.start)
 
 
-def loss_weights(method: Method, progress: float) -> dict[str, float]:
-    """Return the weights `gap_loss` takes at `progress`, a fraction of training in [0, 1].
+class LossWeights(NamedTuple):
+    """Weights of InfoNCE, align true pairs and centroid uniformity."""
+
+    nce: float
+    atp: float
+    cu: float
+
+
+def loss_weights(method: Method, progress: float) -> LossWeights:
+    """Return the weights of the loss at `progress`, a fraction of training in [0, 1].
 
     During the opening phase centroid uniformity acts alone; the ramps run over the whole of training all the same.
     """
     if progress < method.opening:
-        return {"nce_weight": 0.0, "atp_weight": 0.0, "cu_weight": 1.0}
-    return {
-        "nce_weight": 1.0,
-        "atp_weight": ramp_value(method.atp, progress),
-        "cu_weight": ramp_value(method.cu, progress),
-    }
+        return LossWeights(nce=0.0, atp=0.0, cu=1.0)
+    return LossWeights(nce=1.0, atp=ramp_value(method.atp, progress), cu=ramp_value(method.cu, progress))
