@@ -72,9 +72,8 @@ class Data(Section):
     """Which data set, and how much of it."""
 
     dataset: Literal["digits"] = Field(default="digits", description="name of the data set")
-    train_samples: Integer | None = Field(
-        default=None, gt=0, description="train on this many samples only (null: on all)"
-    )
+    train_samples: Integer | None = Field(default=None, gt=0, description="train on this many samples (null: on all)")
+    test_samples: Integer | None = Field(default=None, gt=1, description="test on this many samples (null: on all)")
 
 
 class ImageCNNConfig(Section):
@@ -139,6 +138,9 @@ class Run(Section):
     log_every: Integer = Field(default=5, gt=0, description="steps between records of the loss")
     eval_every: Integer = Field(default=5, gt=0, description="epochs between evaluations on the test split")
     checkpoint_every: Integer = Field(default=100, gt=0, description="steps between checkpoints")
+    threads: Integer | None = Field(
+        default=None, gt=0, description="CPU threads (null: as many as the libraries choose); results depend on it"
+    )
     deterministic: bool = Field(
         default=True, description="deterministic algorithms, so that a resumed run equals an unbroken one"
     )

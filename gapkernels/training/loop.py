@@ -93,6 +93,7 @@ class Trainer:
         started = time.monotonic() - self.seconds
         with (
             _deterministic_algorithms(self.config.run.deterministic),
+            _limited_threads(self.config.run.threads),
             _MetricLog(self.folder / METRICS, log_size) as self.log,
             SummaryWriter(self.folder / TENSORBOARD, purge_step=self.step + 1 if resuming else 0) as self.board,
             tqdm(
@@ -290,3 +291,17 @@ def _deterministic_algorithms(enabled: bool) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@contextmanager
+def _limited_threads(count: int | None) -> Iterator[None]:
+    """Limit the threads of torch, and of the libraries under NumPy and scikit-learn, for as long as the block lasts."""
+    from threadpoolctl import threadpool_limits
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        with threadpool_limits(count):
+            yield
+    finally:
+        torch.set_num_threads(before)

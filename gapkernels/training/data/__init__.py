@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from gapkernels.training.config import Data
 from gapkernels.training.data import digits
 from gapkernels.training.data.dataset import Dataset, ImageSpec, InputSpec, Split, TextSpec
+from gapkernels.training.errors import UserError
 
 # Each loader takes the folder with the data set's files, or None if the user named none.
 _LOADERS: dict[str, Callable[[Path | None], Dataset]] = {"digits": digits.load}
@@ -17,11 +21,23 @@ def load_dataset(config: Data, data_dir: Path | None = None) -> Dataset:
     """Load a data set.
 
     Args:
-        config: which data set, and how much of its training split.
+        config: which data set, and how much of its splits.
         data_dir: folder with the data set's files; a data set that ships with a library needs none.
 
     Raises:
         UserError: if the folder is missing or holds too few samples.
     """
     dataset = _LOADERS[config.dataset](data_dir)
-    return dataset if config.train_samples is None else dataset.with_train_samples(config.train_samples)
+    return replace(
+        dataset,
+        train=_first(dataset.train, config.train_samples, "train_samples"),
+        test=_first(dataset.test, config.test_samples, "test_samples"),
+    )
+
+
+def _first(split: Split, count: int | None, setting: str) -> Split:
+    if count is None:
+        return split
+    if count > len(split):
+        raise UserError(f"data.{setting} is {count}, but the split has {len(split)} samples")
+    return split.take(torch.arange(count))

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-from gapkernels.training.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -77,9 +75,3 @@ class Dataset:
     test: Split
     specs: Mapping[str, InputSpec]
     class_names: tuple[str, ...]
-
-    def with_train_samples(self, count: int) -> Dataset:
-        """Return the same data set with the first `count` training samples only."""
-        if count > len(self.train):
-            raise UserError(f"data.train_samples is {count}, but the training split has {len(self.train)} samples")
-        return replace(self, train=self.train.take(torch.arange(count)))

@@ -1,0 +1,78 @@
+import pytest
+import torch
+
+from gapkernels.training.config import Data
+from gapkernels.training.data import ImageSpec, TextSpec, load_dataset
+from gapkernels.training.data.digits import DIGIT_NAMES
+from gapkernels.training.data.tokenizer import PADDING, UNKNOWN, Tokenizer
+from gapkernels.training.errors import UserError
+
+
+def test_digits_are_the_same_every_time() -> None:
+    first, second = load_dataset(Data()), load_dataset(Data())
+    for one, other in ((first.train, second.train), (first.test, second.test)):
+        assert torch.equal(one.labels, other.labels)
+        assert all(torch.equal(one.modalities[name], other.modalities[name]) for name in ("image", "text"))
+
+
+def test_digits_hold_every_image_once_and_standardised() -> None:
+    dataset = load_dataset(Data())
+    assert len(dataset.train) + len(dataset.test) == 1797
+    images = dataset.train.modalities["image"]
+    assert images.shape[1:] == (1, 8, 8)
+    assert images.mean().abs() < 1e-5
+    assert images.std() == pytest.approx(1.0, abs=1e-5)
+    both = torch.cat([images, dataset.test.modalities["image"]]).flatten(1)
+    # Whoever wrote an image, no test image is a copy of a training image.
+    assert len(both.unique(dim=0)) == len(both)
+    for split in (dataset.train, dataset.test):
+        assert set(split.labels.tolist()) == set(range(10))
+
+
+def test_digits_text_is_the_name_of_the_label() -> None:
+    dataset = load_dataset(Data())
+    tokenizer = Tokenizer.from_captions(DIGIT_NAMES, level="character")
+    names = [dataset.class_names[label] for label in dataset.test.labels]
+    assert torch.equal(dataset.test.modalities["text"], tokenizer.encode(names))
+    assert torch.equal(dataset.test.ids, dataset.test.labels)
+    assert dataset.specs["image"] == ImageSpec(channels=1, height=8, width=8)
+    assert dataset.specs["text"] == TextSpec(vocabulary_size=tokenizer.size, length=5)
+
+
+def test_samples_can_be_limited() -> None:
+    full, few = load_dataset(Data()), load_dataset(Data(train_samples=10, test_samples=20))
+    assert (len(few.train), len(few.test)) == (10, 20)
+    assert torch.equal(few.train.modalities["image"], full.train.modalities["image"][:10])
+    with pytest.raises(UserError, match=r"data\.train_samples is 9999, but the split has 516"):
+        load_dataset(Data(train_samples=9999))
+
+
+def test_character_tokens_spell_the_caption() -> None:
+    tokenizer = Tokenizer.from_captions(["abc", "ab", "a"], level="character")
+    assert tokenizer.vocabulary == ("a", "b", "c")
+    assert tokenizer.size == 5
+    assert tokenizer.encode(["cab", "B", "", "axb"]).tolist() == [
+        [4, 2, 3],
+        [3, PADDING, PADDING],
+        [PADDING] * 3,
+        [2, UNKNOWN, 3],
+    ]
+
+
+def test_word_tokens_keep_punctuation_apart_and_cut_long_captions() -> None:
+    tokenizer = Tokenizer.from_captions(["a dog, a cat", "A bird"], level="word", max_length=4)
+    assert tokenizer.vocabulary == ("a", ",", "bird", "cat", "dog")
+    tokens = tokenizer.encode(["A dog, a cat", "a zebra"])
+    assert tokens.dtype == torch.int64
+    assert tokens.tolist() == [[2, 6, 3, 2], [2, UNKNOWN, PADDING, PADDING]]
+
+
+def test_digit_names_have_distinct_tokens() -> None:
+    tokens = Tokenizer.from_captions(DIGIT_NAMES, level="character").encode(DIGIT_NAMES)
+    assert len(tokens.unique(dim=0)) == 10
+    assert (tokens != UNKNOWN).all()
+
+
+def test_a_vocabulary_needs_captions() -> None:
+    with pytest.raises(ValueError, match="no token"):
+        Tokenizer.from_captions(["", ""], level="word")
