@@ -251,9 +251,10 @@ def _by_definition(
         raise ValueError('`group` is not supported by backend="reference"; gather the embeddings first')
     dtype = torch.promote_types(embeddings[0].dtype, torch.float32)
     embeddings = [e.to(dtype) for e in embeddings]
-    terms = reference.loss_terms(embeddings, scale.to(dtype), spec)
-    loss = reference.total(terms, spec)
-    return GapLossTerms(loss, *terms, *reference.diagnostics(embeddings)) if return_terms else loss
+    with torch.autocast(embeddings[0].device.type, enabled=False):  # which would round the cosines
+        terms = reference.loss_terms(embeddings, scale.to(dtype), spec)
+        loss = reference.total(terms, spec)
+        return GapLossTerms(loss, *terms, *reference.diagnostics(embeddings)) if return_terms else loss
 
 
 def _check_embeddings(embeddings: tuple[Tensor, ...]) -> list[Tensor]:
@@ -320,7 +321,7 @@ def _check_scalar(name: str, value: float | Tensor) -> float | Tensor:
 def _check_number(name: str, value: float, positive: bool = False) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"`{name}` must be a number, got {type(value).__name__}")
-    if not math.isfinite(value) or (positive and value <= 0):
+    if not -math.inf < value < math.inf or (positive and value <= 0):  # comparisons, which torch.compile can trace
         raise ValueError(f"`{name}` must be {'positive and ' if positive else ''}finite, got {value}")
     return float(value)
 

@@ -45,12 +45,18 @@ def _split(arguments: tuple[Any, ...]) -> tuple[LossSpec, tuple[Any, ...]]:
     return LossSpec(*arguments[:count]), arguments[count:]
 
 
+def _no_autocast(embeddings: list[Tensor]) -> torch.autocast:
+    """The operators choose their own types; autocast would round the operands of the products inside them."""
+    return torch.autocast(embeddings[0].device.type, enabled=False)
+
+
 def _forward(embeddings: list[Tensor], logit_scale: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
     spec, (backend, group, _) = _split(arguments)
     if logit_scale.device.type == "cpu" and not logit_scale > 0:
         raise ValueError(f"the logit scale (1/temperature) must be positive, got {logit_scale.item()}")
     implementation = backends.select(backend, embeddings[0].device)
-    result = plan.forward(embeddings, logit_scale, spec, implementation, world_of(group))
+    with _no_autocast(embeddings):
+        result = plan.forward(embeddings, logit_scale, spec, implementation, world_of(group))
     return result.loss, result.terms, list(result.saved)
 
 
@@ -88,16 +94,17 @@ def _backward(
             upstream[term] += weight * grad_loss
     if grad_terms is not None:
         upstream += grad_terms[:3]
-    gradients, scale_gradient = plan.backward(
-        upstream,
-        embeddings,
-        logit_scale,
-        plan.Saved(*saved),
-        spec,
-        backends.select(backend, device),
-        world_of(group),
-        needs_grad,
-    )
+    with _no_autocast(embeddings):
+        gradients, scale_gradient = plan.backward(
+            upstream,
+            embeddings,
+            logit_scale,
+            plan.Saved(*saved),
+            spec,
+            backends.select(backend, device),
+            world_of(group),
+            needs_grad,
+        )
     return _fill_absent(embeddings, gradients), logit_scale.new_empty(0) if scale_gradient is None else scale_gradient
 
 
@@ -131,8 +138,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _differentiate(ctx: Any, grad_loss: Tensor | None, grad_terms: Tensor | None, _: Any) -> tuple[Any, ...]:
-    embeddings = list(ctx.saved_tensors[: ctx.modalities])
-    logit_scale, *saved = ctx.saved_tensors[ctx.modalities :]
+    tensors = ctx.saved_tensors  # read once: activation checkpointing recomputes them on access
+    embeddings, logit_scale, saved = (
+        list(tensors[: ctx.modalities]),
+        tensors[ctx.modalities],
+        list(tensors[ctx.modalities + 1 :]),
+    )
     spec, (backend, group, _) = _split(tuple(ctx.arguments))
     needs_grad = [e.requires_grad for e in embeddings] + [logit_scale.requires_grad]
     no_gradients = (None,) * len(ctx.arguments)

@@ -1,0 +1,76 @@
+"""The modules: same values as the functions, a temperature that learns and stays within CLIP's bound."""
+
+import math
+
+import pytest
+import torch
+from conftest import DEVICE, random_embeddings
+
+import gapkernels
+from gapkernels import (
+    AlignTruePairsLoss,
+    CentroidUniformityLoss,
+    GapLoss,
+    InfoNCELoss,
+    align_true_pairs,
+    centroid_uniformity,
+    gap_loss,
+    info_nce,
+)
+
+
+def test_modules_compute_what_the_functions_compute():
+    e = random_embeddings(15, 6, 3)
+    options = {"anchor": 2, "pairs": "all", "nce_weight": 0.5, "atp_weight": 2.0, "cu_weight": 0.3, "uniformity_t": 1.1}
+    assert GapLoss(0.2, **options)(*e) == gap_loss(*e, temperature=0.2, **options)
+    assert GapLoss(0.2, **options)(*e, return_terms=True) == gap_loss(*e, temperature=0.2, return_terms=True, **options)
+    assert InfoNCELoss(0.2, anchor=1)(*e) == info_nce(*e, temperature=0.2, anchor=1)
+    assert AlignTruePairsLoss(anchor=1)(*e) == align_true_pairs(*e, anchor=1)
+    assert CentroidUniformityLoss(uniformity_t=0.7)(*e) == centroid_uniformity(*e, uniformity_t=0.7)
+
+
+def test_a_fixed_temperature_has_no_parameters():
+    assert not list(GapLoss().parameters())
+    assert GapLoss().state_dict() == {}
+
+
+def test_a_learned_temperature_learns_and_is_saved():
+    x, y = random_embeddings(40, 8, noise=0.1)
+    loss = GapLoss(temperature=0.5, learn_temperature=True).to(DEVICE)
+    optimizer = torch.optim.Adam(loss.parameters(), lr=0.1)
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss(x, y).backward()
+        optimizer.step()
+    scale = loss.temperature().item()
+    assert scale > 2.5  # nearly right pairs ask for a sharper soft-max
+    copy = GapLoss(learn_temperature=True).to(DEVICE)
+    copy.load_state_dict(loss.state_dict())
+    assert copy.temperature().item() == scale
+
+
+def test_the_scale_is_clamped_at_100_and_can_come_back():
+    x, y = random_embeddings(40, 8, noise=5.0)  # badly wrong pairs ask for a softer soft-max
+    loss = InfoNCELoss(learn_temperature=True).to(DEVICE)
+    with torch.no_grad():
+        loss.temperature.log_scale.fill_(math.log(1000.0))
+    value = loss(x, y)
+    assert value.item() == pytest.approx(info_nce(x, y, logit_scale=100.0).item(), rel=1e-5)
+    value.backward()
+    assert loss.temperature.log_scale.grad > 0
+
+
+def test_bad_temperature():
+    with pytest.raises(ValueError, match="`temperature` must be positive and finite, got -1"):
+        GapLoss(temperature=-1)
+
+
+def test_docstring_examples():
+    import doctest
+
+    from gapkernels import backends, functional, modules
+
+    for module in (functional, modules, backends):
+        result = doctest.testmod(module, extraglobs={**vars(gapkernels), "torch": torch})
+        assert result.attempted > 0
+        assert result.failed == 0
