@@ -1,0 +1,1 @@
+"""Speed, memory and accuracy of gapkernels and of its peers: cases, one harness, pytest-benchmark suites, GPU run."""

@@ -1,0 +1,150 @@
+"""What is measured, as data: a case, its count of operations, and the tables of cases for each kind of device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+GAP = "gap"
+INFO_NCE = "info_nce"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One implementation on one problem.
+
+    Args:
+        implementation: name in :data:`benchmarks.implementations.IMPLEMENTATIONS`.
+        loss: ``"gap"`` (InfoNCE + align true pairs + centroid uniformity) or ``"info_nce"``.
+        samples: N.
+        width: D.
+        dtype: of the embeddings, as torch spells it.
+        modalities: M; the first one is the anchor.
+        backward: whether the gradients are computed too.
+        slow: takes minutes, and is measured only when asked for.
+    """
+
+    implementation: str
+    loss: str = GAP
+    samples: int = 4096
+    width: int = 512
+    dtype: str = "float32"
+    modalities: int = 2
+    backward: bool = True
+    slow: bool = False
+
+    @property
+    def problem(self) -> str:
+        """What is computed, without who computes it."""
+        scope = "forward+backward" if self.backward else "forward"
+        return f"{self.loss}-N{self.samples}-D{self.width}-{self.dtype}-M{self.modalities}-{scope}"
+
+    @property
+    def id(self) -> str:
+        return f"{self.problem}-{self.implementation}"
+
+    def operations(self) -> int:
+        """Floating-point operations of the products that this problem needs; exponentials and O(N·D) work are free.
+
+        A pair of modalities takes 2N²D forward and 6N²D backward (logits again, two gradients); the centroid
+        uniformity uses one triangle of a symmetric matrix and takes half of that.
+        """
+        unit = self.samples**2 * self.width * (4 if self.backward else 1)
+        pairs = self.modalities - 1
+        return unit * (2 * pairs + (1 if self.loss == GAP else 0))
+
+    def gradient_bytes(self) -> int:
+        """Bytes of the gradients that a backward pass must leave behind."""
+        itemsize = {"float64": 8, "float32": 4}.get(self.dtype, 2)
+        return self.samples * self.width * self.modalities * itemsize if self.backward else 0
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The product of its columns, implementation by implementation, N ascending."""
+
+    implementations: Sequence[str]
+    loss: Sequence[str] = (GAP,)
+    width: Sequence[int] = (512,)
+    dtype: Sequence[str] = ("float32",)
+    modalities: Sequence[int] = (2,)
+    backward: Sequence[bool] = (True,)
+    samples: Sequence[int] = (4096,)
+    slow: bool = False
+
+    def cases(self) -> Iterator[Case]:
+        columns = ("implementation", "loss", "width", "dtype", "modalities", "backward", "samples")
+        table = (self.implementations, self.loss, self.width, self.dtype, self.modalities, self.backward, self.samples)
+        for values in product(*table):
+            row: dict[str, Any] = dict(zip(columns, values, strict=True))
+            yield Case(**row, slow=self.slow)
+
+
+def powers_of_two(first: int, last: int, step: int = 1) -> list[int]:
+    """2^first, …, 2^last."""
+    return [2**exponent for exponent in range(first, last + 1, step)]
+
+
+OURS = "gapkernels"  # stands for every backend that is usable on the device
+AUTHORS = ("authors", "authors-compile")
+MATMUL = ("matmul", "matmul-compile")
+LIBRARIES = ("open-clip", "inf-cl", "siglip-kernel", "pytorch-metric-learning")
+
+# torch.compile takes half a minute for every new shape on two cores, so it gets fewer of them.
+CPU: dict[str, list[Grid]] = {
+    "peers": [
+        Grid((OURS, *AUTHORS, *MATMUL), backward=(True, False)),
+        Grid((OURS, "authors", *LIBRARIES), loss=(INFO_NCE,)),
+    ],
+    "scaling": [
+        Grid((OURS, "authors", "matmul"), samples=powers_of_two(8, 17)),
+        Grid(("authors-compile", "matmul-compile"), samples=powers_of_two(8, 12, step=2)),
+        Grid(("pytorch-metric-learning",), loss=(INFO_NCE,), samples=powers_of_two(8, 11)),
+    ],
+    "width": [Grid((OURS, "authors", "matmul"), width=powers_of_two(6, 10))],
+    "types": [
+        Grid((OURS,), samples=(8192,), dtype=("float32", "bfloat16", "float16")),
+        Grid(("authors", "matmul"), dtype=("bfloat16",)),
+    ],
+    "modalities": [Grid((OURS, "authors"), modalities=(3, 4))],
+    "large": [Grid((OURS,), width=(256,), samples=(65536,), slow=True)],
+}
+
+GPU: dict[str, list[Grid]] = {
+    "peers": [
+        Grid((OURS, *AUTHORS, *MATMUL), samples=(32768,), dtype=("bfloat16",), backward=(True, False)),
+        Grid(
+            (OURS, "authors", *LIBRARIES), loss=(INFO_NCE,), samples=(32768, 65536), width=(768,), dtype=("bfloat16",)
+        ),
+    ],
+    "scaling": [
+        Grid((OURS, "authors", "matmul"), samples=powers_of_two(8, 20), dtype=("bfloat16",)),
+        Grid(("authors-compile", "matmul-compile"), samples=powers_of_two(8, 16, step=2), dtype=("bfloat16",)),
+        Grid(LIBRARIES, loss=(INFO_NCE,), samples=powers_of_two(8, 20, step=2), dtype=("bfloat16",)),
+        Grid((OURS,), loss=(INFO_NCE,), samples=powers_of_two(8, 20, step=2), dtype=("bfloat16",)),
+    ],
+    "width": [
+        Grid((OURS, "matmul"), samples=(32768,), width=(64, 128, 256, 384, 512, 768, 1024, 1536), dtype=("bfloat16",))
+    ],
+    "types": [Grid((OURS, "matmul"), samples=(16384,), dtype=("float32", "bfloat16", "float16"))],
+    "modalities": [Grid((OURS, "authors"), samples=(16384,), dtype=("bfloat16",), modalities=(3, 4))],
+}
+
+
+def cases(suites: Iterable[str], table: dict[str, list[Grid]], backends: Sequence[str]) -> list[Case]:
+    """The cases of some suites, each problem once, with our name replaced by that of every backend.
+
+    Args:
+        suites: keys of ``table``.
+        table: :data:`CPU` or :data:`GPU`.
+        backends: names of our implementations on this device.
+    """
+    found: dict[Case, None] = {}
+    for suite in suites:
+        for grid in table[suite]:
+            for case in grid.cases():
+                names = backends if case.implementation == OURS else [case.implementation]
+                found.update(dict.fromkeys(replace(case, implementation=name) for name in names))
+    return list(found)

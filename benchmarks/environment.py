@@ -1,0 +1,83 @@
+"""Where a measurement was made: device, versions and commit, without names of machines or users."""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+import gapkernels
+
+ROOT = Path(__file__).resolve().parent.parent
+_PACKAGES = ("triton", "open_clip_torch", "inf-cl", "siglip-kernel", "pytorch-metric-learning", "pytest-benchmark")
+# What a measurement depends on; results and the trainer may change under it.
+_MEASURED = ("gapkernels", "benchmarks", "csrc", ":!benchmarks/results", ":!gapkernels/training")
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the CPU's model and number of cores in use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_cpu_model()}, {torch.get_num_threads()} threads"
+
+
+@functools.cache
+def _cpu_model() -> str:
+    fields: dict[str, str] = {}
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().split("\n\n")[0].splitlines():
+            key, _, value = line.partition(":")
+            fields[key.strip()] = value.strip()
+    model = fields.get("model name") or platform.processor() or platform.machine()
+    # Virtual machines shorten the name to "AMD EPYC": family and model tell the generation.
+    known = f" (family {fields['cpu family']} model {fields['model']})" if "cpu family" in fields else ""
+    return model + known
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, torch and whatever takes part in the measurement and is installed."""
+    found = {"python": platform.python_version(), "torch": torch.__version__, "gapkernels": gapkernels.__version__}
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    found.update({package: version for package in _PACKAGES if (version := _version(package))})
+    return found
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+@functools.cache
+def commit() -> str:
+    """The abbreviated commit, "+dirty" if measured code differs from it; "unknown" outside a repository."""
+    try:
+        head = _git("rev-parse", "--short=12", "HEAD")
+        return head + ("+dirty" if _git("status", "--porcelain", "--", *_MEASURED) else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def child_environment(**variables: str) -> dict[str, str]:
+    """Environment for a child process that imports this checkout, installed or not."""
+    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path), **variables}
+
+
+def child_command(module: str, *arguments: str) -> list[str]:
+    """Command line that runs a module with this interpreter."""
+    return [sys.executable, "-m", module, *arguments]

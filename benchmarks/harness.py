@@ -1,0 +1,380 @@
+"""The one way in which everything is timed, and what every measured row carries.
+
+Times are the device's own: CUDA events around each call, with the L2 cache overwritten before it; a monotonic clock on
+a CPU. A row also has the rate of a large ``torch.matmul`` of the same process, which is the yardstick for utilisation.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from benchmarks import environment, memory, oracle
+from benchmarks.cases import Case
+from benchmarks.implementations import IMPLEMENTATIONS, Implementation, Loss, Unavailable
+from benchmarks.inputs import embeddings
+
+Clock = Callable[[], float]
+Sampler = Callable[[Callable[[], object], Callable[[], None], Clock, int], Sequence[float]]
+
+_MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
+_MATMUL_DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
+_MATMUL_CALLS = 7
+_MATMUL_VALID_SECONDS = 60.0  # a shared machine changes its speed
+_QUIET_SHARE = 0.15
+_PROC_STAT = Path("/proc/stat")
+_MOST_ROUNDS = 40
+_FEWEST_ROUNDS = 3
+_ONE_ROUND_ABOVE = 40.0  # seconds that the products alone would take at the yardstick's rate
+_ORACLE_OPERATIONS = {"cpu": 8192**2 * 512, "cuda": 65536**2 * 768}  # N²D up to which float64 is affordable
+
+
+@dataclass(frozen=True)
+class Skipped(Exception):
+    """A case that gives no row, and why.
+
+    Args:
+        kind: ``missing`` (not installed or not for this device), ``unsupported`` (refuses the case), ``memory`` or
+            ``time``.
+        reason: for the reader.
+    """
+
+    kind: Literal["missing", "unsupported", "memory", "time"]
+    reason: str
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+@dataclass
+class Session:
+    """What the cases of one run share.
+
+    Args:
+        device: where to measure.
+        case_seconds: rounds of one case take about this long.
+        call_seconds: a call that is expected to take longer is left out, unless its case is marked slow.
+        wait_seconds: wait up to this long before a case while other processes keep the CPU busy.
+        memory_limit: most bytes a process may have in a measurement of memory; on a CPU only. 0: 60 % of what is free.
+        matmul_size: rows and columns of the yardstick's operands. 0: enough for full speed.
+    """
+
+    device: torch.device
+    case_seconds: float = 5.0
+    call_seconds: float = 60.0
+    wait_seconds: float = 0.0
+    memory_limit: int = 0
+    matmul_size: int = 0
+    skipped: list[dict[str, Any]] = field(default_factory=list)
+    _matmul: tuple[float, dict[str, float]] | None = None
+    _last_call: dict[Case, tuple[int, float]] = field(default_factory=dict)
+    _out_of_memory: dict[Case, int] = field(default_factory=dict)
+    _exact: tuple[Case, float, list[Tensor]] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.memory_limit:
+            self.memory_limit = memory.available_bytes() * 6 // 10
+        if not self.matmul_size:
+            self.matmul_size = _MATMUL_SIZE[self.device.type]
+
+    def measure(self, case: Case, sampler: Sampler | None = None) -> dict[str, Any]:
+        """Measure a case.
+
+        Args:
+            case: what to measure.
+            sampler: how to collect the times of one call; :func:`sample` if None.
+
+        Returns:
+            The row, in types that JSON knows.
+
+        Raises:
+            Skipped: there is no row; it is remembered in ``skipped``.
+        """
+        try:
+            return self._measure(case, sampler or sample)
+        except Skipped as skipped:
+            self.skipped.append({**_describe(case), "kind": skipped.kind, "reason": skipped.reason})
+            raise
+        finally:
+            gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def matmul_rate(self) -> dict[str, float]:
+        """Operations per second of a large product by ``torch.matmul``, and on a CPU by oneDNN."""
+        if self._matmul is None or time.monotonic() - self._matmul[0] > _MATMUL_VALID_SECONDS:
+            self._matmul = (time.monotonic(), _measure_matmul(self.device, self.matmul_size))
+        return self._matmul[1]
+
+    def _measure(self, case: Case, sampler: Sampler) -> dict[str, Any]:
+        implementation = IMPLEMENTATIONS[case.implementation]
+        try:
+            function = implementation.function(case, self.device)
+        except Unavailable as error:
+            raise Skipped("missing", str(error)) from error
+        self._refuse_hopeless(case)
+        self._wait_until_quiet()
+        try:
+            peak = self._peak_memory(case, function)
+            errors = self._errors(case, implementation, function)
+            timing = self._time(case, implementation, function, sampler)
+        except memory.OutOfMemory as error:
+            self._out_of_memory[_without_size(case)] = case.samples
+            raise Skipped("memory", str(error)) from error
+        except subprocess.TimeoutExpired as error:
+            raise Skipped("time", f"one call takes more than {error.timeout:.0f} s") from error
+        except (RuntimeError, ValueError, NotImplementedError) as error:
+            if memory.is_out_of_memory(error):
+                self._out_of_memory[_without_size(case)] = case.samples
+                raise Skipped("memory", self._memory_reason()) from error
+            raise Skipped("unsupported", f"{type(error).__name__}: {str(error).splitlines()[0][:160]}") from error
+        return self._row(case, implementation, timing, peak, errors)
+
+    def _refuse_hopeless(self, case: Case) -> None:
+        """Leave out a case whose smaller sibling was too large or too slow already; all take O(N²) time."""
+        if case.samples > self._out_of_memory.get(_without_size(case), case.samples):
+            raise Skipped("memory", f"out of memory at N = {self._out_of_memory[_without_size(case)]} already")
+        samples, seconds = self._last_call.get(_without_size(case), (case.samples, 0.0))
+        expected = seconds * (case.samples / samples) ** 2
+        if expected > self.call_seconds and not case.slow:
+            raise Skipped("time", f"a call would take about {expected:.0f} s (N = {samples}: {seconds:.1f} s)")
+
+    def _wait_until_quiet(self) -> None:
+        """Give other processes time to finish; what still disturbs a measurement is recorded with it."""
+        deadline = time.monotonic() + self.wait_seconds
+        while time.monotonic() < deadline and _busy_share(0.5) > _QUIET_SHARE:
+            time.sleep(1.0)
+
+    # ---- memory and errors --------------------------------------------------------------------------------------
+
+    def _peak_memory(self, case: Case, function: Loss) -> int | None:
+        if self.device.type == "cuda":
+            inputs = embeddings(case, self.device)
+            step(function, inputs, case.backward)  # compiles, tunes, creates library handles
+            _clear_gradients(inputs)
+            torch.cuda.synchronize(self.device)
+            before = torch.cuda.memory_allocated(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            step(function, inputs, case.backward)
+            torch.cuda.synchronize(self.device)
+            return torch.cuda.max_memory_allocated(self.device) - before
+        if not memory.available():
+            return None
+        return memory.measure(case, self.memory_limit, timeout=60 + (3600 if case.slow else 4 * self.call_seconds))
+
+    def _memory_reason(self) -> str:
+        if self.device.type == "cuda":
+            total = torch.cuda.get_device_properties(self.device).total_memory
+            return f"{memory.OUT_OF_MEMORY} ({total / 1e9:.0f} GB GPU)"
+        return memory.OUT_OF_MEMORY
+
+    def _errors(self, case: Case, implementation: Implementation, function: Loss) -> dict[str, float | None]:
+        """Relative errors of loss and gradients against float64; None where they are not measured."""
+        affordable = case.samples**2 * case.width <= _ORACLE_OPERATIONS[self.device.type]
+        if not implementation.exact or not affordable:
+            return {"loss_error": None, "gradient_error": None}
+        inputs = embeddings(case, self.device)
+        problem = replace(case, implementation="")
+        if self._exact is None or self._exact[0] != problem:
+            self._exact = None  # frees the memory of the last one first
+            self._exact = (problem, *oracle.loss_and_gradients(case, inputs))
+        _, exact_loss, exact_gradients = self._exact
+        loss = step(function, inputs, case.backward)
+        gradients = [z.grad for z in inputs if z.grad is not None]
+        return {
+            "loss_error": abs(loss.double().item() - exact_loss) / abs(exact_loss),
+            "gradient_error": oracle.relative_error(gradients, exact_gradients) if case.backward else None,
+        }
+
+    # ---- time -----------------------------------------------------------------------------------------------------
+
+    def _time(self, case: Case, implementation: Implementation, function: Loss, sampler: Sampler) -> dict[str, Any]:
+        inputs = embeddings(case, self.device)
+        clock = clock_of(self.device)
+        flush = _cache_flush(self.device)
+
+        def call() -> None:
+            step(function, inputs, case.backward)
+
+        def prepare() -> None:
+            _clear_gradients(inputs)
+            flush()
+
+        rate = self.matmul_rate()["matmul"]
+        # The call that warms up also tells how many rounds there is time for. A call of minutes does neither.
+        rounds = 1
+        if case.operations() / rate < _ONE_ROUND_ABOVE:
+            warm_up = sample(call, prepare, clock, 2 if implementation.compiled or self.device.type == "cuda" else 1)
+            rounds = min(_MOST_ROUNDS, max(_FEWEST_ROUNDS, int(self.case_seconds / warm_up[-1])))
+        before = _CpuUse.now()
+        times = list(sampler(call, prepare, clock, rounds))
+        use = _CpuUse.now() - before
+        self._last_call[_without_size(case)] = (case.samples, statistics.median(times))
+        return {
+            **_summarise(times),
+            "cpu_share": use.own / use.wall / use.cores,
+            "other_cpu_share": max(0.0, use.all - use.own) / use.wall / use.cores,
+        }
+
+    def _row(
+        self,
+        case: Case,
+        implementation: Implementation,
+        timing: dict[str, Any],
+        peak: int | None,
+        errors: dict[str, float | None],
+    ) -> dict[str, Any]:
+        matmul = self.matmul_rate()
+        operations = case.operations()
+        if implementation.operations is not None:
+            operations = implementation.operations * case.samples**2 * case.width
+        rate = operations / timing["median"]
+        return {
+            **_describe(case),
+            "label": implementation.label,
+            "note": implementation.note,
+            "device": environment.device_name(self.device),
+            "device_type": self.device.type,
+            "versions": environment.versions(),
+            "commit": environment.commit(),
+            **timing,
+            "operations": operations,
+            "tflops": rate / 1e12,
+            "utilisation": rate / matmul["matmul"],
+            "matmul_tflops": matmul["matmul"] / 1e12,
+            "matmul_dtype": str(_MATMUL_DTYPE[self.device.type]).removeprefix("torch."),
+            "onednn_tflops": matmul["onednn"] / 1e12 if "onednn" in matmul else None,
+            "peak_extra_bytes": peak,
+            "gradient_bytes": case.gradient_bytes(),
+            **errors,
+        }
+
+
+def step(function: Loss, inputs: Sequence[Tensor], backward: bool) -> Tensor:
+    """What is measured: the loss, and its gradients if asked for."""
+    if not backward:
+        with torch.no_grad():
+            return function(inputs)
+    loss = function(inputs)
+    loss.backward()
+    return loss.detach()
+
+
+def sample(call: Callable[[], object], prepare: Callable[[], None], clock: Clock, rounds: int) -> Sequence[float]:
+    """Seconds of each of some calls, every one prepared for."""
+    times = []
+    for _ in range(rounds):
+        prepare()
+        start = clock()
+        call()
+        times.append(clock() - start)
+    return times
+
+
+def clock_of(device: torch.device) -> Clock:
+    """A clock in seconds for the work of a device."""
+    if device.type != "cuda":
+        return time.perf_counter
+    origin = torch.cuda.Event(enable_timing=True)
+    origin.record()
+
+    def read() -> float:
+        now = torch.cuda.Event(enable_timing=True)
+        now.record()
+        now.synchronize()
+        return origin.elapsed_time(now) / 1e3
+
+    return read
+
+
+def _summarise(times: Sequence[float]) -> dict[str, float | int]:
+    quartiles = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else [times[0]] * 3
+    return {
+        "median": statistics.median(times),
+        "iqr": quartiles[2] - quartiles[0],
+        "fastest": min(times),
+        "rounds": len(times),
+    }
+
+
+def _measure_matmul(device: torch.device, size: int) -> dict[str, float]:
+    dtype = _MATMUL_DTYPE[device.type]
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    products: dict[str, Callable[[], object]] = {"matmul": lambda: torch.matmul(left, right)}
+    if device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        products["onednn"] = lambda: torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
+    flush, clock = _cache_flush(device), clock_of(device)
+    rates = {}
+    for name, product in products.items():
+        sample(product, flush, clock, 2)
+        rates[name] = 2 * size**3 / statistics.median(sample(product, flush, clock, _MATMUL_CALLS))
+    return rates
+
+
+def _cache_flush(device: torch.device) -> Callable[[], None]:
+    """Something that pushes everything out of a GPU's L2 cache; on a CPU the embeddings may stay where they are."""
+    if device.type != "cuda":
+        return lambda: None
+    buffer = torch.empty(2 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.int8, device=device)
+
+    def flush() -> None:
+        buffer.zero_()
+
+    return flush
+
+
+def _clear_gradients(inputs: Sequence[Tensor]) -> None:
+    for z in inputs:
+        z.grad = None
+
+
+def _describe(case: Case) -> dict[str, Any]:
+    return {key: value for key, value in asdict(case).items() if key != "slow"}
+
+
+def _without_size(case: Case) -> Case:
+    return replace(case, samples=0, slow=False)
+
+
+@dataclass(frozen=True)
+class _CpuUse:
+    """Seconds since some origin: of the wall clock, of this process's threads, of all processes on all cores."""
+
+    wall: float
+    own: float
+    all: float
+    cores: int
+
+    @classmethod
+    def now(cls) -> _CpuUse:
+        own = time.process_time()
+        return cls(time.perf_counter(), own, _busy_seconds(own), os.cpu_count() or 1)
+
+    def __sub__(self, earlier: _CpuUse) -> _CpuUse:
+        return _CpuUse(self.wall - earlier.wall, self.own - earlier.own, self.all - earlier.all, self.cores)
+
+
+def _busy_seconds(own: float) -> float:
+    """What all processes have used so far; only our own share where the system does not tell."""
+    if not _PROC_STAT.exists():
+        return own
+    user, nice, system, _, _, *interrupts = map(int, _PROC_STAT.read_text().splitlines()[0].split()[1:9])
+    return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
+
+
+def _busy_share(seconds: float) -> float:
+    """Share of all cores in use over the next moments."""
+    before = _CpuUse.now()
+    time.sleep(seconds)
+    use = _CpuUse.now() - before
+    return use.all / use.wall / use.cores

@@ -1,0 +1,32 @@
+"""Result files: the layout of pytest-benchmark's JSON, with every row's facts in ``extra_info``."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import environment
+
+
+def document(rows: Sequence[dict[str, Any]], skipped: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A result file for rows that were measured without pytest."""
+    return {
+        "machine_info": {},
+        "commit_info": {"id": environment.commit()},
+        "datetime": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "benchmarks": [
+            {"name": row["implementation"], "stats": {"median": row["median"]}, "extra_info": row} for row in rows
+        ],
+        "skipped": list(skipped),
+    }
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """Write a result file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,62 @@
+"""Measure without pytest: for machines where nothing can be installed, and for runs with a time budget.
+
+python -m benchmarks.run --out results.json --suites peers,scaling --budget 600
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks import cases, results
+from benchmarks.harness import Session, Skipped
+from benchmarks.implementations import IMPLEMENTATIONS, our_backends
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="result file; written after every row")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--suites", default="", help="comma-separated; all by default")
+    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no case is started")
+    parser.add_argument("--case-seconds", type=float, default=5.0, help="about how long to repeat one case")
+    parser.add_argument("--call-seconds", type=float, default=60.0, help="leave out calls that take longer")
+    parser.add_argument("--slow", action="store_true", help="include cases that take minutes")
+    options = parser.parse_args(arguments)
+
+    started = time.monotonic()
+    device = torch.device(options.device)
+    table = cases.GPU if device.type == "cuda" else cases.CPU
+    suites = options.suites.split(",") if options.suites else list(table)
+    unknown = [suite for suite in suites if suite not in table]
+    if unknown:
+        parser.error(f"unknown suite {', '.join(unknown)}; there are {', '.join(table)}")
+    session = Session(device, case_seconds=options.case_seconds, call_seconds=options.call_seconds)
+    rows = []
+    for case in cases.cases(suites, table, our_backends(device)):
+        if case.slow and not options.slow:
+            continue
+        if time.monotonic() - started > options.budget:
+            reason = f"the run's budget of {options.budget:.0f} s was spent"
+            print(f"stopped before {case.id}: {reason}", flush=True)
+            break
+        try:
+            row = session.measure(case)
+        except Skipped as skipped:
+            print(f"{case.problem:52} {IMPLEMENTATIONS[case.implementation].label:36} {skipped}", flush=True)
+        else:
+            rows.append(row)
+            print(
+                f"{case.problem:52} {row['label']:36} {row['median'] * 1e3:10.3f} ms  "
+                f"{row['tflops']:8.3f} TFLOP/s  {row['utilisation']:6.2f} of matmul",
+                flush=True,
+            )
+        results.write(options.out, results.document(rows, session.skipped))
+
+
+if __name__ == "__main__":
+    main()

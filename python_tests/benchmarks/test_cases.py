@@ -1,0 +1,36 @@
+"""The tables of cases and the count of operations."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.cases import CPU, GAP, GPU, INFO_NCE, Case, cases
+from benchmarks.implementations import IMPLEMENTATIONS
+
+
+@pytest.mark.parametrize(
+    ("case", "multiple"),
+    [
+        (Case("", GAP), 12),
+        (Case("", GAP, backward=False), 3),
+        (Case("", INFO_NCE), 8),
+        (Case("", INFO_NCE, backward=False), 2),
+        (Case("", GAP, modalities=3), 20),
+    ],
+)
+def test_operations_are_those_of_the_products(case: Case, multiple: int) -> None:
+    assert case.operations() == multiple * case.samples**2 * case.width
+
+
+@pytest.mark.parametrize("table", [CPU, GPU], ids=["CPU", "GPU"])
+def test_tables_name_known_implementations_and_no_problem_twice(table: dict) -> None:
+    found = cases(table, table, ["gapkernels-torch"])
+    assert {case.implementation for case in found} <= set(IMPLEMENTATIONS)
+    assert len({case.id for case in found}) == len(found)
+    assert {"authors", "authors-compile", "matmul", "matmul-compile"} <= {case.implementation for case in found}
+
+
+def test_our_name_stands_for_every_backend() -> None:
+    found = cases(["large"], CPU, ["gapkernels-a", "gapkernels-b"])
+    assert [case.implementation for case in found] == ["gapkernels-a", "gapkernels-b"]
+    assert all(case.slow for case in found)

@@ -1,0 +1,133 @@
+"""What a row carries, what happens to a case that cannot run, and whether the measure of memory can be trusted."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import harness, memory, oracle, run
+from benchmarks.cases import CPU as CPU_TABLE
+from benchmarks.cases import Case, Grid
+from benchmarks.environment import ROOT, child_environment
+from benchmarks.harness import Session, Skipped, sample
+
+CPU = torch.device("cpu")
+linux_only = pytest.mark.skipif(not memory.available(), reason="peak memory on a CPU is measured on Linux only")
+
+
+@pytest.fixture
+def session() -> Session:
+    return Session(CPU, case_seconds=0.05, matmul_size=256)
+
+
+@linux_only
+def test_row(session: Session) -> None:
+    case = Case("gapkernels-torch", samples=300, width=32)
+    row = session.measure(case)
+    assert row["median"] > 0
+    assert row["iqr"] >= 0
+    assert row["rounds"] >= 3
+    assert row["device"]
+    assert {"python", "torch", "gapkernels"} <= set(row["versions"])
+    assert row["commit"]
+    assert row["tflops"] == pytest.approx(case.operations() / row["median"] / 1e12)
+    assert row["utilisation"] == pytest.approx(row["tflops"] / row["matmul_tflops"])
+    assert row["loss_error"] < 1e-5
+    assert row["gradient_error"] < 1e-5
+    assert row["gradient_bytes"] == 2 * 300 * 32 * 4
+    assert row["peak_extra_bytes"] > row["gradient_bytes"]
+    json.dumps(row, allow_nan=False)
+
+
+@linux_only
+@pytest.mark.parametrize("mebibytes", [1, 40, 200])
+def test_peak_memory_of_a_known_allocation(mebibytes: int) -> None:
+    """Twice: what the first call freed must not hide what the second one takes."""
+    script = f"""
+import torch
+from benchmarks.memory import peak_extra_bytes
+call = lambda: torch.ones({mebibytes} * 2**18).sum()
+call()
+print(peak_extra_bytes(call), peak_extra_bytes(call))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        env=child_environment(**memory._ENVIRONMENT),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for peak in map(int, done.stdout.split()):
+        assert peak == pytest.approx(mebibytes * 2**20, rel=0.02, abs=2**18)
+
+
+@linux_only
+def test_out_of_memory_is_a_result_and_larger_cases_are_not_tried(session: Session) -> None:
+    session.memory_limit = 2**30
+    with pytest.raises(Skipped, match=r"out of memory \(limit 1.0 GiB\)"):
+        session.measure(Case("authors", samples=16384, width=8))
+    with pytest.raises(Skipped, match="at N = 16384 already"):
+        session.measure(Case("authors", samples=32768, width=8))
+    assert [entry["kind"] for entry in session.skipped] == ["memory", "memory"]
+    assert [entry["samples"] for entry in session.skipped] == [16384, 32768]
+
+
+def test_missing_and_failing_peers_are_results(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "measure", lambda *_, **__: 0)
+    with pytest.raises(Skipped, match=r"not installed|NVIDIA"):
+        session.measure(Case("inf-cl", "info_nce", samples=64))
+    with pytest.raises(Skipped, match="pdist"):
+        session.measure(Case("authors", samples=64, dtype="float16"))
+    assert [entry["kind"] for entry in session.skipped] == ["missing", "unsupported"]
+
+
+def test_calls_expected_to_take_too_long_are_left_out(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "measure", lambda *_, **__: 0)
+    session.measure(Case("matmul", samples=256, width=8))
+    session.call_seconds = 1e-9
+    with pytest.raises(Skipped, match="a call would take about"):
+        session.measure(Case("matmul", samples=512, width=8))
+
+
+def test_samples_are_prepared_for() -> None:
+    events: list[str] = []
+    ticks = iter([0.0, 2.0, 5.0, 9.0])
+
+    def clock() -> float:
+        events.append("clock")
+        return next(ticks)
+
+    times = sample(lambda: events.append("call"), lambda: events.append("prepare"), clock, rounds=2)
+    assert times == [2.0, 4.0]
+    assert events == ["prepare", "clock", "call", "clock"] * 2
+
+
+def test_relative_error() -> None:
+    exact = [torch.tensor([3.0, 0.0]), torch.tensor([4.0])]
+    off = [torch.tensor([3.0, 0.5]), torch.tensor([4.0])]
+    assert oracle.relative_error(off, [e.double() for e in exact]) == pytest.approx(0.1)
+
+
+@linux_only
+def test_run_without_pytest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CPU_TABLE, "tiny", [Grid(("gapkernels", "siglip-kernel"), ("info_nce",), (8,), samples=(64,))])
+    monkeypatch.setitem(harness._MATMUL_SIZE, "cpu", 256)
+    out = tmp_path / "results.json"
+    run.main(["--out", str(out), "--device", "cpu", "--suites", "tiny", "--case-seconds", "0.01"])
+    content = json.loads(out.read_text())
+    assert [entry["extra_info"]["implementation"] for entry in content["benchmarks"]] == ["gapkernels-torch"]
+    assert [entry["implementation"] for entry in content["skipped"]] == ["siglip-kernel"]
+    assert math.isfinite(content["benchmarks"][0]["stats"]["median"])
+
+
+def test_unknown_suite_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        run.main(["--out", str(tmp_path / "x.json"), "--suites", "speeed"])
+    assert "unknown suite speeed; there are peers" in capsys.readouterr().err
