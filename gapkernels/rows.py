@@ -17,7 +17,7 @@ from gapkernels.distributed import World
 from gapkernels.spec import LossSpec, unordered_pairs
 
 NORM_EPS = 1e-12  # as torch.nn.functional.normalize
-ROWS_AT_ONCE = 512
+ELEMENTS_AT_ONCE = 2**17  # per modality: 1 MiB in float64, so that a handful of temporaries stays in the cache
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -28,8 +28,10 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def row_chunks(embeddings: list[Tensor], spec: LossSpec) -> Iterator[tuple[slice, list[Tensor], list[Tensor]]]:
     """Yield ``(rows, vectors as the loss uses them, their norms before normalisation)`` in the statistics type."""
     statistics = statistics_dtype(embeddings[0].device)
-    for start in range(0, embeddings[0].shape[0], ROWS_AT_ONCE):
-        chunk = slice(start, start + ROWS_AT_ONCE)
+    rows, dim = embeddings[0].shape
+    rows_at_once = max(16, ELEMENTS_AT_ONCE // dim)
+    for start in range(0, rows, rows_at_once):
+        chunk = slice(start, start + rows_at_once)
         vectors = [e[chunk].to(statistics) for e in embeddings]
         norms = [_norm(v) for v in vectors]
         if spec.normalize:
