@@ -103,7 +103,8 @@ class Session:
         try:
             return self._measure(case, sampler or sample)
         except Skipped as skipped:
-            self.skipped.append({**_describe(case), "kind": skipped.kind, "reason": skipped.reason})
+            label = IMPLEMENTATIONS[case.implementation].label
+            self.skipped.append({**_describe(case), "label": label, "kind": skipped.kind, "reason": skipped.reason})
             raise
         finally:
             gc.collect()

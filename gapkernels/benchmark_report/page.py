@@ -1,0 +1,116 @@
+"""The report itself: files on the disk from results in memory."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import NamedTuple
+
+from gapkernels.benchmark_report import plots, tables
+from gapkernels.benchmark_report.plots import Plot
+from gapkernels.benchmark_report.results import Results, load
+
+LOSSES = ("gap", "info_nce")
+
+
+class Report(NamedTuple):
+    """Where the parts of a report are."""
+
+    html: Path
+    markdown: Path
+    images: list[Path]
+
+
+def render(result_files: Sequence[Path], out: Path) -> Report:
+    """Write a report on one or several result files: HTML, Markdown beside it, and PNG images in a folder.
+
+    Args:
+        result_files: JSON files of the benchmarks, one section each.
+        out: the HTML file. It refers to nothing outside itself.
+
+    Raises:
+        ValueError: a file is no result file of the benchmarks.
+        OSError: a file cannot be read or written.
+
+    Example:
+        >>> render([Path("benchmarks/results/gpu.json")], Path("report.html"))  # doctest: +SKIP
+    """
+    files = [load(path) for path in result_files]
+    figures = [plots.draw(results) for results in files]
+    comparison = plots.compare_devices(files)
+    images = [*comparison, *(plot for section in figures for plot in section)]
+
+    folder = out.with_suffix("")
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{plot.name}.png" for plot in images]
+    for path, plot in zip(paths, images, strict=True):
+        path.write_bytes(plot.png)
+    out.write_text(_html(files, figures, comparison), encoding="utf-8")
+    text = out.with_suffix(".md")
+    text.write_text("\n\n".join(_markdown(results) for results in files) + "\n", encoding="utf-8")
+    return Report(out, text, paths)
+
+
+def peer_sections(results: Results) -> list[tuple[str, tables.Table]]:
+    """Titles and tables of the problems on which everybody is compared."""
+    return [(problem.title, tables.peer_table(results, problem)) for problem in results.peer_problems()]
+
+
+def scaling_sections(results: Results) -> list[tuple[str, tables.Table]]:
+    """Titles and tables of the sweeps over N."""
+    families = [results.main_family("samples", loss) for loss in LOSSES]
+    return [
+        (family.title.replace(f"N = {family.samples}, ", ""), tables.scaling_table(results, family))
+        for family in families
+        if family is not None
+    ]
+
+
+def _facts(results: Results) -> list[str]:
+    versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
+    return [f"Measured on {results.date}, commit {results.commit}.", f"Versions: {versions}."]
+
+
+def _markdown(results: Results) -> str:
+    parts = [f"# {results.device}", " ".join(_facts(results)), f"Yardstick: {tables.yardstick(results.rows)}."]
+    sections = [
+        *peer_sections(results),
+        *((f"Scaling: {title}", table) for title, table in scaling_sections(results)),
+        ("Every row", tables.full_table(results)),
+        ("Not measured", tables.skip_table(results)),
+    ]
+    for title, table in sections:
+        if len(table) > 1:
+            parts += [f"## {title}", tables.markdown(table)]
+    return "\n\n".join(parts)
+
+
+def _html(files: Sequence[Results], figures: Sequence[list[Plot]], comparison: Sequence[Plot]) -> str:
+    from jinja2 import Environment
+
+    # `select_autoescape` goes by file name; this template is always HTML.
+    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
+        (resources.files("gapkernels.benchmark_report") / "page.html.j2").read_text(encoding="utf-8")
+    )
+    return template.render(
+        comparison=[_embed(plot) for plot in comparison],
+        sections=[
+            {
+                "device": results.device,
+                "facts": _facts(results),
+                "yardstick": tables.yardstick(results.rows).replace("`", ""),
+                "peers": peer_sections(results),
+                "scaling": scaling_sections(results),
+                "figures": [_embed(plot) for plot in drawn],
+                "rows": tables.full_table(results),
+                "skips": tables.skip_table(results),
+            }
+            for results, drawn in zip(files, figures, strict=True)
+        ],
+    )
+
+
+def _embed(plot: Plot) -> dict[str, str]:
+    return {"caption": plot.caption, "source": "data:image/png;base64," + base64.b64encode(plot.png).decode()}

@@ -1,0 +1,197 @@
+"""Result files as typed rows, and what can be read off them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Problem(NamedTuple):
+    """What was computed, without who computed it."""
+
+    loss: str
+    samples: int
+    width: int
+    dtype: str
+    modalities: int
+    backward: bool
+
+    def at(self, axis: str, value: int) -> Problem:
+        """The problem with another number in one of its fields."""
+        changed: Any = {axis: value}
+        return self._replace(**changed)
+
+    @property
+    def title(self) -> str:
+        name = {"gap": "InfoNCE + ATP + CU", "info_nce": "InfoNCE"}.get(self.loss, self.loss)
+        scope = "forward + backward" if self.backward else "forward"
+        parts = [name, f"N = {self.samples}", f"D = {self.width}", self.dtype, scope]
+        if self.modalities != 2:
+            parts.insert(3, f"{self.modalities} modalities")
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement. Times are in seconds; None stands for what was not measured."""
+
+    implementation: str
+    label: str
+    note: str
+    loss: str
+    samples: int
+    width: int
+    dtype: str
+    modalities: int
+    backward: bool
+    median: float
+    iqr: float
+    rounds: int
+    operations: int
+    tflops: float
+    utilisation: float
+    matmul_tflops: float
+    matmul_dtype: str
+    onednn_tflops: float | None
+    peak_extra_bytes: int | None
+    gradient_bytes: int
+    loss_error: float | None
+    gradient_error: float | None
+    other_cpu_share: float
+
+    @property
+    def problem(self) -> Problem:
+        return Problem(self.loss, self.samples, self.width, self.dtype, self.modalities, self.backward)
+
+    @property
+    def ours(self) -> bool:
+        return self.implementation.startswith("gapkernels")
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A case without a measurement, and why."""
+
+    implementation: str
+    label: str
+    loss: str
+    samples: int
+    width: int
+    dtype: str
+    modalities: int
+    backward: bool
+    kind: str
+    reason: str
+
+    @property
+    def problem(self) -> Problem:
+        return Problem(self.loss, self.samples, self.width, self.dtype, self.modalities, self.backward)
+
+
+@dataclass(frozen=True)
+class Results:
+    """A result file.
+
+    Args:
+        name: of the file, without suffix.
+        device: GPU or CPU model.
+        is_gpu: whether the times are those of a GPU.
+        date: of the run, YYYY-MM-DD.
+        commit: of the measured code.
+        versions: of what took part.
+        rows, skips: in the order of measurement.
+    """
+
+    name: str
+    device: str
+    is_gpu: bool
+    date: str
+    commit: str
+    versions: dict[str, str]
+    rows: list[Row]
+    skips: list[Skip]
+
+    def of(self, problem: Problem) -> list[Row]:
+        """The rows of one problem, fastest first."""
+        return sorted((row for row in self.rows if row.problem == problem), key=lambda row: row.median)
+
+    def series(self, family: Problem, axis: str) -> dict[str, list[Row]]:
+        """Rows that differ from a problem in one field only, by implementation and ascending in that field."""
+        found: dict[str, list[Row]] = {}
+        for row in sorted(self.rows, key=lambda row: getattr(row, axis)):
+            if row.problem.at(axis, getattr(family, axis)) == family:
+                found.setdefault(row.implementation, []).append(row)
+        return found
+
+    def main_family(self, axis: str, loss: str) -> Problem | None:
+        """The forward and backward problem which the most values of a field were measured for by us."""
+        families = Counter(
+            row.problem.at(axis, 0) for row in self.rows if row.loss == loss and row.backward and row.ours
+        )
+        if not families:
+            return None
+        family, count = families.most_common(1)[0]
+        return family if count > 1 else None
+
+    def peer_problems(self) -> list[Problem]:
+        """For each loss and pass the problem that the most implementations were measured on; the largest of equals."""
+        best: dict[tuple[str, bool], tuple[int, int, Problem]] = {}
+        for problem, count in Counter(row.problem for row in self.rows).items():
+            key = (problem.loss, problem.backward)
+            if count > 1:
+                best[key] = max(best.get(key, (0, 0, problem)), (count, problem.samples, problem))
+        return [problem for _, _, problem in sorted(best.values(), key=lambda entry: (entry[2].loss, -entry[0]))]
+
+
+def load(path: Path) -> Results:
+    """Read a result file.
+
+    Raises:
+        ValueError: it is no result file of these benchmarks, or holds no rows.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        facts = [entry["extra_info"] for entry in content["benchmarks"]]
+        rows = [_build(Row, entry) for entry in facts]
+    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a result file of the benchmarks ({error})") from error
+    if not rows:
+        raise ValueError(f"{path} holds no measurements")
+    return Results(
+        name=path.stem,
+        device=facts[0]["device"],
+        is_gpu=facts[0]["device_type"] != "cpu",
+        date=content["datetime"][:10],
+        commit=", ".join(sorted({entry["commit"] for entry in facts})),
+        versions=facts[0]["versions"],
+        rows=rows,
+        skips=[_build(Skip, {"label": entry["implementation"], **entry}) for entry in content.get("skipped", [])],
+    )
+
+
+def _build(kind: type[Any], values: dict[str, Any]) -> Any:
+    return kind(**{field.name: values[field.name] for field in fields(kind)})
+
+
+def exponent(points: Sequence[tuple[float, float]]) -> float | None:
+    """The slope of a straight line through the upper half of some points on logarithmic scales.
+
+    The lower half of a sweep shows what a call costs before the first product, which says nothing about scaling.
+    """
+    upper = sorted(points)[len(points) // 2 :]
+    if len(upper) < 2:
+        return None
+    x, y = ([math.log(point[index]) for point in upper] for index in (0, 1))
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    covariance = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
+    return covariance / sum((a - mean_x) ** 2 for a in x)
+
+
+def fastest_of_ours(rows: Iterable[Row]) -> Row | None:
+    """Our fastest row, if there is any."""
+    return min((row for row in rows if row.ours), key=lambda row: row.median, default=None)

@@ -1,0 +1,171 @@
+"""Reports from made-up result files whose exponents, ratios and gaps are known."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gapkernels.benchmark_report import render, tables
+from gapkernels.benchmark_report.results import Problem, exponent, load
+
+pytest.importorskip("matplotlib")
+
+FAMILY = {"loss": "gap", "width": 512, "dtype": "float32", "modalities": 2, "backward": True}
+
+
+def row(implementation: str, label: str, seconds: float, memory: int, **problem: Any) -> dict[str, Any]:
+    problem = {**FAMILY, **problem}
+    operations = 12 * problem["samples"] ** 2 * problem["width"]
+    return {
+        **problem,
+        "implementation": implementation,
+        "label": label,
+        "note": "",
+        "device": "Test CPU <1>",
+        "device_type": "cpu",
+        "versions": {"python": "3", "torch": "2"},
+        "commit": "0123456789ab",
+        "median": seconds,
+        "iqr": seconds / 10,
+        "rounds": 5,
+        "operations": operations,
+        "tflops": operations / seconds / 1e12,
+        "utilisation": operations / seconds / 1e11,
+        "matmul_tflops": 0.1,
+        "matmul_dtype": "float32",
+        "onednn_tflops": 0.2,
+        "peak_extra_bytes": memory,
+        "gradient_bytes": problem["samples"] * problem["width"] * 8,
+        "loss_error": 1e-7,
+        "gradient_error": None,
+        "other_cpu_share": 0.02,
+    }
+
+
+def document(device: str = "Test CPU <1>", device_type: str = "cpu") -> dict[str, Any]:
+    rows = []
+    for n in (256, 512, 1024, 2048, 4096):
+        work = 12 * n**2 * 512
+        rows.append(row("gapkernels-torch", "gapkernels (torch)", work / 1.5e11, n * 512 * 16, samples=n))
+        if n <= 2048:
+            rows.append(row("authors", "authors' formulation", work / 0.3e11, 20 * n**2, samples=n))
+    for width in (64, 128, 256):
+        work = 12 * 2048**2 * width
+        rows.append(row("gapkernels-torch", "gapkernels (torch)", work / 1e11, 2**20, samples=2048, width=width))
+    for entry in rows:
+        entry.update(device=device, device_type=device_type)
+    stop = {**FAMILY, "samples": 4096, "implementation": "authors", "label": "authors' formulation"}
+    return {
+        "datetime": "2026-01-02T03:04:05",
+        "benchmarks": [{"extra_info": entry} for entry in rows],
+        "skipped": [
+            {**stop, "kind": "memory", "reason": "out of memory (limit 1.0 GiB)"},
+            {**stop, "samples": 2048, "implementation": "peer", "label": "peer", "kind": "missing", "reason": "absent"},
+        ],
+    }
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    file = tmp_path / "cpu.json"
+    file.write_text(json.dumps(document()))
+    return file
+
+
+def test_exponent() -> None:
+    assert exponent([(n, 3e-9 * n**2) for n in (64, 128, 256, 512)]) == pytest.approx(2)
+    # What a call costs at least does not count.
+    assert exponent([(n, max(1e-3, 1e-9 * n**1.5)) for n in (16, 32, 64, 2**15, 2**16, 2**17)]) == pytest.approx(1.5)
+    assert exponent([(1024, 1.0)]) is None
+
+
+def test_tables(path: Path) -> None:
+    results = load(path)
+    problem = Problem("gap", 2048, 512, "float32", 2, True)
+    assert results.peer_problems() == [problem]
+    heading, ours, authors, peer = tables.peer_table(results, problem)
+    assert [line[0] for line in (ours, authors, peer)] == ["gapkernels (torch)", "authors' formulation", "peer"]
+    assert ours[2] == "1.00×"
+    assert authors[2] == "5.00×"
+    assert authors[heading.index("extra memory")] == "80.0 MiB"
+    assert authors[heading.index("gradient error")] == tables.NOTHING
+    assert peer[1] == "absent"
+
+    family = results.main_family("samples", "gap")
+    assert family is not None
+    _, ours, authors = tables.scaling_table(results, family)
+    assert ours == ["gapkernels (torch)", "N^2.00", "N^1.00", "4096", "not tried beyond"]
+    assert authors == ["authors' formulation", "N^2.00", "N^2.00", "2048", "N = 4096: out of memory (limit 1.0 GiB)"]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(2.5, "2.50 s"), (0.0123, "12.3 ms"), (4.56e-5, "45.6 µs"), (123.4, "123 s")]
+)
+def test_seconds(value: float, text: str) -> None:
+    assert tables.seconds(value) == text
+
+
+@pytest.mark.parametrize(("value", "text"), [(None, "–"), (2**20, "1.00 MiB"), (3 * 2**30, "3.00 GiB")])
+def test_size(value: float | None, text: str) -> None:
+    assert tables.size(value) == text
+
+
+class _Page(HTMLParser):
+    """Collects what a page refers to, and checks that its tags are closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.references: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+        self.references += [value or "" for name, value in attrs if name in ("src", "href")]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_report_of_two_devices_is_self_contained(path: Path, tmp_path: Path) -> None:
+    gpu = tmp_path / "gpu.json"
+    gpu.write_text(json.dumps(document("Test GPU", "cuda")))
+    report = render([path, gpu], tmp_path / "out" / "report.html")
+    text = report.html.read_text()
+    page = _Page()
+    page.feed(text)
+    assert page.open == []
+    assert len(page.references) == len(report.images)
+    assert all(reference.startswith("data:image/png;base64,") for reference in page.references)
+    assert "Test CPU &lt;1&gt;" in text
+    assert {image.name for image in report.images} == {
+        "devices.png",
+        *(
+            f"{kind}-{name}{rest}.png"
+            for name in ("cpu", "gpu")
+            for kind, rest in (
+                ("time", "-gap"),
+                ("memory", "-gap"),
+                ("utilisation", ""),
+                ("speedup", "-gap-both"),
+            )
+        ),
+    }
+    assert all(image.read_bytes().startswith(b"\x89PNG") for image in report.images)
+    markdown = report.markdown.read_text()
+    assert markdown.count("\n# ") + markdown.startswith("# ") == 2
+    for block in re.findall(r"(?:^\|.*\n)+", markdown, flags=re.MULTILINE):
+        assert len({line.count("|") for line in block.splitlines()}) == 1
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "nonsense", '{"benchmarks": [], "datetime": ""}'])
+def test_other_files_are_refused_by_name(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "other.json"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=r"other.json"):
+        load(file)
