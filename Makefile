@@ -24,8 +24,19 @@ train: install  ## train the three methods on real digits; table and report in r
 test: install  ## run all tests
 	$(BIN)/python -m pytest -n auto
 
-bench: install  ## measure speed and memory against the authors' formulation on this machine
-	$(BIN)/python -m pytest benchmarks
+bench: install  ## measure speed and memory against the authors' formulation on this machine; report in runs/bench
+	@mkdir -p runs/bench
+	$(BIN)/python -m pytest benchmarks --benchmark-json=runs/bench/results.json
+	$(BIN)/gapkernels report --out runs/bench/report.html runs/bench/results.json
+
+# A machine lent for its GPU often brings its own torch and no network: take that one where it sees the GPU.
+GPU_OUT    ?= runs/gpu
+GPU_BUDGET ?= 1500
+gpu:  ## on a GPU machine: tests, sanitizer, tuning, speed with peers, training, kernels; results in runs/gpu
+	@python=python3; \
+	python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null \
+		|| { $(MAKE) --no-print-directory install && python=$(BIN)/python; } && \
+	$$python -m benchmarks.gpu --out $(GPU_OUT) --budget $(GPU_BUDGET)
 
 lint: install  ## ruff and mypy
 	$(BIN)/ruff check .

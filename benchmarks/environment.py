@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import functools
-import os
 import platform
 import subprocess
-import sys
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
 import gapkernels
+from benchmarks.processes import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 _PACKAGES = ("triton", "open_clip_torch", "inf-cl", "siglip-kernel", "pytorch-metric-learning", "pytest-benchmark")
 # What a measurement depends on; results and the trainer may change under it.
 _MEASURED = ("gapkernels", "benchmarks", "csrc", ":!benchmarks/results", ":!gapkernels/training")
@@ -70,14 +68,3 @@ def commit() -> str:
 def _git(*arguments: str) -> str:
     done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
     return done.stdout.strip()
-
-
-def child_environment(**variables: str) -> dict[str, str]:
-    """Environment for a child process that imports this checkout, installed or not."""
-    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path), **variables}
-
-
-def child_command(module: str, *arguments: str) -> list[str]:
-    """Command line that runs a module with this interpreter."""
-    return [sys.executable, "-m", module, *arguments]

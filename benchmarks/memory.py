@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.cases import Case
-from benchmarks.environment import ROOT, child_command, child_environment
+from benchmarks.processes import ROOT, child_command, child_environment
 
 # A fixed threshold (glibc would raise it with use): blocks above it go back to the system as soon as they are freed.
 _ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(2**17), "MALLOC_TRIM_THRESHOLD_": str(2**17)}

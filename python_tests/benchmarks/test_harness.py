@@ -14,8 +14,8 @@ import torch
 from benchmarks import harness, memory, oracle, run
 from benchmarks.cases import CPU as CPU_TABLE
 from benchmarks.cases import Case, Grid
-from benchmarks.environment import ROOT, child_environment
 from benchmarks.harness import Session, Skipped, sample
+from benchmarks.processes import ROOT, child_environment
 
 CPU = torch.device("cpu")
 linux_only = pytest.mark.skipif(not memory.available(), reason="peak memory on a CPU is measured on Linux only")

@@ -1,0 +1,48 @@
+"""Run every backend of a device forward and backward, for tools that watch: sanitizer, tuner, profiler.
+
+python -m benchmarks.exercise --sizes 2,3,129x7 --dtypes float32,bfloat16
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+import torch
+
+from benchmarks.cases import GAP, INFO_NCE, Case
+from benchmarks.harness import step
+from benchmarks.implementations import IMPLEMENTATIONS, our_backends
+from benchmarks.inputs import embeddings
+
+# Around the tile sizes of the kernels, and rows whose length no vector load divides.
+ODD_SIZES = "2x1,3x7,127x64,129x100,257x65,1000x72,1025x520"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.exercise", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--sizes", default=ODD_SIZES, help="N×D, comma-separated, for instance 129x100")
+    parser.add_argument("--dtypes", default="float32,bfloat16,float16")
+    parser.add_argument("--modalities", default="2,3")
+    parser.add_argument("--backends", default="", help="comma-separated; all that can run by default")
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device)
+    names = [f"gapkernels-{name}" for name in options.backends.split(",") if name] or our_backends(device)
+    count = 0
+    for name in names:
+        for size in options.sizes.split(","):
+            samples, width = map(int, size.split("x"))
+            for dtype in options.dtypes.split(","):
+                for modalities in map(int, options.modalities.split(",")):
+                    for loss in (GAP, INFO_NCE):
+                        case = Case(name, loss, samples, width, dtype, modalities)
+                        step(IMPLEMENTATIONS[name].function(case, device), embeddings(case, device), backward=True)
+                        count += 1
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    print(f"{count} cases on {', '.join(names)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""Which kernels a step of the loss spends its time in, and what Nsight Compute says of the first two.
+
+python -m benchmarks.kernels --out kernels.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import re
+import subprocess
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.cases import Case
+from benchmarks.harness import step
+from benchmarks.implementations import IMPLEMENTATIONS, our_backends
+from benchmarks.inputs import embeddings
+from benchmarks.processes import ROOT, child_command, child_environment, find_tool
+
+_MAIN_KERNELS = 2
+_METRICS = {
+    "gpu__time_duration.sum": "duration",
+    "sm__throughput.avg.pct_of_peak_sustained_elapsed": "sm_percent",
+    "sm__inst_executed_pipe_tensor.avg.pct_of_peak_sustained_active": "tensor_pipe_percent",
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed": "dram_percent",
+    "lts__t_sector_hit_rate.pct": "l2_hit_percent",
+    "sm__warps_active.avg.pct_of_peak_sustained_active": "occupancy_percent",
+    "launch__registers_per_thread": "registers",
+}
+
+
+def time_by_kernel(case: Case, device: torch.device, steps: int = 3) -> list[dict[str, Any]]:
+    """The kernels of some steps by time, longest first.
+
+    Returns:
+        Name, share of the time of all kernels, calls per step, and milliseconds per step of each.
+    """
+    function = IMPLEMENTATIONS[case.implementation].function(case, device)
+    inputs = embeddings(case, device)
+    step(function, inputs, case.backward)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(steps):
+            step(function, inputs, case.backward)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    spent: dict[str, list[float]] = defaultdict(list)
+    for event in profile.events():
+        time = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+        if time > 0:
+            spent[event.name].append(time)
+    total = sum(map(sum, spent.values()))
+    return [
+        {
+            "kernel": name,
+            "share": sum(times) / total,
+            "calls": len(times) / steps,
+            "milliseconds": sum(times) / steps / 1e3,
+        }
+        for name, times in sorted(spent.items(), key=lambda item: -sum(item[1]))
+    ]
+
+
+def nsight(kernels: Sequence[str], case: Case) -> dict[str, dict[str, str]]:
+    """Metrics of one launch of each kernel.
+
+    Raises:
+        RuntimeError: Nsight Compute is absent or may not read the counters.
+    """
+    tool = find_tool("ncu")
+    if tool is None:
+        raise RuntimeError("ncu not found")
+    backend = case.implementation.removeprefix("gapkernels-")
+    workload = ["--sizes", f"{case.samples}x{case.width}", "--dtypes", case.dtype, "--modalities", "2"]
+    # Function names alone: ncu's default name of a C++ kernel leaves out its parameters too.
+    names = "|".join(re.escape(_base_name(kernel)) for kernel in kernels)
+    done = subprocess.run(
+        [
+            *(tool, "--csv", "--page", "raw", "--target-processes", "all", "--launch-count", "8"),
+            *("--kernel-name", f"regex:^({names})$", "--metrics", ",".join(_METRICS)),
+            *child_command("benchmarks.exercise", *workload, "--backends", backend),
+        ],
+        cwd=ROOT,
+        env=child_environment(),
+        capture_output=True,
+        text=True,
+    )
+    found = parse_nsight(done.stdout)
+    if not found:
+        lines = [line for line in (done.stdout + done.stderr).splitlines() if "ERROR" in line or "Error" in line]
+        raise RuntimeError(lines[0].strip("= ") if lines else f"ncu gave no metrics (exit status {done.returncode})")
+    return found
+
+
+def parse_nsight(output: str) -> dict[str, dict[str, str]]:
+    """The first launch of each kernel in ncu's raw CSV page, whose second line holds units."""
+    lines = output.splitlines()
+    start = next((index for index, line in enumerate(lines) if line.startswith('"ID"')), None)
+    if start is None:
+        return {}
+    heading, units, *rows = list(csv.reader(io.StringIO("\n".join(lines[start:]))))
+    found: dict[str, dict[str, str]] = {}
+    for row in rows:
+        values, unit_of = dict(zip(heading, row, strict=False)), dict(zip(heading, units, strict=False))
+        metrics = {
+            short: f"{values[metric]} {unit_of[metric]}".strip()
+            for metric, short in _METRICS.items()
+            if metric in values
+        }
+        found.setdefault(values["Kernel Name"], metrics)
+    return found
+
+
+def _base_name(kernel: str) -> str:
+    """The name of a kernel without return type, template arguments, namespaces and parameters."""
+    plain = re.sub(r"<.*", "", kernel).split("(")[0].split()[-1]
+    return plain.split("::")[-1]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--size", default="32768x512", help="N×D")
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device)
+    samples, width = map(int, options.size.split("x"))
+    summary: dict[str, Any] = {}
+    for name in our_backends(device):
+        case = Case(name, samples=samples, width=width, dtype="bfloat16")
+        kernels = time_by_kernel(case, device)
+        entry: dict[str, Any] = {"kernels": kernels[:12]}
+        try:
+            entry["nsight"] = nsight([kernel["kernel"] for kernel in kernels[:_MAIN_KERNELS]], case)
+        except RuntimeError as error:
+            entry["nsight"] = None
+            entry["nsight_reason"] = str(error)
+        summary[name] = entry
+        first = ", ".join(f"{_base_name(k['kernel'])} {k['share']:.0%}" for k in kernels[:_MAIN_KERNELS])
+        print(f"{name}: {first}; Nsight Compute: {entry.get('nsight_reason', 'measured')}")
+    options.out.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
