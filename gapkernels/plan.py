@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -68,7 +68,29 @@ class Forward(NamedTuple):
     saved: Saved
 
 
-def forward(embeddings: list[Tensor], logit_scale: Tensor, spec: LossSpec, backend: Backend, world: World) -> Forward:
+@runtime_checkable
+class FusedBackend(Protocol):
+    """A backend with kernels for the O(N·D) steps as well: it takes whole evaluations, not single matrices."""
+
+    def forward(self, embeddings: list[Tensor], logit_scale: Tensor, spec: LossSpec, world: World) -> Forward:
+        """As :func:`forward`."""
+
+    def backward(
+        self,
+        upstream: Tensor,
+        embeddings: list[Tensor],
+        logit_scale: Tensor,
+        saved: Saved,
+        spec: LossSpec,
+        world: World,
+        needs_grad: list[bool],
+    ) -> tuple[list[Tensor | None], Tensor | None]:
+        """As :func:`backward`; ``saved`` is what the backend's own forward pass saved."""
+
+
+def forward(
+    embeddings: list[Tensor], logit_scale: Tensor, spec: LossSpec, backend: Backend | FusedBackend, world: World
+) -> Forward:
     """Evaluate the loss.
 
     Args:
@@ -81,6 +103,8 @@ def forward(embeddings: list[Tensor], logit_scale: Tensor, spec: LossSpec, backe
     rows = embeddings[0].shape[0]
     total_rows = rows * world.size
     world.check_equal_shards(rows, embeddings[0].device)
+    if isinstance(backend, FusedBackend):
+        return backend.forward(embeddings, logit_scale, spec, world)
     operands = prologue(embeddings, spec, world)
     zero = torch.zeros((), dtype=statistics_dtype(embeddings[0].device), device=embeddings[0].device)
 
@@ -96,7 +120,7 @@ def forward(embeddings: list[Tensor], logit_scale: Tensor, spec: LossSpec, backe
         sums = backend.off_diagonal_log_sums(matrix)
         positive = sums.diagonal
         assert positive is not None
-        col = _log_sum_over_processes(sums.col, world)
+        col = log_sum_over_processes(sums.col, world)
         row_log_odds = (sums.row - positive) * LN_2
         col_log_odds = (_own_rows(col, world) - positive) * LN_2
         info_nce = info_nce + (torch.logaddexp(zero, row_log_odds) + torch.logaddexp(zero, col_log_odds)).sum() / 2
@@ -130,7 +154,7 @@ def backward(
     logit_scale: Tensor,
     saved: Saved,
     spec: LossSpec,
-    backend: Backend,
+    backend: Backend | FusedBackend,
     world: World,
     needs_grad: list[bool],
 ) -> tuple[list[Tensor | None], Tensor | None]:
@@ -150,6 +174,8 @@ def backward(
         ``(gradients of the embeddings, gradient of the scale)``, each shaped and typed like its input, None where not
         needed.
     """
+    if isinstance(backend, FusedBackend):
+        return backend.backward(upstream, embeddings, logit_scale, saved, spec, world, needs_grad)
     *embedding_needs_grad, scale_needs_grad = needs_grad
     rows = embeddings[0].shape[0]
     total_rows = rows * world.size
@@ -269,7 +295,7 @@ def _centroid_log_sums(centroids: Tensor, spec: LossSpec, backend: Backend, worl
         log_sum[row] = torch.logaddexp2(log_sum[row], sums.row)
         if not matrix.symmetric:
             log_sum[col] = torch.logaddexp2(log_sum[col], sums.col)
-    return _log_sum_over_processes(log_sum, world)
+    return log_sum_over_processes(log_sum, world)
 
 
 def _centroid_gradient(
@@ -291,7 +317,8 @@ def _own_rows(x: Tensor, world: World) -> Tensor:
     return x[world.rank * rows : (world.rank + 1) * rows]
 
 
-def _log_sum_over_processes(log_sum: Tensor, world: World) -> Tensor:
+def log_sum_over_processes(log_sum: Tensor, world: World) -> Tensor:
+    """log2 Σ 2^log_sum over the processes, elementwise."""
     if world.size == 1:
         return log_sum
     largest = world.max(log_sum)

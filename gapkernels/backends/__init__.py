@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from gapkernels.backends import triton as triton_backend
 from gapkernels.backends.exponential import Backend
 from gapkernels.backends.tiled import TiledBackend
 
-NAMES = ("reference", "torch")
+if TYPE_CHECKING:
+    from gapkernels.plan import FusedBackend
+
+NAMES = ("reference", "torch", "triton")
 """Names accepted for ``backend``, besides ``"auto"``."""
 
 
@@ -26,17 +30,25 @@ def available() -> list[Status]:
 
     Example:
         >>> [status.name for status in available()]
-        ['reference', 'torch']
+        ['reference', 'torch', 'triton']
     """
     return [
         Status("reference", True, "dense autograd, O(N²) memory, any device: the definition; never chosen by auto"),
         Status("torch", True, f"tiled, O(N·D) memory, any device ({_cpu_products()})"),
+        _triton_status(),
     ]
 
 
-def select(name: str, device: torch.device) -> Backend:
-    """The tiled backend of a name for embeddings on a device; ``"auto"`` takes the fastest usable."""
-    assert name in ("auto", "torch"), name
+def select(name: str, device: torch.device, dtype: torch.dtype) -> Backend | FusedBackend:
+    """The backend of a name for embeddings of a type on a device; ``"auto"`` takes the fastest usable."""
+    assert name in ("auto", "torch", "triton"), name
+    if name == "torch":
+        return TiledBackend()
+    reason = triton_backend.unusable_because(device, dtype)
+    if reason is None and (name == "triton" or device.type == "cuda"):
+        return triton_backend.create()
+    if name == "triton":
+        raise RuntimeError(f"backend='triton' cannot be used here: {reason}; choose backend='torch'")
     return TiledBackend()
 
 
@@ -45,3 +57,10 @@ def _cpu_products() -> str:
 
     library = "oneDNN" if onednn_is_faster() else "torch.mm"
     return f"float32 products on this CPU by {library}"
+
+
+def _triton_status() -> Status:
+    reason = triton_backend.unusable_because()
+    return Status(
+        "triton", reason is None, reason or f"fused kernels on {triton_backend.device_name()}; auto's choice there"
+    )

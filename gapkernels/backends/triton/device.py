@@ -1,0 +1,46 @@
+"""What the launchers ask about devices."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+
+INTERPRETED = triton.knobs.runtime.interpret
+"""Whether kernels run in Triton's interpreter, on the CPU (TRITON_INTERPRET=1 when Triton is first imported)."""
+
+
+@functools.cache
+def num_processors(device: torch.device) -> int:
+    """Streaming multiprocessors (compute units) of a device; two stand for the interpreter."""
+    if INTERPRETED:
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """``"sm_90"``, ``"gfx942"``, …, the key of the tuning table; ``"interpreter"`` without a device."""
+    if INTERPRETED:
+        return "interpreter"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def input_precision(dtype: torch.dtype) -> str:
+    """What ``tl.dot`` does with float32 operands: torch's own switch. Means nothing for other types."""
+    return "ieee" if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def row_block(dim: int, elements: int) -> tuple[int, int]:
+    """``(rows, columns)`` of a block that holds whole rows of length ``dim`` and about ``elements`` numbers."""
+    columns = triton.next_power_of_2(dim)
+    return max(1, elements // columns), columns
+
+
+def allow_scratch_memory() -> None:
+    """Let kernels that build TMA descriptors on the device have the few bytes they need for them."""
+    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))

@@ -1,0 +1,181 @@
+"""A block of the gradient with respect to the inner products, as an operand for library matrix products.
+
+    pairs       H_ij = 2^h·(2^(x_ij − L_i) + 2^(x_ij − L_j)) / (‖z_i‖·‖y_j‖)    L: log2 of row and column sums
+    centroids   H_ij = 2^(x_ij − reference)
+
+without the diagonal, which is added later in float32. The inverse norms make H multiply the embeddings as they are,
+and the constant weight of all entries is left to the end. 2^h keeps float16 from underflowing.
+
+One exponential per entry: with a reference of the tile's own, halfway between its largest and smallest log sum,
+
+    2^(x − L_i) + 2^(x − L_j) = 2^(x − ref)·(2^(ref − L_i) + 2^(ref − L_j))
+
+is exact as long as the sums of the tile lie within a factor of 2^100 of each other (an entry lost then is below 2^−76);
+otherwise the tile takes two.
+
+    program → one tile:  K loop  acc += rows_tile · cols_tileᵀ  →  x → H → store (in a block that stays in the L2 cache)
+                         optionally Σ x_ij·G_ij of the tile, for the gradient of the logit scale
+
+Per block R×C: 2·R·C·D operations, R·C exponentials, R·C·b bytes written.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gapkernels.backends.triton import tuning
+from gapkernels.backends.triton.device import input_precision
+from gapkernels.backends.triton.matrix import Matrix
+from gapkernels.backends.triton.tiles import (
+    exponents,
+    grouped_tile,
+    inner_products,
+    load_scale,
+    operand,
+    without_diagonal,
+)
+
+
+@triton.jit
+def softmax_sum(x, row_log, col_log, i_exists, j_exists):
+    """2^(x − row_log) + 2^(x − col_log) for one tile; the logarithms are float64 vectors."""
+    largest = tl.maximum(
+        tl.max(tl.where(i_exists, row_log, float("-inf")), axis=0),
+        tl.max(tl.where(j_exists, col_log, float("-inf")), axis=0),
+    )
+    smallest = tl.minimum(
+        tl.min(tl.where(i_exists, row_log, float("inf")), axis=0),
+        tl.min(tl.where(j_exists, col_log, float("inf")), axis=0),
+    )
+    reference = (largest + smallest) * 0.5
+    # Differences of logarithms in float64: an error in one factor would be an error of a whole row of the gradient.
+    row_offset = tl.where(i_exists, reference - row_log, 0.0).to(tl.float32)
+    col_offset = tl.where(j_exists, reference - col_log, 0.0).to(tl.float32)
+    x -= reference.to(tl.float32)
+    if largest - smallest <= 100.0:
+        total = tl.exp2(x) * (tl.exp2(row_offset)[:, None] + tl.exp2(col_offset)[None, :])
+    else:
+        total = tl.exp2(x + row_offset[:, None]) + tl.exp2(x + col_offset[None, :])
+    return total
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_cols", "diagonal"])
+def gradient_tiles_kernel(
+    rows,
+    row_stride,
+    row_factors,
+    row_log_sums,
+    cols,
+    col_stride,
+    col_factors,
+    col_log_sums,
+    scale_pointer,
+    reference,
+    out,
+    out_stride,
+    scale_partials,
+    num_rows,
+    num_cols,
+    dim,
+    diagonal,
+    unit,
+    BIASED: tl.constexpr,
+    NEEDS_SCALE: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    USE_TMA: tl.constexpr,
+):
+    program = tl.program_id(0)
+    scale = load_scale(scale_pointer)
+    row_tile, col_tile = grouped_tile(program, tl.cdiv(num_rows, TILE_M), tl.cdiv(num_cols, TILE_N), GROUP)
+    row_start, col_start = row_tile * TILE_M, col_tile * TILE_N
+    acc = inner_products(
+        operand(rows, row_stride, num_rows, dim, TILE_M, TILE_K, USE_TMA), row_stride, row_start, num_rows,
+        operand(cols, col_stride, num_cols, dim, TILE_N, TILE_K, USE_TMA), col_stride, col_start, num_cols,
+        dim, TILE_M, TILE_N, TILE_K, EVEN_K, PRECISION, USE_TMA,
+    )  # fmt: skip
+    i, j = row_start + tl.arange(0, TILE_M), col_start + tl.arange(0, TILE_N)
+    i_exists, j_exists = i < num_rows, j < num_cols
+    row_factor = tl.load(row_factors + i, mask=i_exists, other=0.0)
+    col_factor = tl.load(col_factors + j, mask=j_exists, other=0.0)
+    x = exponents(acc, row_factor, col_factor, BIASED, scale)
+    if BIASED:
+        gradient = x - tl.load(reference).to(tl.float32)
+        gradient = without_diagonal(gradient, row_start, num_rows, col_start, num_cols, diagonal, False, TILE_M, TILE_N)
+        gradient = tl.exp2(gradient)
+    else:
+        row_log = tl.load(row_log_sums + i, mask=i_exists, other=0.0)
+        col_log = tl.load(col_log_sums + j, mask=j_exists, other=0.0)
+        masked = without_diagonal(x, row_start, num_rows, col_start, num_cols, diagonal, False, TILE_M, TILE_N)
+        gradient = softmax_sum(masked, row_log, col_log, i_exists, j_exists)
+        if NEEDS_SCALE:
+            # Each tile has a place of its own, and launches follow one another: no atomics, always the same bits.
+            total = tl.sum(tl.sum(gradient * x, axis=1), axis=0)
+            tl.store(scale_partials + program, tl.load(scale_partials + program) + total)
+        gradient *= (row_factor * unit)[:, None] * col_factor[None, :]
+    pointers = out + row_start.to(tl.int64) * out_stride + col_start
+    pointers += tl.arange(0, TILE_M)[:, None] * out_stride + tl.arange(0, TILE_N)[None, :]
+    tl.store(pointers, gradient.to(out.dtype.element_ty), mask=i_exists[:, None] & j_exists[None, :])
+
+
+def gradient_tiles(
+    block: Matrix,
+    row_log_sum: Tensor | None,
+    col_log_sum: Tensor | None,
+    reference: Tensor | None,
+    unit: float,
+    scale_partials: Tensor | None,
+    out: Tensor,
+) -> None:
+    """Write one block of H.
+
+    Args:
+        block: ``[R, C]``; its diagonal entries are written as zero.
+        row_log_sum, col_log_sum: ``[R]``, ``[C]`` float64, for a pair of modalities.
+        reference: 0-dim float64, for centroids.
+        unit: 2^h.
+        scale_partials: float64, at least as many as tiles: Σ G_ij·x_ij is added to them. None if not needed.
+        out: ``[R, C]`` in the type of the operands, unit stride along C.
+    """
+    num_rows, dim = block.rows.shape
+    num_cols = block.cols.shape[0]
+
+    def launch(config: tuning.Config) -> None:
+        grid = (triton.cdiv(num_rows, config.tile_m) * triton.cdiv(num_cols, config.tile_n),)
+        gradient_tiles_kernel[grid](
+            block.rows,
+            block.rows.stride(0),
+            block.row_factor,
+            row_log_sum,
+            block.cols,
+            block.cols.stride(0),
+            block.col_factor,
+            col_log_sum,
+            block.scale,
+            reference,
+            out,
+            out.stride(0),
+            scale_partials,
+            num_rows,
+            num_cols,
+            dim,
+            block.diagonal,
+            unit,
+            BIASED=block.biased,
+            NEEDS_SCALE=scale_partials is not None,
+            TILE_M=config.tile_m,
+            TILE_N=config.tile_n,
+            TILE_K=config.tile_k,
+            GROUP=config.group,
+            EVEN_K=dim % config.tile_k == 0,
+            PRECISION=input_precision(block.rows.dtype),
+            USE_TMA=config.tma,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+
+    launch(tuning.choose("gradient_tiles", block.rows, launch, reset=scale_partials))

@@ -1,0 +1,201 @@
+"""Gradient of the embeddings of one modality, from the accumulated products: everything O(N·D), in one launch.
+
+    g_i  = weight·(2^−h·‖z_i‖·Σ_j H_ij y_j − Σ_pairs wrong_share_i·ŷ_i)            InfoNCE, the positive in float32
+         + 2·w_atp/(N(M−1))·Σ_partners (ẑ_i − ŷ_i)                                  ATP
+         + 1/M·J_c·(2t·w_cu/Z)·(Σ_j e_ij (c_j − c_i))                                CU through the centroid
+    dz_i = (g_i − ⟨g_i, ẑ_i⟩ẑ_i)/‖z_i‖
+
+with ŷ_i the matching row of a partner and J_c the derivative of the centroid's normalisation. A program takes blocks of
+whole rows. Reads M·N·D·b + 2·4·N·D bytes, writes N·D·b.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gapkernels.backends.triton.device import num_processors, row_block
+from gapkernels.backends.triton.row_statistics import (
+    RowStatistics,
+    centred,
+    centroid_exponent,
+    centroid_rows,
+    load_rows,
+    padded,
+    unit_rows,
+)
+from gapkernels.spec import LossSpec
+
+
+@triton.jit
+def through_normalization(gradient, unit, inverse, clamped):
+    """Gradient with respect to v, from that with respect to v/max(‖v‖, eps)."""
+    along = tl.where(clamped, 0.0, tl.sum(gradient * unit, axis=1))
+    return (gradient - along[:, None] * unit) * inverse[:, None]
+
+
+@triton.jit(do_not_specialize=["num_rows", "all_rows", "first_row", "total_rows"])
+def row_gradients_kernel(
+    embeddings,
+    strides,
+    factors,
+    products,
+    centroid_products,
+    wrong_share,
+    centroid_logs,
+    log_total,
+    reference,
+    sums,
+    upstream,
+    logit_scale,
+    out,
+    num_rows,
+    all_rows,
+    first_row,
+    total_rows,
+    dim,
+    padded_dim,
+    unit,
+    uniformity_t,
+    world_size,
+    TARGET: tl.constexpr,
+    POSITIVES: tl.constexpr,
+    ATP_PARTNERS: tl.constexpr,
+    NUM_PAIRS: tl.constexpr,
+    NCE: tl.constexpr,
+    CENTROIDS: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    NORMALIZE_CENTROIDS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    k = tl.arange(0, BLOCK_D)
+    rows_in_all = total_rows.to(tl.float64)
+    weight = (tl.load(upstream) * tl.load(logit_scale).to(tl.float64) / (2 * rows_in_all * max(NUM_PAIRS, 1))).to(
+        tl.float32
+    )
+    atp_weight = (2 * tl.load(upstream + 1) / (rows_in_all * (len(embeddings) - 1))).to(tl.float32)
+    if CENTROIDS:
+        total = tl.load(log_total)
+        stretch = centroid_exponent(sums, len(embeddings), dim, total_rows, BLOCK_D)
+        cu_weight = 2 * uniformity_t * tl.load(upstream + 2)
+        product_weight = (cu_weight * tl.exp2(tl.load(reference) - total - stretch)).to(tl.float32)
+    for start in tl.range(program * BLOCK_N, num_rows, programs * BLOCK_N):
+        local = start + tl.arange(0, BLOCK_N)  # within the block of rows whose gradient is computed
+        exists = local < num_rows
+        i = tl.where(exists, local + first_row, all_rows)  # within all rows of this process
+        inside = exists[:, None] & (k < dim)[None, :]
+        z, inverse, clamped = unit_rows(embeddings[TARGET], strides[TARGET], i, all_rows, dim, BLOCK_D, NORMALIZE)
+        gradient = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        if NCE:
+            factor = tl.load(factors + local, mask=exists, other=1.0)
+            product = load_rows(products, padded_dim, local, num_rows, dim, BLOCK_D)
+            gradient += product * (weight / unit / factor)[:, None]
+            for p in tl.static_range(len(POSITIVES)):
+                partner, _, _ = unit_rows(
+                    embeddings[POSITIVES[p][1]], strides[POSITIVES[p][1]], i, all_rows, dim, BLOCK_D, NORMALIZE
+                )
+                share = tl.load(wrong_share + POSITIVES[p][0] * all_rows.to(tl.int64) + i, mask=exists, other=0.0)
+                gradient -= (weight * share.to(tl.float32))[:, None] * partner
+        for p in tl.static_range(len(ATP_PARTNERS)):
+            partner, _, _ = unit_rows(
+                embeddings[ATP_PARTNERS[p]], strides[ATP_PARTNERS[p]], i, all_rows, dim, BLOCK_D, NORMALIZE
+            )
+            gradient += atp_weight * (z - partner)
+        if CENTROIDS:
+            c, mean_inverse, mean_clamped = centroid_rows(
+                embeddings, strides, i, all_rows, dim, BLOCK_D, NORMALIZE, NORMALIZE_CENTROIDS
+            )
+            share = tl.exp2(tl.load(centroid_logs + i, mask=exists, other=0.0) - total)
+            own_weight = (cu_weight * share).to(tl.float32)
+            through = load_rows(centroid_products, padded_dim, i, all_rows, dim, BLOCK_D) * product_weight
+            through -= own_weight[:, None] * tl.where(
+                inside, centred(c, sums, len(embeddings), dim, total_rows, BLOCK_D), 0.0
+            )
+            if NORMALIZE_CENTROIDS:
+                through = through_normalization(through, c, mean_inverse, mean_clamped)
+            gradient += through / len(embeddings)
+        if NORMALIZE:
+            gradient = through_normalization(gradient, z, inverse, clamped)
+        pointers = out + local.to(tl.int64)[:, None] * dim + k[None, :]
+        tl.store(pointers, (gradient * world_size).to(out.dtype.element_ty), mask=inside)
+
+
+def row_gradients(
+    target: int,
+    first_row: int,
+    embeddings: list[Tensor],
+    statistics: RowStatistics,
+    factors: Tensor | None,
+    products: Tensor | None,
+    centroid_products: Tensor | None,
+    wrong_share: Tensor,
+    centroid_logs: Tensor,
+    reference: Tensor | None,
+    upstream: Tensor,
+    logit_scale: Tensor,
+    unit: float,
+    spec: LossSpec,
+    world_size: int,
+    out: Tensor,
+) -> None:
+    """Write the gradient of a block of rows of one modality.
+
+    Args:
+        target: index of the modality.
+        first_row: where the block begins among the rows of this process.
+        embeddings: M tensors ``[n, D]``.
+        statistics: of this process's rows, ``sums`` of all rows.
+        factors: ``[R]`` float32, what the operand's rows are multiplied by, of the block.
+        products: ``[R, D']`` float32, Σ H y over all pairs, of the block; None without InfoNCE.
+        centroid_products: ``[n, D']``; None without CU.
+        wrong_share: ``[P, n]`` float64.
+        centroid_logs: ``[n + 1]`` float64, see :func:`.terms.terms`.
+        reference: 0-dim float64, that of the centroid products.
+        upstream: ``[3]`` float64, gradient with respect to the terms.
+        logit_scale: 0-dim.
+        unit: 2^h.
+        spec, world_size: as everywhere.
+        out: ``[R, D]``, contiguous.
+    """
+    num_rows, dim = out.shape
+    modalities = len(embeddings)
+    pairs = spec.nce_pairs(modalities) if products is not None else []
+    partners = [(p, k if m == target else m) for p, (m, k) in enumerate(pairs) if target in (m, k)]
+    atp_partners = [k for k in range(modalities) if k != target] if target == spec.anchor else [spec.anchor]
+    block_rows, block_dim = row_block(dim, 2048)
+    grid = (min(triton.cdiv(num_rows, block_rows), 8 * num_processors(out.device)),)
+    row_gradients_kernel[grid](
+        tuple(embeddings),
+        tuple(e.stride(0) for e in embeddings),
+        factors,
+        products,
+        centroid_products,
+        wrong_share,
+        centroid_logs,
+        centroid_logs[-1:] if centroid_products is not None else None,
+        reference,
+        statistics.sums,
+        upstream,
+        logit_scale,
+        out,
+        num_rows,
+        embeddings[0].shape[0],
+        first_row,
+        embeddings[0].shape[0] * world_size,
+        dim,
+        padded(dim),
+        unit,
+        spec.uniformity_t,
+        float(world_size),
+        TARGET=target,
+        POSITIVES=tuple(partners),
+        ATP_PARTNERS=tuple(atp_partners) if spec.atp_weight else (),
+        NUM_PAIRS=len(pairs),
+        NCE=products is not None,
+        CENTROIDS=centroid_products is not None,
+        NORMALIZE=spec.normalize,
+        NORMALIZE_CENTROIDS=spec.normalize_centroids,
+        BLOCK_N=block_rows,
+        BLOCK_D=block_dim,
+    )

@@ -1,0 +1,395 @@
+"""What the loss needs of the rows before any N×N work, O(N·D): operands, cosines of matching rows, means, centroids.
+
+    operands          z_i·2^q with norm in [1, 2), rows padded to whole 32-byte sectors, and the inverse of that norm
+    row_statistics    cos(z_i^m, z_i^a) per pair; per program the sums over its rows of ẑ^m, c, Σ‖ẑ^m − ẑ^a‖², Σ cos,
+                      Σ‖c‖²                                           (a reduction over programs gives the means)
+    centroids         2^k·(c_i − mean c), rounded, and its bias −t·log2 e·‖c_i − mean c‖²
+
+Operands of the matrix products are the embeddings themselves but for a power of two: no rounding, so products on the
+tensor cores are exact and the inverse norms follow in float32. The power of two takes care of norms that would leave
+the range of float32 (or, in the backward pass, of float16), the copy of odd strides and of alignment.
+
+c_i is the mean over modalities of ẑ_i, put back on the sphere if NORMALIZE_CENTROIDS. Distances of centroids do not
+change if the mean is taken away, but ‖c_i‖² + ‖c_j‖² − 2⟨c_i, c_j⟩ then loses nothing when all lie close together; the
+power of two k brings the spread near one, so that float16 (eight times finer than bfloat16 at the same speed) does not
+run out of range either.
+
+A program takes every programs-th block of rows, a block holds whole rows. Reads of M·N·D·b bytes from device memory
+for each of the three kernels (matching rows meet again in L2), writes of M·N·D·b and of N·D·b' for the centroids.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gapkernels.backends.triton.device import num_processors, row_block
+from gapkernels.backends.triton.tiles import LOG2_E
+from gapkernels.rows import NORM_EPS
+from gapkernels.spec import LossSpec, unordered_pairs
+
+EPS = tl.constexpr(NORM_EPS)
+NUM_SCALARS = tl.constexpr(4)  # of the sums: squared distances of true pairs, their cosines, ‖c‖², and one unused
+LARGEST_CENTROID_EXPONENT = tl.constexpr(12)
+
+
+@triton.jit
+def load_rows(pointer, stride, i, num_rows, dim, BLOCK_D: tl.constexpr):
+    """Whole rows in float32, zero past the ends."""
+    k = tl.arange(0, BLOCK_D)
+    pointers = pointer + i.to(tl.int64)[:, None] * stride + k[None, :]
+    return tl.load(pointers, mask=(i < num_rows)[:, None] & (k < dim)[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def reciprocal_power_of_two(x):
+    """2^−⌊log2 x⌋ for x ≥ 0, exactly, kept within 2^±100 or so; from the bits of x."""
+    exponent = (x.to(tl.int32, bitcast=True) >> 23) & 0xFF
+    exponent = tl.minimum(tl.maximum(exponent, 27), 252)
+    return ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def scaled_rows(pointer, stride, i, num_rows, dim, BLOCK_D: tl.constexpr):
+    """``(z·p, p, max(‖z‖, eps)·p, whether ‖z‖ < eps)`` with powers of two p: no norm overflows or underflows."""
+    z = load_rows(pointer, stride, i, num_rows, dim, BLOCK_D)
+    power = reciprocal_power_of_two(tl.max(tl.abs(z), axis=1))
+    z *= power[:, None]
+    norm = tl.sqrt_rn(tl.sum(z * z, axis=1))
+    floor = EPS * power
+    return z, power, tl.where(norm < floor, floor, norm), norm < floor
+
+
+@triton.jit
+def unit_rows(pointer, stride, i, num_rows, dim, BLOCK_D: tl.constexpr, NORMALIZE: tl.constexpr):
+    """Rows as the loss uses them, ``[rows, BLOCK_D]``, what they were multiplied by, and whether that is 1/eps."""
+    if NORMALIZE:
+        z, power, divisor, clamped = scaled_rows(pointer, stride, i, num_rows, dim, BLOCK_D)
+        inverse = tl.div_rn(1.0, divisor)
+        return z * inverse[:, None], inverse * power, clamped
+    else:
+        z = load_rows(pointer, stride, i, num_rows, dim, BLOCK_D)
+        return z, 1.0, False
+
+
+@triton.jit
+def centroid_rows(
+    embeddings, strides, i, num_rows, dim, BLOCK_D: tl.constexpr, NORMALIZE: tl.constexpr,
+    NORMALIZE_CENTROIDS: tl.constexpr,
+):  # fmt: skip
+    """Centroids ``[rows, BLOCK_D]``, what the plain means were multiplied by, and whether that is 1/eps."""
+    mean, _, _ = unit_rows(embeddings[0], strides[0], i, num_rows, dim, BLOCK_D, NORMALIZE)
+    for m in tl.static_range(1, len(embeddings)):
+        z, _, _ = unit_rows(embeddings[m], strides[m], i, num_rows, dim, BLOCK_D, NORMALIZE)
+        mean += z
+    mean /= len(embeddings)
+    norm = tl.sqrt_rn(tl.sum(mean * mean, axis=1))
+    inverse = tl.div_rn(1.0, tl.where(norm < EPS, EPS, norm))
+    if NORMALIZE_CENTROIDS:
+        mean = mean * inverse[:, None]
+    return mean, inverse, norm < EPS
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def operands_kernel(
+    embeddings,
+    strides,
+    operands,
+    factors,
+    num_rows,
+    dim,
+    padded_dim,
+    NORMALIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    k = tl.arange(0, BLOCK_D)
+    for m in tl.static_range(len(embeddings)):
+        base = m * num_rows.to(tl.int64)
+        for start in tl.range(tl.program_id(0) * BLOCK_N, num_rows, tl.num_programs(0) * BLOCK_N):
+            i = start + tl.arange(0, BLOCK_N)
+            if NORMALIZE:
+                z, _, divisor, _ = scaled_rows(embeddings[m], strides[m], i, num_rows, dim, BLOCK_D)
+                norm = tl.sqrt_rn(tl.sum(z * z, axis=1))
+                power = reciprocal_power_of_two(norm)
+                z *= power[:, None]
+                # A row of zeros has cosine 0 whatever its factor; 1 keeps 1/eps out of the products.
+                factor = tl.where(norm == 0, 1.0, tl.div_rn(1.0, divisor * power))
+            else:
+                z = load_rows(embeddings[m], strides[m], i, num_rows, dim, BLOCK_D)
+                factor = tl.full((BLOCK_N,), 1.0, tl.float32)
+            pointers = operands + (base + i)[:, None] * padded_dim + k[None, :]
+            exists = i < num_rows
+            tl.store(pointers, z.to(operands.dtype.element_ty), mask=exists[:, None] & (k < padded_dim)[None, :])
+            tl.store(factors + base + i, factor, mask=exists)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def row_statistics_kernel(
+    embeddings,
+    strides,
+    cosines,
+    sums,
+    num_rows,
+    dim,
+    ALL_PAIRS: tl.constexpr,
+    NCE_PAIRS: tl.constexpr,
+    ATP_PAIRS: tl.constexpr,
+    CENTROIDS: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    NORMALIZE_CENTROIDS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    start, step = program * BLOCK_N, programs * BLOCK_N
+    k = tl.arange(0, BLOCK_D)
+    sums += program.to(tl.int64) * ((len(embeddings) + 1) * dim + NUM_SCALARS)
+    scalars = sums + (len(embeddings) + 1) * dim
+    for m in tl.static_range(len(embeddings)):
+        direction_sum = tl.zeros((BLOCK_D,), tl.float32)
+        for first in tl.range(start, num_rows, step):
+            i = first + tl.arange(0, BLOCK_N)
+            z, _, _ = unit_rows(embeddings[m], strides[m], i, num_rows, dim, BLOCK_D, True)
+            direction_sum += tl.sum(z, axis=0)
+        tl.store(sums + m * dim + k, direction_sum, mask=k < dim)
+    cosine_sum = 0.0
+    distance_sum = 0.0
+    for p in tl.static_range(len(ALL_PAIRS)):
+        for first in tl.range(start, num_rows, step):
+            i = first + tl.arange(0, BLOCK_N)
+            x, _, _ = unit_rows(embeddings[ALL_PAIRS[p][0]], strides[ALL_PAIRS[p][0]], i, num_rows, dim, BLOCK_D, True)
+            y, _, _ = unit_rows(embeddings[ALL_PAIRS[p][1]], strides[ALL_PAIRS[p][1]], i, num_rows, dim, BLOCK_D, True)
+            cosine_sum += tl.sum(x * y)
+    for p in tl.static_range(len(ATP_PAIRS)):
+        for first in tl.range(start, num_rows, step):
+            i = first + tl.arange(0, BLOCK_N)
+            x, _, _ = unit_rows(
+                embeddings[ATP_PAIRS[p][0]], strides[ATP_PAIRS[p][0]], i, num_rows, dim, BLOCK_D, NORMALIZE
+            )
+            y, _, _ = unit_rows(
+                embeddings[ATP_PAIRS[p][1]], strides[ATP_PAIRS[p][1]], i, num_rows, dim, BLOCK_D, NORMALIZE
+            )
+            distance_sum += tl.sum((x - y) * (x - y))
+    for p in tl.static_range(len(NCE_PAIRS)):
+        for first in tl.range(start, num_rows, step):
+            i = first + tl.arange(0, BLOCK_N)
+            x, _, _ = unit_rows(
+                embeddings[NCE_PAIRS[p][0]], strides[NCE_PAIRS[p][0]], i, num_rows, dim, BLOCK_D, NORMALIZE
+            )
+            y, _, _ = unit_rows(
+                embeddings[NCE_PAIRS[p][1]], strides[NCE_PAIRS[p][1]], i, num_rows, dim, BLOCK_D, NORMALIZE
+            )
+            tl.store(cosines + p * num_rows.to(tl.int64) + i, tl.sum(x * y, axis=1), mask=i < num_rows)
+    centroid_sum = tl.zeros((BLOCK_D,), tl.float32)
+    square_sum = 0.0
+    if CENTROIDS:
+        for first in tl.range(start, num_rows, step):
+            i = first + tl.arange(0, BLOCK_N)
+            c, _, _ = centroid_rows(embeddings, strides, i, num_rows, dim, BLOCK_D, NORMALIZE, NORMALIZE_CENTROIDS)
+            centroid_sum += tl.sum(c, axis=0)
+            square_sum += tl.sum(c * c)
+    tl.store(sums + len(embeddings) * dim + k, centroid_sum, mask=k < dim)
+    tl.store(scalars, distance_sum)
+    tl.store(scalars + 1, cosine_sum)
+    tl.store(scalars + 2, square_sum)
+    tl.store(scalars + 3, 0.0)
+
+
+@triton.jit
+def centroid_exponent(sums, num_modalities: tl.constexpr, dim, total_rows, BLOCK_D: tl.constexpr):
+    """The power of two that brings the root mean square distance from the mean centroid near one; float64."""
+    k = tl.arange(0, BLOCK_D)
+    mean = tl.load(sums + num_modalities * dim + k, mask=k < dim, other=0.0) / total_rows
+    square = tl.load(sums + (num_modalities + 1) * dim + 2) / total_rows
+    spread = square - tl.sum(mean * mean, axis=0)
+    smallest: tl.constexpr = 2.0 ** (-2 * LARGEST_CENTROID_EXPONENT)
+    return tl.floor(-0.5 * tl.log2(tl.maximum(spread, smallest)))
+
+
+@triton.jit
+def centred(centroid, sums, num_modalities: tl.constexpr, dim, total_rows, BLOCK_D: tl.constexpr):
+    """Centroids less their mean."""
+    k = tl.arange(0, BLOCK_D)
+    mean = tl.load(sums + num_modalities * dim + k, mask=k < dim, other=0.0) / total_rows
+    return centroid - mean.to(tl.float32)[None, :]
+
+
+@triton.jit(do_not_specialize=["num_rows", "total_rows"])
+def centroids_kernel(
+    embeddings,
+    strides,
+    sums,
+    centroids,
+    biases,
+    scale,
+    num_rows,
+    total_rows,
+    dim,
+    padded_dim,
+    uniformity_t,
+    NORMALIZE: tl.constexpr,
+    NORMALIZE_CENTROIDS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    k = tl.arange(0, BLOCK_D)
+    exponent = centroid_exponent(sums, len(embeddings), dim, total_rows, BLOCK_D)
+    stretch = tl.exp2(exponent).to(tl.float32)
+    scale_value = 2 * uniformity_t / (stretch * stretch)
+    if program == 0:
+        tl.store(scale, scale_value)
+    for first in tl.range(program * BLOCK_N, num_rows, programs * BLOCK_N):
+        i = first + tl.arange(0, BLOCK_N)
+        c, _, _ = centroid_rows(embeddings, strides, i, num_rows, dim, BLOCK_D, NORMALIZE, NORMALIZE_CENTROIDS)
+        c = centred(c, sums, len(embeddings), dim, total_rows, BLOCK_D) * stretch
+        rounded = c.to(centroids.dtype.element_ty)
+        pointers = centroids + i.to(tl.int64)[:, None] * padded_dim + k[None, :]
+        tl.store(pointers, rounded, mask=(i < num_rows)[:, None] & (k < padded_dim)[None, :])
+        # The norm of what was stored: squared distances are then those of one set of points, never negative.
+        stored = rounded.to(tl.float32)
+        bias = tl.sum(stored * stored, axis=1) * (-0.5 * LOG2_E * scale_value)
+        tl.store(biases + i, bias, mask=i < num_rows)
+
+
+class Operands(NamedTuple):
+    """Embeddings as operands of matrix products.
+
+    Attributes:
+        rows: ``[M, n, D']``, D padded with zeros, in the type of the embeddings.
+        factors: ``[M, n]`` float32: row times factor is the vector that the loss uses.
+    """
+
+    rows: Tensor
+    factors: Tensor
+
+
+class RowStatistics(NamedTuple):
+    """Per row, and sums over the rows of this process.
+
+    Attributes:
+        cosines: ``[P, n]`` float32, inner product of the matching rows of each InfoNCE pair.
+        sums: ``[(M + 1)·D + 4]`` float64: the M sums of unit vectors, the sum of centroids, then the sums over rows
+            (and pairs) of squared distances of true pairs, of their cosines, and of ‖c‖².
+    """
+
+    cosines: Tensor
+    sums: Tensor
+
+
+class Centroids(NamedTuple):
+    """Centred centroids, stretched by a power of two 2^k.
+
+    Attributes:
+        rows: ``[n, D']``, padded, float16 for 16-bit embeddings unless they are few, else float32.
+        biases: ``[n]`` float32, −t·log2 e·‖c‖².
+        scale: ``[]`` float32, 2t·2^(−2k).
+    """
+
+    rows: Tensor
+    biases: Tensor
+    scale: Tensor
+
+
+def _grid(embeddings: list[Tensor], block_rows: int) -> tuple[int]:
+    rows = embeddings[0].shape[0]
+    return (min(triton.cdiv(rows, block_rows), 4 * num_processors(embeddings[0].device)),)
+
+
+def padded(dim: int) -> int:
+    """Length of the rows of operands: tiles are loaded in whole 32-byte sectors."""
+    return -(-dim // 16) * 16
+
+
+def operands(embeddings: list[Tensor], spec: LossSpec) -> Operands:
+    """Operands of the matrices of pairs, from embeddings ``[n, D]``."""
+    num_rows, dim = embeddings[0].shape
+    block_rows, block_dim = row_block(padded(dim), 2048)
+    result = Operands(
+        embeddings[0].new_empty((len(embeddings), num_rows, padded(dim))),
+        embeddings[0].new_empty((len(embeddings), num_rows), dtype=torch.float32),
+    )
+    operands_kernel[_grid(embeddings, block_rows)](
+        tuple(embeddings),
+        tuple(e.stride(0) for e in embeddings),
+        *result,
+        num_rows,
+        dim,
+        padded(dim),
+        NORMALIZE=spec.normalize,
+        BLOCK_N=block_rows,
+        BLOCK_D=block_dim,
+    )
+    return result
+
+
+def row_statistics(embeddings: list[Tensor], spec: LossSpec) -> RowStatistics:
+    """One pass over the embeddings ``[n, D]``."""
+    num_rows, dim = embeddings[0].shape
+    modalities = len(embeddings)
+    nce_pairs = spec.nce_pairs(modalities) if spec.nce_weight else []
+    block_rows, block_dim = row_block(dim, 2048)
+    grid = _grid(embeddings, block_rows)
+    new = embeddings[0].new_empty
+    cosines = new((len(nce_pairs), num_rows), dtype=torch.float32)
+    sums = new((*grid, (modalities + 1) * dim + NUM_SCALARS.value), dtype=torch.float32)
+    row_statistics_kernel[grid](
+        tuple(embeddings),
+        tuple(e.stride(0) for e in embeddings),
+        cosines,
+        sums,
+        num_rows,
+        dim,
+        ALL_PAIRS=tuple(unordered_pairs(modalities)),
+        NCE_PAIRS=tuple(nce_pairs),
+        ATP_PAIRS=tuple(spec.anchor_pairs(modalities)) if spec.atp_weight else (),
+        CENTROIDS=bool(spec.cu_weight),
+        NORMALIZE=spec.normalize,
+        NORMALIZE_CENTROIDS=spec.normalize_centroids,
+        BLOCK_N=block_rows,
+        BLOCK_D=block_dim,
+    )
+    return RowStatistics(cosines, sums.sum(dim=0, dtype=torch.float64))
+
+
+def _centroid_dtype(embedding: Tensor, total_rows: int) -> torch.dtype:
+    """The type centroids are rounded to.
+
+    Rounding to float16 moves CU by about 8e-4/√(N·D), which has to stay clear of 1e-5 relative. Where there is so little
+    to average over, float32 costs nothing that could be measured.
+    """
+    small = total_rows * embedding.shape[1] <= 2**16 and total_rows <= 4096
+    return torch.float32 if small or embedding.dtype == torch.float32 else torch.float16
+
+
+def centroids(embeddings: list[Tensor], sums: Tensor, total_rows: int, spec: LossSpec) -> Centroids:
+    """The operand of the centroid matrix, from the sums over the rows of all processes."""
+    num_rows, dim = embeddings[0].shape
+    block_rows, block_dim = row_block(padded(dim), 2048)
+    new = embeddings[0].new_empty
+    result = Centroids(
+        rows=new((num_rows, padded(dim)), dtype=_centroid_dtype(embeddings[0], total_rows)),
+        biases=new(num_rows, dtype=torch.float32),
+        scale=new((), dtype=torch.float32),
+    )
+    centroids_kernel[_grid(embeddings, block_rows)](
+        tuple(embeddings),
+        tuple(e.stride(0) for e in embeddings),
+        sums,
+        *result,
+        num_rows,
+        total_rows,
+        dim,
+        padded(dim),
+        spec.uniformity_t,
+        NORMALIZE=spec.normalize,
+        NORMALIZE_CENTROIDS=spec.normalize_centroids,
+        BLOCK_N=block_rows,
+        BLOCK_D=block_dim,
+    )
+    return result

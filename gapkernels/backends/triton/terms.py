@@ -1,0 +1,241 @@
+"""From log sums to the terms of the loss and to what the backward pass needs. O(N) in float64, in two launches.
+
+    row_terms   per row i and pair: odds o = 2^(L − positive), cross-entropy ln(1 + o), wrong share o/(1 + o), for rows
+                and for columns; log2 of the sums with the positive; Σ_i 2^(L_i) of the centroids, relative to a maximum
+    combine     one program adds up what the programs of the first left, and writes loss and terms
+
+Per row: P·(3 reads + 3 writes) of 8 bytes.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gapkernels.backends.triton.row_statistics import NUM_SCALARS, RowStatistics
+from gapkernels.backends.triton.tiles import LOG2_E
+from gapkernels.distributed import World
+from gapkernels.plan import Saved
+from gapkernels.rows import compute_dtype
+from gapkernels.spec import LossSpec, unordered_pairs
+
+LN_2 = tl.constexpr(math.log(2))
+BLOCK = 1024
+SMALL_BLOCK = 128  # while there are few rows, spread them over more processors
+
+
+@triton.jit
+def log1p(x):
+    """ln(1 + x) for x in [0, 1] without losing small x: the rounding of 1 + x is divided out again."""
+    one_plus = 1.0 + x
+    rounded = one_plus - 1.0
+    safe = tl.where(rounded == 0.0, 1.0, rounded)
+    return tl.where(rounded == 0.0, x, tl.log(one_plus) * (x / safe))
+
+
+@triton.jit
+def softplus(x):
+    """ln(1 + e^x); x may be −∞."""
+    return tl.where(x > 0, x, 0.0) + log1p(tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def logaddexp2(a, b):
+    """log2(2^a + 2^b); a may be −∞."""
+    larger = tl.where(a > b, a, b)
+    return larger + log1p(tl.exp2(tl.where(a > b, b - a, a - b))) * LOG2_E
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_cols", "first_own"])
+def row_terms_kernel(
+    row_logs,
+    col_logs,
+    positives,
+    centroid_logs,
+    row_log_sum,
+    col_log_sum,
+    wrong_share,
+    own_centroid_logs,
+    partials,
+    num_rows,
+    num_cols,
+    first_own,
+    NUM_PAIRS: tl.constexpr,
+    CENTROIDS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0)
+    j = program * BLOCK + tl.arange(0, BLOCK)
+    i = j - first_own  # the same sample among the rows of this process
+    exists = j < num_cols
+    own = exists & (i >= 0) & (i < num_rows)
+    cross_entropy = tl.zeros((BLOCK,), tl.float64)
+    for p in tl.static_range(NUM_PAIRS):
+        row_base, col_base = p * num_rows.to(tl.int64), p * num_cols.to(tl.int64)
+        positive = tl.load(positives + col_base + j, mask=exists, other=0.0)
+        row_log = tl.load(row_logs + row_base + i, mask=own, other=0.0)
+        col_log = tl.load(col_logs + col_base + j, mask=exists, other=0.0)
+        row_log_odds, col_log_odds = (row_log - positive) * LN_2, (col_log - positive) * LN_2
+        cross_entropy += tl.where(own, softplus(row_log_odds) + softplus(col_log_odds), 0.0)
+        share = 1.0 / (1.0 + tl.exp(-row_log_odds)) + 1.0 / (1.0 + tl.exp(-col_log_odds))
+        tl.store(row_log_sum + row_base + i, logaddexp2(row_log, positive), mask=own)
+        tl.store(col_log_sum + col_base + j, logaddexp2(col_log, positive), mask=exists)
+        tl.store(wrong_share + row_base + i, share, mask=own)
+    tl.store(partials + program * 3, 0.5 * tl.sum(cross_entropy, axis=0))
+    if CENTROIDS:
+        log = tl.load(centroid_logs + j, mask=exists, other=float("-inf"))
+        largest = tl.max(log, axis=0)
+        tl.store(own_centroid_logs + i, log, mask=own)
+        tl.store(partials + program * 3 + 1, largest)
+        tl.store(partials + program * 3 + 2, tl.sum(tl.exp2(log - largest), axis=0))
+
+
+@triton.jit(do_not_specialize=["num_partials", "total_rows"])
+def combine_kernel(
+    partials,
+    sums,
+    loss,
+    terms,
+    log_total,
+    num_partials,
+    total_rows,
+    dim,
+    nce_weight,
+    atp_weight,
+    cu_weight,
+    PAIRS: tl.constexpr,
+    NUM_MODALITIES: tl.constexpr,
+    NUM_PAIRS: tl.constexpr,
+    CENTROIDS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    rows = total_rows.to(tl.float64)
+    cross_entropy = tl.zeros((BLOCK,), tl.float64)
+    maximum = tl.full((BLOCK,), float("-inf"), tl.float64)
+    total = tl.zeros((BLOCK,), tl.float64)
+    for start in tl.range(0, num_partials, BLOCK):
+        b = start + tl.arange(0, BLOCK)
+        cross_entropy += tl.load(partials + 3 * b, mask=b < num_partials, other=0.0)
+        if CENTROIDS:
+            other = tl.load(partials + 3 * b + 1, mask=b < num_partials, other=float("-inf"))
+            new = tl.maximum(maximum, other)
+            reference = tl.where(new == float("-inf"), 0.0, new)
+            total = total * tl.exp2(maximum - reference)
+            total += tl.load(partials + 3 * b + 2, mask=b < num_partials, other=0.0) * tl.exp2(other - reference)
+            maximum = new
+    info_nce = tl.sum(cross_entropy, axis=0) / (rows * max(NUM_PAIRS, 1))
+
+    uniformity = tl.sum(cross_entropy, axis=0) * 0.0
+    if CENTROIDS:
+        largest = tl.max(maximum, axis=0)
+        sum_of_rows = tl.sum(total * tl.exp2(maximum - largest), axis=0)
+        log = largest + tl.log2(sum_of_rows) - 1.0  # rows count every unordered pair twice
+        uniformity = log * LN_2 - tl.log(rows * (rows - 1.0) / 2.0)
+        tl.store(log_total, log)
+
+    scalars = sums + (NUM_MODALITIES + 1) * dim
+    align_true_pairs = tl.load(scalars) / (rows * (NUM_MODALITIES - 1))
+    cosine = tl.load(scalars + 1) / (rows * len(PAIRS))
+    k = tl.arange(0, BLOCK_D)
+    gap = cosine * 0.0
+    for p in tl.static_range(len(PAIRS)):
+        x = tl.load(sums + PAIRS[p][0] * dim + k, mask=k < dim, other=0.0)
+        y = tl.load(sums + PAIRS[p][1] * dim + k, mask=k < dim, other=0.0)
+        difference = (x - y) / rows
+        gap += tl.sqrt(tl.sum(difference * difference, axis=0)) / len(PAIRS)
+
+    tl.store(loss, nce_weight * info_nce + atp_weight * align_true_pairs + cu_weight * uniformity)
+    tl.store(terms, info_nce)
+    tl.store(terms + 1, align_true_pairs)
+    tl.store(terms + 2, uniformity)
+    tl.store(terms + 3, gap)
+    tl.store(terms + 4, cosine)
+
+
+def terms(
+    statistics: RowStatistics,
+    logit_scale: Tensor,
+    pair_logs: tuple[Tensor, Tensor] | None,
+    centroid_logs: Tensor | None,
+    num_rows: int,
+    modalities: int,
+    spec: LossSpec,
+    world: World,
+) -> tuple[Tensor, Tensor, Saved]:
+    """Evaluate the terms.
+
+    Args:
+        statistics: of the rows of this process, ``sums`` of those of all processes.
+        logit_scale: 0-dim.
+        pair_logs: ``([P, n], [P, N])`` from :func:`.log_sums.log_sums`, columns summed over processes; None if there
+            are no InfoNCE pairs.
+        centroid_logs: ``[N]``; None without CU.
+        num_rows, modalities: n and M.
+        spec, world: as everywhere.
+
+    Returns:
+        ``(loss [], terms [5], what the backward pass needs)``. In place of the shares Σ_{j≠i} e_ij / Z of the
+        centroids, the logarithms log2 Σ_{j≠i} e_ij are saved.
+    """
+    num_cols = num_rows * world.size
+    num_pairs = statistics.cosines.shape[0]
+    new = statistics.sums.new_empty
+    saved = Saved(
+        row_log_sum=new((num_pairs, num_rows)),
+        col_log_sum=new((num_pairs, num_cols)),
+        wrong_share=new((num_pairs, num_rows)),
+        centroid=new(0 if centroid_logs is None else num_rows + 1),
+    )
+    positives = None
+    if num_pairs:
+        own = statistics.cosines * (logit_scale.double() * LOG2_E.value)
+        positives = world.gather_rows(own.T.contiguous()).T.contiguous() if world.size > 1 else own
+    block = SMALL_BLOCK if num_cols <= 64 * SMALL_BLOCK else BLOCK
+    grid = (triton.cdiv(num_cols, block),)
+    partials = new((*grid, 3))
+    row_terms_kernel[grid](
+        *(pair_logs or (None, None)),
+        positives,
+        centroid_logs,
+        saved.row_log_sum,
+        saved.col_log_sum,
+        saved.wrong_share,
+        saved.centroid,
+        partials,
+        num_rows,
+        num_cols,
+        world.rank * num_rows,
+        NUM_PAIRS=num_pairs,
+        CENTROIDS=centroid_logs is not None,
+        BLOCK=block,
+    )
+    if world.size > 1:
+        partials[:, 0] = world.sum(partials[:, 0])
+    dim = (statistics.sums.shape[0] - NUM_SCALARS.value) // (modalities + 1)
+    loss = new((), dtype=compute_dtype(torch.float32))
+    values = new(5, dtype=loss.dtype)
+    combine_kernel[(1,)](
+        partials,
+        statistics.sums,
+        loss,
+        values,
+        saved.centroid[num_rows:],
+        grid[0],
+        num_cols,
+        dim,
+        spec.nce_weight,
+        spec.atp_weight,
+        spec.cu_weight,
+        PAIRS=tuple(unordered_pairs(modalities)),
+        NUM_MODALITIES=modalities,
+        NUM_PAIRS=num_pairs,
+        CENTROIDS=centroid_logs is not None,
+        BLOCK=256,
+        BLOCK_D=triton.next_power_of_2(dim),
+    )
+    return loss, values, saved

@@ -1,0 +1,178 @@
+"""Row and column sums of every matrix of exponentials, one exponential per entry, in one persistent launch.
+
+    R_i = Σ_j 2^(x_ij − shift)      C_j = Σ_i 2^(x_ij − shift)      diagonal left out
+
+Matrices of one launch have one shape [n, N]; a symmetric one (centroids, last) is walked above the diagonal only and
+each entry counts for its row and for its column. The constant reference exponent
+
+    shift = max(0, max x − (126 − ⌈log2 max(n, N)⌉))
+
+excludes overflow; sums it pushed out of range below are found and redone by :mod:`.log_sums`.
+
+    programs      p0   p1   p2 …  (as many as the device holds at a time)
+    tile numbers  0    1    2  …  | pair 0 | pair 1 | … | triangle |      program p takes p, p + programs, …
+    one tile      K loop: acc += rows_tile · cols_tileᵀ   →  x, 2^x  →  atomic add of TILE_M row and TILE_N column sums
+
+Per pair: 2·n·N·D operations, n·N exponentials, operand traffic from L2 n·N·D·b·(1/TILE_M + 1/TILE_N) bytes, from
+device memory about the operands once per group of tiles; n·N·(1/TILE_M + 1/TILE_N) atomic additions.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from gapkernels.backends.triton import tuning
+from gapkernels.backends.triton.device import input_precision, num_processors
+from gapkernels.backends.triton.matrix import Matrix
+from gapkernels.backends.triton.tiles import (
+    exponents,
+    grouped_tile,
+    inner_products,
+    load_scale,
+    num_triangle_tiles,
+    operand,
+    triangle_tile,
+    without_diagonal,
+)
+
+
+@triton.jit
+def constant_shift(scale, largest, matrix: tl.constexpr, headroom, BIASED: tl.constexpr, UNIT: tl.constexpr):
+    """The smallest reference exponent with which no sum can overflow."""
+    if BIASED:
+        bound = 0.0  # distances are not negative
+    elif UNIT:
+        bound = scale
+    else:
+        bound = scale * tl.load(largest + matrix)
+    return tl.maximum(bound - headroom, 0.0)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_cols", "diagonal"])
+def tile_sums_kernel(
+    rows,
+    row_strides,
+    row_factors,
+    cols,
+    col_strides,
+    col_factors,
+    scales,
+    largest,
+    row_sums,
+    col_sums,
+    num_rows,
+    num_cols,
+    dim,
+    diagonal,
+    headroom,
+    BIASED: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    UNIT: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    FLATTEN: tl.constexpr,
+):
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    num_row_tiles, num_col_tiles = tl.cdiv(num_rows, TILE_M), tl.cdiv(num_cols, TILE_N)
+    first_tile = 0
+    for m in tl.static_range(len(BIASED)):
+        scale = load_scale(scales[m])
+        shift = constant_shift(scale, largest, m, headroom, BIASED[m], UNIT)
+        x_operand = operand(rows[m], row_strides[m], num_rows, dim, TILE_M, TILE_K, USE_TMA)
+        y_operand = operand(cols[m], col_strides[m], num_cols, dim, TILE_N, TILE_K, USE_TMA)
+        if SYMMETRIC[m]:
+            num_tiles = num_triangle_tiles(num_rows, TILE_M, TILE_N, GROUP)
+        else:
+            num_tiles = num_row_tiles * num_col_tiles
+        # The first of this program's tile numbers that belongs to this matrix: tiles are dealt out over all matrices.
+        mine = (program + programs - first_tile % programs) % programs
+        for t in tl.range(mine, num_tiles, programs, flatten=FLATTEN):
+            if SYMMETRIC[m]:
+                row_tile, col_tile = triangle_tile(t, num_rows, TILE_M, TILE_N, GROUP)
+            else:
+                row_tile, col_tile = grouped_tile(t, num_row_tiles, num_col_tiles, GROUP)
+            row_start, col_start = row_tile * TILE_M, col_tile * TILE_N
+            exists = row_start < num_rows
+            if SYMMETRIC[m]:
+                exists = exists & (col_start + TILE_N - 1 > row_start)
+            if exists:
+                acc = inner_products(
+                    x_operand, row_strides[m], row_start, num_rows, y_operand, col_strides[m], col_start, num_cols,
+                    dim, TILE_M, TILE_N, TILE_K, EVEN_K, PRECISION, USE_TMA,
+                )  # fmt: skip
+                i, j = row_start + tl.arange(0, TILE_M), col_start + tl.arange(0, TILE_N)
+                row_factor = tl.load(row_factors[m] + i, mask=i < num_rows, other=0.0)
+                col_factor = tl.load(col_factors[m] + j, mask=j < num_cols, other=0.0)
+                x = exponents(acc, row_factor, col_factor, BIASED[m], scale) - shift
+                x = without_diagonal(
+                    x, row_start, num_rows, col_start, num_cols, diagonal, SYMMETRIC[m], TILE_M, TILE_N
+                )
+                entries = tl.exp2(x)
+                row_base = row_sums + m * num_rows.to(tl.int64)
+                col_base = col_sums + m * num_cols.to(tl.int64)
+                if SYMMETRIC[m]:
+                    col_base = row_base
+                tl.atomic_add(row_base + i, tl.sum(entries, axis=1), mask=i < num_rows, sem="relaxed")
+                tl.atomic_add(col_base + j, tl.sum(entries, axis=0), mask=j < num_cols, sem="relaxed")
+        first_tile += num_tiles
+
+
+def tile_sums(matrices: list[Matrix], largest: torch.Tensor | None, headroom: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums relative to the constant reference exponent.
+
+    Args:
+        matrices: of one shape ``[n, N]``, with one diagonal.
+        largest: ``[len(matrices)]`` float32, the largest product of a row norm and a column norm where vectors are
+            taken as they are; None for unit vectors.
+        headroom: largest exponent an entry may have.
+
+    Returns:
+        ``([m, n], [m, N])`` float32; a symmetric matrix has all of its sums in the first.
+    """
+    first = matrices[0]
+    num_rows, dim = first.rows.shape
+    num_cols = first.cols.shape[0]
+    sums = torch.zeros(len(matrices) * (num_rows + num_cols), dtype=torch.float32, device=first.rows.device)
+    row_sums, col_sums = sums.split([len(matrices) * num_rows, len(matrices) * num_cols])
+
+    def launch(config: tuning.Config) -> None:
+        tiles = len(matrices) * triton.cdiv(num_rows, config.tile_m) * triton.cdiv(num_cols, config.tile_n)
+        grid = (min(tiles, num_processors(sums.device) * config.programs_per_processor),)
+        tile_sums_kernel[grid](
+            tuple(m.rows for m in matrices),
+            tuple(m.rows.stride(0) for m in matrices),
+            tuple(m.row_factor for m in matrices),
+            tuple(m.cols for m in matrices),
+            tuple(m.cols.stride(0) for m in matrices),
+            tuple(m.col_factor for m in matrices),
+            tuple(m.scale for m in matrices),
+            largest,
+            row_sums,
+            col_sums,
+            num_rows,
+            num_cols,
+            dim,
+            first.diagonal,
+            float(headroom),
+            BIASED=tuple(m.biased for m in matrices),
+            SYMMETRIC=tuple(m.symmetric for m in matrices),
+            UNIT=largest is None,
+            TILE_M=config.tile_m,
+            TILE_N=config.tile_n,
+            TILE_K=config.tile_k,
+            GROUP=config.group,
+            EVEN_K=dim % config.tile_k == 0,
+            PRECISION=input_precision(first.rows.dtype),
+            USE_TMA=config.tma,
+            FLATTEN=config.flatten,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+
+    launch(tuning.choose("tile_sums", first.rows, launch, reset=sums))
+    return row_sums.view(-1, num_rows), col_sums.view(-1, num_cols)

@@ -1,0 +1,169 @@
+"""Tile shapes and schedules, keyed by kernel, architecture, length of the rows and type of the operands.
+
+The table holds one default per key. With GAPKERNELS_TUNE=1 the candidates of a key are timed once at first use and the
+fastest is remembered in a file (GAPKERNELS_TUNING_FILE, by default in the user's cache directory); nothing else is
+ever compiled twice, and no key depends on the batch size.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from gapkernels.backends.triton.device import INTERPRETED, architecture
+
+
+class Config(NamedTuple):
+    """How one kernel is tiled and scheduled.
+
+    Attributes:
+        tile_m, tile_n: the tile of the matrix.
+        tile_k: elements of the shared dimension per step.
+        num_warps, num_stages: warps per program, depth of the software pipeline.
+        programs_per_processor: of a persistent kernel; more than one lets one program's exponentials run under
+            another's products.
+        group: row tiles walked together.
+        tma: read operands through the tensor copy engine where their alignment allows it.
+        flatten: one loop over tiles and steps, so that the next tile's loads start under the epilogue.
+    """
+
+    tile_m: int
+    tile_n: int
+    tile_k: int
+    num_warps: int
+    num_stages: int
+    programs_per_processor: int = 1
+    group: int = 8
+    tma: bool = False
+    flatten: bool = False
+
+
+INTERPRETER = Config(16, 32, 16, 4, 1, group=2)
+
+# Sixteen-bit operands. Two programs of 128×128 per processor on sm_90: the accumulators of both fit the registers, and
+# while one is in its exponentials the other keeps the tensor cores busy. sm_100 accumulates in tensor memory.
+_SIXTEEN_BIT = {
+    "sm_80": [
+        Config(128, 128, 32, 4, 3, programs_per_processor=2),
+        Config(128, 128, 64, 8, 3, programs_per_processor=1),
+        Config(128, 256, 32, 8, 3),
+    ],
+    "sm_90": [
+        Config(128, 128, 64, 4, 3, programs_per_processor=2),
+        Config(128, 256, 64, 8, 3),
+        Config(128, 256, 64, 8, 3, tma=True),
+        Config(128, 128, 64, 4, 3, programs_per_processor=2, tma=True),
+        Config(128, 128, 64, 8, 4, tma=True, flatten=True),
+    ],
+    "sm_100": [
+        Config(128, 128, 64, 4, 3, programs_per_processor=2),
+        Config(128, 256, 64, 8, 3),
+        Config(128, 256, 64, 8, 3, tma=True),
+    ],
+    "gfx942": [
+        Config(128, 128, 64, 8, 2, programs_per_processor=2),
+        Config(256, 128, 64, 8, 2),
+    ],
+}
+# True float32 products run on the ordinary units, where a large tile only costs registers.
+_FLOAT32 = [Config(64, 64, 32, 4, 3, programs_per_processor=4), Config(128, 64, 32, 8, 3, programs_per_processor=2)]
+_FLOAT32_TENSOR = [Config(128, 128, 32, 8, 3), Config(128, 64, 32, 4, 3, programs_per_processor=2)]
+
+
+def candidates(kernel: str, arch: str, dtype: torch.dtype, dim: int) -> list[Config]:
+    """The configurations to choose from; the first is the default."""
+    if arch == "interpreter":
+        return [INTERPRETER]
+    if dtype == torch.float32:
+        table = _FLOAT32 if torch.get_float32_matmul_precision() == "highest" else _FLOAT32_TENSOR
+    else:
+        table = _SIXTEEN_BIT[_nearest(arch)]
+    if kernel == "log_sums":  # rarely runs; two accumulators of running sums leave no room for wide tiles
+        table = [c._replace(tma=False, flatten=False) for c in table if c.tile_n <= 128][:1]
+    if kernel == "add_product":
+        table = [c._replace(tma=False, flatten=False) for c in table]
+    # A step of the K loop longer than a row would be padding.
+    shortest = max(16, triton.next_power_of_2(dim))
+    return list(dict.fromkeys(c._replace(tile_k=min(c.tile_k, shortest)) for c in table))
+
+
+def _nearest(arch: str) -> str:
+    """The key of the table for an architecture it does not list: the latest older one of its kind."""
+    if arch in _SIXTEEN_BIT:
+        return arch
+    if arch.startswith("gfx"):
+        return "gfx942"
+    number = int(arch.removeprefix("sm_"))
+    if number >= 120:
+        return "sm_80"  # desktop parts: neither wgmma nor tensor memory, and 99 KiB of shared memory
+    return max((a for a in _SIXTEEN_BIT if a.startswith("sm_") and int(a[3:]) <= number), default="sm_80", key=_number)
+
+
+def _number(arch: str) -> int:
+    return int(arch.removeprefix("sm_"))
+
+
+def choose(kernel: str, like: Tensor, launch: Callable[[Config], None], reset: Tensor | None = None) -> Config:
+    """The configuration of a kernel for operands like these.
+
+    Args:
+        kernel: name of the kernel.
+        like: an operand ``[n, D]``.
+        launch: runs the kernel with a configuration, to time it.
+        reset: what a launch adds to, restored after the timing.
+    """
+    options = candidates(kernel, architecture(like.device), like.dtype, like.shape[1])
+    if len(options) == 1 or not _searching() or torch.cuda.is_current_stream_capturing():
+        return options[0]
+    dim = triton.next_power_of_2(like.shape[1])
+    key = f"{kernel}/{architecture(like.device)}/{like.dtype}/{dim}/{triton.__version__}"
+    found = _remembered().get(key)
+    if found is None:
+        kept = reset.clone() if reset is not None else None
+        times = {config: _time(launch, config) for config in options}
+        if reset is not None and kept is not None:
+            reset.copy_(kept)
+        found = min(times, key=times.__getitem__)
+        _remembered()[key] = found
+        _write(_remembered())
+    return found
+
+
+def _time(launch: Callable[[Config], None], config: Config) -> float:
+    """Median milliseconds; infinite where a smaller part of the architecture cannot hold the configuration."""
+    try:
+        return triton.testing.do_bench(lambda: launch(config), warmup=5, rep=30, return_mode="median")
+    except triton.runtime.errors.OutOfResources:
+        return math.inf
+
+
+def _searching() -> bool:
+    return not INTERPRETED and os.environ.get("GAPKERNELS_TUNE") == "1"
+
+
+def _file() -> Path:
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return Path(os.environ.get("GAPKERNELS_TUNING_FILE", cache / "gapkernels" / "tuning.json"))
+
+
+@functools.cache
+def _remembered() -> dict[str, Config]:
+    if not _file().exists():
+        return {}
+    return {key: Config(**value) for key, value in json.loads(_file().read_text()).items()}
+
+
+def _write(table: dict[str, Config]) -> None:
+    _file().parent.mkdir(parents=True, exist_ok=True)
+    temporary = _file().with_suffix(f".{os.getpid()}")
+    temporary.write_text(json.dumps({key: config._asdict() for key, config in table.items()}, indent=2) + "\n")
+    temporary.replace(_file())
