@@ -25,13 +25,33 @@ from benchmarks.implementations import IMPLEMENTATIONS, Implementation, Loss, Un
 from benchmarks.inputs import embeddings
 
 Clock = Callable[[], float]
-Sampler = Callable[[Callable[[], object], Callable[[], None], Clock, int], Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The times of some calls.
+
+    Args:
+        seconds: one for each call.
+        cpu_share: share of all cores that this process used meanwhile.
+        other_cpu_share: share that other processes used, which is what disturbs a measurement.
+        discarded: how many calls were repeated because they were disturbed.
+    """
+
+    seconds: Sequence[float]
+    cpu_share: float
+    other_cpu_share: float
+    discarded: int = 0
+
+
+Sampler = Callable[[Callable[[], object], Callable[[], None], Clock, int], Samples]
 
 _MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
 _MATMUL_DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
 _MATMUL_CALLS = 7
 _MATMUL_VALID_SECONDS = 60.0  # a shared machine changes its speed
 _QUIET_SHARE = 0.15
+_TICKS = 0.02  # seconds
 _PROC_STAT = Path("/proc/stat")
 _MOST_ROUNDS = 40
 _FEWEST_ROUNDS = 3
@@ -65,6 +85,7 @@ class Session:
         case_seconds: rounds of one case take about this long.
         call_seconds: a call that is expected to take longer is left out, unless its case is marked slow.
         wait_seconds: wait up to this long before a case while other processes keep the CPU busy.
+        patience: repeat calls that other processes disturbed, up to this many times as often as calls are needed.
         memory_limit: most bytes a process may have in a measurement of memory; on a CPU only. 0: 60 % of what is free.
         matmul_size: rows and columns of the yardstick's operands. 0: enough for full speed.
     """
@@ -73,6 +94,7 @@ class Session:
     case_seconds: float = 5.0
     call_seconds: float = 60.0
     wait_seconds: float = 0.0
+    patience: int = 0
     memory_limit: int = 0
     matmul_size: int = 0
     skipped: list[dict[str, Any]] = field(default_factory=list)
@@ -92,7 +114,7 @@ class Session:
 
         Args:
             case: what to measure.
-            sampler: how to collect the times of one call; :func:`sample` if None.
+            sampler: how to collect the times of one call; None for the session's own way.
 
         Returns:
             The row, in types that JSON knows.
@@ -101,7 +123,7 @@ class Session:
             Skipped: there is no row; it is remembered in ``skipped``.
         """
         try:
-            return self._measure(case, sampler or sample)
+            return self._measure(case, sampler or self._sample)
         except Skipped as skipped:
             label = IMPLEMENTATIONS[case.implementation].label
             self.skipped.append({**_describe(case), "label": label, "kind": skipped.kind, "reason": skipped.reason})
@@ -114,7 +136,7 @@ class Session:
     def matmul_rate(self) -> dict[str, float]:
         """Operations per second of a large product by ``torch.matmul``, and on a CPU by oneDNN."""
         if self._matmul is None or time.monotonic() - self._matmul[0] > _MATMUL_VALID_SECONDS:
-            self._matmul = (time.monotonic(), _measure_matmul(self.device, self.matmul_size))
+            self._matmul = (time.monotonic(), self._measure_matmul())
         return self._matmul[1]
 
     def _measure(self, case: Case, sampler: Sampler) -> dict[str, Any]:
@@ -155,6 +177,23 @@ class Session:
         deadline = time.monotonic() + self.wait_seconds
         while time.monotonic() < deadline and _busy_share(0.5) > _QUIET_SHARE:
             time.sleep(1.0)
+
+    def _sample(self, call: Callable[[], object], prepare: Callable[[], None], clock: Clock, rounds: int) -> Samples:
+        return sample(call, prepare, clock, rounds, self.patience, self._wait_until_quiet)
+
+    def _measure_matmul(self) -> dict[str, float]:
+        size, dtype = self.matmul_size, _MATMUL_DTYPE[self.device.type]
+        left, right = (torch.randn(size, size, device=self.device, dtype=dtype) for _ in range(2))
+        products: dict[str, Callable[[], object]] = {"matmul": lambda: torch.matmul(left, right)}
+        if self.device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+            products["onednn"] = lambda: torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
+        flush, clock = _cache_flush(self.device), clock_of(self.device)
+        rates = {}
+        for name, product in products.items():
+            sample(product, flush, clock, 2)
+            times = self._sample(product, flush, clock, _MATMUL_CALLS).seconds
+            rates[name] = 2 * size**3 / statistics.median(times)
+        return rates
 
     # ---- memory and errors --------------------------------------------------------------------------------------
 
@@ -215,16 +254,18 @@ class Session:
         # The call that warms up also tells how many rounds there is time for. A call of minutes does neither.
         rounds = 1
         if case.operations() / rate < _ONE_ROUND_ABOVE:
-            warm_up = sample(call, prepare, clock, 2 if implementation.compiled or self.device.type == "cuda" else 1)
+            warm_up = sample(
+                call, prepare, clock, 2 if implementation.compiled or self.device.type == "cuda" else 1
+            ).seconds
             rounds = min(_MOST_ROUNDS, max(_FEWEST_ROUNDS, int(self.case_seconds / warm_up[-1])))
-        before = _CpuUse.now()
-        times = list(sampler(call, prepare, clock, rounds))
-        use = _CpuUse.now() - before
+        samples = sampler(call, prepare, clock, rounds)
+        times = samples.seconds
         self._last_call[_without_size(case)] = (case.samples, statistics.median(times))
         return {
             **_summarise(times),
-            "cpu_share": use.own / use.wall / use.cores,
-            "other_cpu_share": max(0.0, use.all - use.own) / use.wall / use.cores,
+            "discarded_rounds": samples.discarded,
+            "cpu_share": samples.cpu_share,
+            "other_cpu_share": samples.other_cpu_share,
         }
 
     def _row(
@@ -271,15 +312,45 @@ def step(function: Loss, inputs: Sequence[Tensor], backward: bool) -> Tensor:
     return loss.detach()
 
 
-def sample(call: Callable[[], object], prepare: Callable[[], None], clock: Clock, rounds: int) -> Sequence[float]:
-    """Seconds of each of some calls, every one prepared for."""
-    times = []
-    for _ in range(rounds):
+def sample(
+    call: Callable[[], object],
+    prepare: Callable[[], None],
+    clock: Clock,
+    rounds: int,
+    patience: int = 0,
+    wait: Callable[[], None] = lambda: None,
+) -> Samples:
+    """Time a call some times, each time prepared for.
+
+    Args:
+        call: what to time.
+        prepare: run before each call, untimed.
+        clock: gives the time in seconds.
+        rounds: number of calls.
+        patience: repeat calls that other processes disturbed, up to this many times as often as there are rounds.
+        wait: run after a disturbed call; may wait for calmer times.
+    """
+    taken: list[tuple[float, float, CpuUse]] = []
+    quiet = 0
+    while quiet < rounds and len(taken) < rounds * (1 + patience):
         prepare()
+        before = CpuUse.now()
         start = clock()
         call()
-        times.append(clock() - start)
-    return times
+        seconds = clock() - start
+        use = CpuUse.now() - before
+        taken.append((use.others, seconds, use))
+        # The system counts in ticks, which say nothing about a call as short as one of them.
+        if use.others < max(_QUIET_SHARE, _TICKS / use.wall) or not patience:
+            quiet += 1
+        else:
+            wait()
+    kept = sorted(taken, key=lambda entry: entry[0])[:rounds] if patience else taken
+    uses = [use for _, _, use in kept]
+    total = CpuUse(sum(u.wall for u in uses), sum(u.own for u in uses), sum(u.all for u in uses), uses[0].cores)
+    return Samples(
+        [seconds for _, seconds, _ in kept], total.own / total.wall / total.cores, total.others, len(taken) - len(kept)
+    )
 
 
 def clock_of(device: torch.device) -> Clock:
@@ -308,20 +379,6 @@ def _summarise(times: Sequence[float]) -> dict[str, float | int]:
     }
 
 
-def _measure_matmul(device: torch.device, size: int) -> dict[str, float]:
-    dtype = _MATMUL_DTYPE[device.type]
-    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    products: dict[str, Callable[[], object]] = {"matmul": lambda: torch.matmul(left, right)}
-    if device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        products["onednn"] = lambda: torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
-    flush, clock = _cache_flush(device), clock_of(device)
-    rates = {}
-    for name, product in products.items():
-        sample(product, flush, clock, 2)
-        rates[name] = 2 * size**3 / statistics.median(sample(product, flush, clock, _MATMUL_CALLS))
-    return rates
-
-
 def _cache_flush(device: torch.device) -> Callable[[], None]:
     """Something that pushes everything out of a GPU's L2 cache; on a CPU the embeddings may stay where they are."""
     if device.type != "cuda":
@@ -348,7 +405,7 @@ def _without_size(case: Case) -> Case:
 
 
 @dataclass(frozen=True)
-class _CpuUse:
+class CpuUse:
     """Seconds since some origin: of the wall clock, of this process's threads, of all processes on all cores."""
 
     wall: float
@@ -357,12 +414,17 @@ class _CpuUse:
     cores: int
 
     @classmethod
-    def now(cls) -> _CpuUse:
+    def now(cls) -> CpuUse:
         own = time.process_time()
         return cls(time.perf_counter(), own, _busy_seconds(own), os.cpu_count() or 1)
 
-    def __sub__(self, earlier: _CpuUse) -> _CpuUse:
-        return _CpuUse(self.wall - earlier.wall, self.own - earlier.own, self.all - earlier.all, self.cores)
+    @property
+    def others(self) -> float:
+        """Share of all cores that other processes used."""
+        return max(0.0, self.all - self.own) / self.wall / self.cores
+
+    def __sub__(self, earlier: CpuUse) -> CpuUse:
+        return CpuUse(self.wall - earlier.wall, self.own - earlier.own, self.all - earlier.all, self.cores)
 
 
 def _busy_seconds(own: float) -> float:
@@ -375,7 +437,7 @@ def _busy_seconds(own: float) -> float:
 
 def _busy_share(seconds: float) -> float:
     """Share of all cores in use over the next moments."""
-    before = _CpuUse.now()
+    before = CpuUse.now()
     time.sleep(seconds)
-    use = _CpuUse.now() - before
+    use = CpuUse.now() - before
     return use.all / use.wall / use.cores

@@ -47,6 +47,7 @@ class Implementation:
         note: how what it computes differs; "" if it does not.
         exact: whether it computes the loss of the case, so that its error can be measured.
         operations: multiple of N²D for forward and backward, where that differs from the case's own count.
+        backend: which of ours it is; "" for a peer.
         compiled: whether the first call of every shape compiles.
     """
 
@@ -60,6 +61,7 @@ class Implementation:
     note: str = ""
     exact: bool = True
     operations: int | None = None
+    backend: str = ""
     compiled: bool = False
 
     def function(self, case: Case, device: torch.device) -> Loss:
@@ -74,11 +76,18 @@ class Implementation:
             raise Unavailable(f"takes two modalities, not {case.modalities}")
         if self.requires and importlib.util.find_spec(self.requires) is None:
             raise Unavailable(f"not installed: {self.install}")
+        for status in available():
+            if status.name == self.backend and not status.usable:
+                raise Unavailable(status.reason)
         if self.cuda_only and device.type != "cuda":
             raise Unavailable("needs an NVIDIA GPU")
         if self.operations is not None and not case.backward:
             raise Unavailable("computes its gradients in the forward pass")
         return self.build(case)
+
+
+# An interpreter runs them on a CPU too, for tests; its speed means nothing.
+_GPU_BACKENDS = frozenset({"triton", "cuda"})
 
 
 # ---- ours -----------------------------------------------------------------------------------------------------------
@@ -94,9 +103,8 @@ def _ours(backend: str) -> Callable[[Case], Loss]:
 
 def our_backends(device: torch.device) -> list[str]:
     """Names of our implementations that a device can run."""
-    gpu_only = {"triton", "cuda"}
     usable = [status.name for status in available() if status.usable and status.name != "reference"]
-    return [f"gapkernels-{name}" for name in usable if device.type == "cuda" or name not in gpu_only]
+    return [f"gapkernels-{name}" for name in usable if device.type == "cuda" or name not in _GPU_BACKENDS]
 
 
 # ---- the authors' formulation, and the same through matrix products --------------------------------------------------
@@ -228,7 +236,14 @@ _NCE = frozenset({INFO_NCE})
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
     **{
-        f"gapkernels-{name}": Implementation(f"gapkernels ({name})", _BOTH, _ours(name), two_modalities=False)
+        f"gapkernels-{name}": Implementation(
+            f"gapkernels ({name})",
+            _BOTH,
+            _ours(name),
+            cuda_only=name in _GPU_BACKENDS,
+            two_modalities=False,
+            backend=name,
+        )
         for name in NAMES
         if name != "reference"
     },

@@ -25,6 +25,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no case is started")
     parser.add_argument("--case-seconds", type=float, default=5.0, help="about how long to repeat one case")
     parser.add_argument("--call-seconds", type=float, default=60.0, help="leave out calls that take longer")
+    parser.add_argument(
+        "--wait-seconds", type=float, default=0.0, help="wait this long for other processes to calm down"
+    )
+    parser.add_argument("--patience", type=int, default=0, help="repeat calls that other processes disturbed")
     parser.add_argument("--slow", action="store_true", help="include cases that take minutes")
     options = parser.parse_args(arguments)
 
@@ -35,7 +39,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     unknown = [suite for suite in suites if suite not in table]
     if unknown:
         parser.error(f"unknown suite {', '.join(unknown)}; there are {', '.join(table)}")
-    session = Session(device, case_seconds=options.case_seconds, call_seconds=options.call_seconds)
+    session = Session(
+        device,
+        case_seconds=options.case_seconds,
+        call_seconds=options.call_seconds,
+        wait_seconds=options.wait_seconds,
+        patience=options.patience,
+    )
     rows = []
     for case in cases.cases(suites, table, our_backends(device)):
         if case.slow and not options.slow:

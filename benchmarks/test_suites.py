@@ -5,22 +5,24 @@ python -m pytest benchmarks --benchmark-json=results.json -k "peers and not comp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.cases import Case
-from benchmarks.harness import Clock, Session, Skipped
+from benchmarks.harness import Clock, CpuUse, Samples, Session, Skipped
 
 
 def run(case: Case, session: Session, benchmark: BenchmarkFixture) -> None:
     """Measure a case with pytest-benchmark taking the times."""
 
-    def sampler(call: Callable[[], object], prepare: Callable[[], None], clock: Clock, rounds: int) -> Sequence[float]:
+    def sampler(call: Callable[[], object], prepare: Callable[[], None], clock: Clock, rounds: int) -> Samples:
+        before = CpuUse.now()
         benchmark.pedantic(call, setup=prepare, rounds=rounds)
         assert benchmark.stats is not None
-        return benchmark.stats.stats.data
+        use = CpuUse.now() - before
+        return Samples(benchmark.stats.stats.data, use.own / use.wall / use.cores, use.others)
 
     benchmark.group = case.problem
     try:

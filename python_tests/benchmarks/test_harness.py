@@ -14,7 +14,7 @@ import torch
 from benchmarks import harness, memory, oracle, run
 from benchmarks.cases import CPU as CPU_TABLE
 from benchmarks.cases import Case, Grid
-from benchmarks.harness import Session, Skipped, sample
+from benchmarks.harness import CpuUse, Samples, Session, Skipped, sample
 from benchmarks.processes import ROOT, child_environment
 
 CPU = torch.device("cpu")
@@ -104,9 +104,28 @@ def test_samples_are_prepared_for() -> None:
         events.append("clock")
         return next(ticks)
 
-    times = sample(lambda: events.append("call"), lambda: events.append("prepare"), clock, rounds=2)
+    call, prepare = lambda: events.append("call"), lambda: events.append("prepare")
+    times = sample(call, prepare, clock, rounds=2).seconds
     assert times == [2.0, 4.0]
     assert events == ["prepare", "clock", "call", "clock"] * 2
+
+
+def test_disturbed_calls_are_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each second of two cores, others take nothing, all, half, nothing."""
+    others = iter([0.0, 2.0, 1.0, 0.0])
+    now = CpuUse(0.0, 0.0, 0.0, 2)
+    readings = [now]
+    for share in others:
+        end = CpuUse(now.wall + 1, now.own + 1, now.all + 1 + share, 2)
+        readings += [end, end]
+        now = end
+    source = iter(readings)
+    monkeypatch.setattr(CpuUse, "now", lambda: next(source))
+    ticks = iter(range(100))
+    waits: list[int] = []
+    samples = sample(lambda: None, lambda: None, lambda: next(ticks), 2, patience=3, wait=lambda: waits.append(1))
+    assert samples == Samples([1, 1], cpu_share=0.5, other_cpu_share=0.0, discarded=2)
+    assert len(waits) == 2
 
 
 def test_relative_error() -> None:
