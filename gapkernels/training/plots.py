@@ -59,11 +59,11 @@ def draw_plots(experiment: Experiment) -> list[Plot]:
     methods = experiment.methods
     plots = [
         _draw_summary(experiment),
-        _draw_curves(methods, "test", "gap", "modality gap", "Distance between the means of the modalities"),
-        _draw_curves(methods, "test", "v_measure", "V-measure", "Agreement of k-means clusters with the classes"),
-        _draw_curves(methods, "test", "true_pair_cosine", "cosine of true pairs", "Mean cosine of matching samples"),
-        _draw_curves(methods, "train", "info_nce", "InfoNCE (nats)", "The contrastive term"),
-        _draw_curves(methods, "train", "logit_scale", "logit scale (1 / temperature)", "Sharpness of the soft-max"),
+        *_draw_curves(methods, "test", "gap", "modality gap", "Distance between the means of the modalities"),
+        *_draw_curves(methods, "test", "v_measure", "V-measure", "Agreement of k-means clusters with the classes"),
+        *_draw_curves(methods, "test", "true_pair_cosine", "cosine of true pairs", "Mean cosine of matching samples"),
+        *_draw_curves(methods, "train", "info_nce", "InfoNCE (nats)", "The contrastive term"),
+        *_draw_curves(methods, "train", "logit_scale", "logit scale (1 / temperature)", "Sharpness of the soft-max"),
     ]
     for method, runs in methods.items():
         plots += _draw_gap_terms(method, runs)
@@ -100,14 +100,17 @@ def _draw_summary(experiment: Experiment) -> Plot:
     )
 
 
-def _draw_curves(methods: Mapping[str, Sequence[RunResult]], split: str, key: str, label: str, what: str) -> Plot:
-    """Draw one quantity over training, a line per method."""
+def _draw_curves(methods: Mapping[str, Sequence[RunResult]], split: str, key: str, label: str, what: str) -> list[Plot]:
+    """Draw one quantity over training, a line per method that recorded it."""
     figure, axes = _new_curves(label)
     for number, (method, runs) in enumerate(methods.items()):
         _draw_line(axes, runs, split, key, method, number)
+    if not axes.lines:
+        return []
     axes.legend(frameon=False)
     where = "the test split" if split == "test" else "the training batches"
-    return _finish(figure, "Over training", key, f"{what}, on {where}; mean over seeds, band: ± standard deviation.")
+    caption = f"{what}, on {where}; mean over seeds, band: ± standard deviation."
+    return [_finish(figure, "Over training", key, caption)]
 
 
 def _draw_gap_terms(method: str, runs: Sequence[RunResult]) -> list[Plot]:

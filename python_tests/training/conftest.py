@@ -1,10 +1,12 @@
 """Small experiments on the digits that the tests of the trainer share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from threadpoolctl import threadpool_limits
 
 from gapkernels.training.config import Config, load_config
 from gapkernels.training.experiment import run_experiment
@@ -22,6 +24,16 @@ SMALL: dict[str, Any] = {
     "run.eval_every": 1,
     "run.log_every": 3,
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tests run in parallel already, and these models are too small to gain from threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with threadpool_limits(1):
+        yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

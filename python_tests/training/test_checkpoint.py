@@ -26,9 +26,14 @@ def draw() -> tuple[float, float, float]:
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     write_text(path, "old")
-    with pytest.raises(OSError, match="disk full"), atomic_write(path) as file:
-        file.write(b"half of the new")
-        raise OSError("disk full")
+
+    def fail() -> None:
+        with atomic_write(path) as file:
+            file.write(b"half of the new")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        fail()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 

@@ -1,0 +1,37 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from gapkernels.training.errors import UserError
+from gapkernels.training.evaluation import evaluate_file
+from gapkernels.training.layout import CHECKPOINT, EMBEDDINGS, RESULT, run_folder
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", [CHECKPOINT, ".", EMBEDDINGS])
+def test_a_finished_run_evaluates_to_its_own_result(finished: Path, name: str) -> None:
+    run = run_folder(finished, "gap", 1)
+    metrics = evaluate_file(run / name, "text", None, CPU)
+    result = json.loads((run / RESULT).read_text())["metrics"]
+    assert metrics.keys() == result.keys()
+    # The threads may differ from those of training, hence the last digits.
+    assert metrics == pytest.approx(result, rel=1e-3, abs=1e-3)
+
+
+def test_the_anchor_of_a_checkpoint_is_that_of_its_configuration(finished: Path) -> None:
+    metrics = evaluate_file(run_folder(finished, "gap", 0) / CHECKPOINT, None, None, CPU)
+    assert "image_to_text/R@1" in metrics
+
+
+def test_an_unknown_anchor_is_named(finished: Path) -> None:
+    with pytest.raises(UserError, match="unknown anchor 'audio'; modalities: image, text"):
+        evaluate_file(run_folder(finished, "gap", 0) / EMBEDDINGS, "audio", None, CPU)
+
+
+def test_a_foreign_checkpoint_is_named(tmp_path: Path) -> None:
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pt")
+    with pytest.raises(UserError, match=r"other\.pt is not a checkpoint of gapkernels train"):
+        evaluate_file(tmp_path / "other.pt", None, None, CPU)
