@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from conftest import DEVICE, random_embeddings
+from oracle import DEVICE, random_embeddings
 
 import gapkernels
 from gapkernels import align_true_pairs, centroid_uniformity, gap_loss, info_nce

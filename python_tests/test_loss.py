@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 import torch
-from conftest import DEVICE, TOLERANCE, Tolerance, assert_matches_oracle, random_embeddings
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle import DEVICE, TOLERANCE, Tolerance, assert_matches_oracle, random_embeddings
 
 from gapkernels import gap_loss, plan
 from gapkernels.backends import tiled

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import DEVICE, random_embeddings
+from oracle import DEVICE, random_embeddings
 
 import gapkernels
 from gapkernels import (

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import DEVICE, random_embeddings
+from oracle import DEVICE, random_embeddings
 
 from gapkernels import GapLoss, gap_loss
 from gapkernels.spec import LossSpec
