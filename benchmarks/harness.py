@@ -84,7 +84,7 @@ class Session:
         device: where to measure.
         case_seconds: rounds of one case take about this long.
         call_seconds: a call that is expected to take longer is left out, unless its case is marked slow.
-        wait_seconds: wait up to this long before a case while other processes keep the CPU busy.
+        wait_seconds: spend up to this long on every case waiting while other processes keep the CPU busy.
         patience: repeat calls that other processes disturbed, up to this many times as often as calls are needed.
         memory_limit: most bytes a process may have in a measurement of memory; on a CPU only. 0: 60 % of what is free.
         matmul_size: rows and columns of the yardstick's operands. 0: enough for full speed.
@@ -98,6 +98,7 @@ class Session:
     memory_limit: int = 0
     matmul_size: int = 0
     skipped: list[dict[str, Any]] = field(default_factory=list)
+    _wait_until: float = 0.0
     _matmul: tuple[float, dict[str, float]] | None = None
     _last_call: dict[Case, tuple[int, float]] = field(default_factory=dict)
     _out_of_memory: dict[Case, int] = field(default_factory=dict)
@@ -146,6 +147,7 @@ class Session:
         except Unavailable as error:
             raise Skipped("missing", str(error)) from error
         self._refuse_hopeless(case)
+        self._wait_until = time.monotonic() + self.wait_seconds
         self._wait_until_quiet()
         try:
             peak = self._peak_memory(case, function)
@@ -174,8 +176,7 @@ class Session:
 
     def _wait_until_quiet(self) -> None:
         """Give other processes time to finish; what still disturbs a measurement is recorded with it."""
-        deadline = time.monotonic() + self.wait_seconds
-        while time.monotonic() < deadline and _busy_share(0.5) > _QUIET_SHARE:
+        while time.monotonic() < self._wait_until and _busy_share(0.5) > _QUIET_SHARE:
             time.sleep(1.0)
 
     def _sample(self, call: Callable[[], object], prepare: Callable[[], None], clock: Clock, rounds: int) -> Samples:

@@ -32,7 +32,7 @@ _STYLES = {
     "pytorch-metric-learning": (_BLACK, "d", "-"),
 }
 _DEVICE_STYLES = tuple(zip((_BLUE, _VERMILION, _GREEN, _PURPLE, _ORANGE, _SKY), "o^PXDs", strict=True))
-_WIDTH, _HEIGHT, _DPI = 6.0, 4.4, 150
+_WIDTH, _HEIGHT, _DPI = 5.2, 4.0, 150
 _GPU_MEMORY = 80e9  # of the GPU that most readers have in mind
 
 
@@ -190,7 +190,7 @@ def compare_devices(files: Sequence[Results]) -> list[Plot]:
     _logarithmic(axes, [row.samples for _, rows in sweeps for row in rows])
     axes.set_ylabel("time (median)")
     axes.yaxis.set_major_formatter(lambda value, _: _short_seconds(value))
-    axes.legend(frameon=False, fontsize=7)
+    axes.legend(frameon=False, fontsize=8)
     caption = "Our fastest backend on each device, forward + backward of the whole loss."
     return [_finish(figure, "devices", caption)]
 
