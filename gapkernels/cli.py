@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"gapkernels: error: {error}", file=sys.stderr)
         return _USER_ERROR
     except KeyboardInterrupt:
-        print("gapkernels: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        print("gapkernels: interrupted; a training run goes on from its last checkpoint when repeated", file=sys.stderr)
         return _INTERRUPTED
     except BrokenPipeError:
         # The reader of our output has seen enough (`gapkernels info | head`); Python must not flush into it at exit.

@@ -1,0 +1,49 @@
+import json
+
+import pytest
+import torch
+
+import gapkernels
+from gapkernels import environment
+from gapkernels.training.errors import UserError
+
+
+def test_versions_devices_backends_and_packages_are_described() -> None:
+    description = environment.describe_environment()
+    assert description["gapkernels"] == gapkernels.__version__
+    assert description["torch"] == torch.__version__
+    assert description["devices"][0]["name"] == "cpu"
+    assert len(description["devices"]) >= 1 + torch.cuda.device_count()
+    backends = {entry["name"]: entry for entry in description["backends"]}
+    assert backends["reference"]["usable"]
+    assert backends["torch"]["usable"]
+    packages = {entry["name"]: entry for entry in description["packages"]}
+    assert packages["scikit-learn"]["extra"] == "metrics"
+    assert packages["matplotlib"]["extra"] == "train"
+    assert packages["triton"]["extra"] == "triton"
+    assert json.loads(json.dumps(description)) == description
+
+
+def test_what_cannot_be_used_says_why_and_what_is_missing_how_to_install_it() -> None:
+    description = environment.describe_environment() | {
+        "triton": None,
+        "backends": [{"name": "cuda", "usable": False, "reason": "no CUDA device"}],
+        "packages": [
+            {"name": "matplotlib", "version": None, "extra": "train"},
+            {"name": "tqdm", "version": "4.66", "extra": "train"},
+        ],
+    }
+    lines = [line.split(maxsplit=1) for line in environment.format_environment(description).splitlines() if line]
+    assert ["triton", "none"] in lines
+    assert ["cuda", "not usable: no CUDA device"] in lines
+    assert ["matplotlib", "missing: pip install 'gapkernels[train]'"] in lines
+    assert ["tqdm", "4.66"] in lines
+
+
+def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment.require("train", "this test")
+    version = environment._version
+    monkeypatch.setattr(environment, "_version", lambda name: None if name == "scikit-learn" else version(name))
+    # scikit-learn comes to `train` through another extra of ours.
+    with pytest.raises(UserError, match=r"this test needs scikit-learn: pip install 'gapkernels\[train\]'"):
+        environment.require("train", "this test")
