@@ -1,0 +1,42 @@
+"""The Python in the documents runs, and the links between them lead somewhere."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from oracle import DEVICE
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_python_blocks_run(document):
+    blocks = re.findall(r"^```python\n(.*?)^```", document.read_text(), flags=re.MULTILINE | re.DOTALL)
+    if document.name == "README.md":
+        assert blocks
+    image, text, audio = (torch.randn(16, 8, device=DEVICE, requires_grad=True) for _ in range(3))
+    scale = torch.tensor(10.0, device=DEVICE, requires_grad=True)
+    namespace = {"torch": torch, "image": image, "text": text, "audio": audio, "scale": scale}
+    for block in blocks:
+        exec(compile(block, document.name, "exec"), namespace)
+
+
+def test_the_import_swap_is_what_it_says():
+    """The InfoNCE of the README's before is a term of its after."""
+    readme = (ROOT / "README.md").read_text()
+    swap = re.search(r"^```diff\n(.*?)^```", readme, flags=re.MULTILINE | re.DOTALL).group(1)
+    before, after = ("\n".join(line[2:] for line in swap.splitlines() if line.startswith(sign)) for sign in "-+")
+    names = {"torch": torch, "F": torch.nn.functional, "image": torch.randn(16, 8), "text": torch.randn(16, 8)}
+    exec(before, names)
+    info_nce = names["loss"]
+    exec(after.replace("temperature=0.07", "temperature=0.07, return_terms=True"), names)
+    torch.testing.assert_close(names["loss"].info_nce, info_nce)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_between_files(document):
+    for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
+        if "://" not in target:
+            assert (document.parent / target).exists(), target
