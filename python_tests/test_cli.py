@@ -169,6 +169,7 @@ def test_print_config_lists_every_setting(capsys: pytest.CaptureFixture[str]) ->
         ("train digits --seeds 0,x", "seeds.1: input should be a valid integer"),
         ("train digits --methods gapp", "unknown method 'gapp'; did you mean gap?"),
         ("train digits --config nowhere.yaml", "cannot read the configuration nowhere.yaml"),
+        ("train digits --data-dir nowhere", "there is no data folder nowhere"),
         ("train digits --device abacus", "device 'abacus' cannot be used"),
         ("train digits --resume", "nothing to resume: runs/digits holds no run"),
         ("train digits --resume --overwrite", "not allowed with"),
@@ -214,7 +215,7 @@ def test_an_interruption_says_how_to_go_on(
 ) -> None:
     from gapkernels.training.loop import Trainer
 
-    def interrupted(trainer: Trainer) -> None:
+    def interrupted(trainer: Trainer, label: str) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Trainer, "fit", interrupted)

@@ -206,7 +206,10 @@ def load_config(preset: str, files: Iterable[Path] = (), overrides: Mapping[str,
 
 def read_config(path: Path) -> Config:
     """Read a complete configuration, as `dump_config` wrote it."""
-    return _validate(_read_yaml(path), known_keys=[])
+    try:
+        return _validate(_read_yaml(path), known_keys=[])
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def dump_config(config: Config) -> str:
@@ -245,7 +248,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"cannot read the configuration {path}: {error.strerror}") from error
+        raise UserError(f"cannot read the configuration {path} ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if tree is None:

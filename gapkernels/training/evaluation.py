@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from gapkernels.metrics import evaluate
@@ -59,11 +60,12 @@ def evaluate_file(path: Path, anchor: str | None, data_dir: Path | None, device:
 
 def _embed_with_checkpoint(path: Path, data_dir: Path | None, device: torch.device) -> tuple[Embeddings, str]:
     state = load_checkpoint(path)
-    if not {"config", "model"} <= set(state):
-        raise UserError(f"{path} is not a checkpoint of gapkernels train")
-    config = Config.model_validate(state["config"])
-    dataset = load_dataset(config.data, data_dir)
-    model = MultimodalModel(config.model, dataset.specs).to(device)
-    model.load_state_dict(state["model"])
+    try:
+        config = Config.model_validate(state["config"])
+        dataset = load_dataset(config.data, data_dir)
+        model = MultimodalModel(config.model, dataset.specs).to(device)
+        model.load_state_dict(state["model"])
+    except (KeyError, TypeError, RuntimeError, ValidationError) as error:
+        raise UserError(f"{path} is not a checkpoint of this version of gapkernels train") from error
     split = dataset.test
     return Embeddings(embed(model, split, device), split.labels, split.ids), config.model.anchor

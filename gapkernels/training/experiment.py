@@ -65,7 +65,7 @@ def run_experiment(
             _say(f"{label}: already finished")
             continue
         trainer = Trainer(config, method, seed, dataset, where, target)
-        result = trainer.fit()
+        result = trainer.fit(label)
         metrics = result["metrics"]
         _say(f"{label}: gap {metrics['gap']:.3f}, V-measure {metrics['v_measure']:.3f} ({result['seconds']:.0f} s)")
 

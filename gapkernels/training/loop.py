@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -34,6 +34,9 @@ from gapkernels.training.evaluation import embed
 from gapkernels.training.layout import CHECKPOINT, EMBEDDINGS, METRICS, RESULT, TENSORBOARD
 from gapkernels.training.schedules import cosine_with_warmup, loss_weights
 
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
 _LARGEST_LOGIT_SCALE = 100.0
 
 
@@ -52,6 +55,9 @@ class Trainer:
     Raises:
         UserError: if the model does not fit the data set.
     """
+
+    log: _MetricLog
+    board: SummaryWriter
 
     def __init__(
         self, config: Config, method: str, seed: int, dataset: Dataset, folder: Path, device: torch.device
@@ -75,8 +81,11 @@ class Trainer:
             self.optimizer, lambda step: cosine_with_warmup(step, self.total_steps, config.optim.warmup)
         )
 
-    def fit(self) -> dict[str, Any]:
+    def fit(self, label: str = "") -> dict[str, Any]:
         """Train to the end, from the checkpoint in the folder if there is one, with a progress bar on a terminal.
+
+        Args:
+            label: what the progress bar calls the run.
 
         Returns:
             What `result.json` in the folder holds: the final metrics on the test split, and how long it took.
@@ -99,7 +108,7 @@ class Trainer:
             tqdm(
                 total=self.total_steps,
                 initial=self.step,
-                desc=f"{self.method_name}, seed {self.seed}",
+                desc=label,
                 unit="step",
                 leave=False,
                 disable=None,
@@ -108,8 +117,10 @@ class Trainer:
             if not resuming:
                 self._evaluate()
             for batch in self._remaining_batches():
-                self._train_step(batch)
+                logged = self._train_step(batch)
                 bar.update()
+                if logged:
+                    bar.set_postfix(loss=f"{logged['loss']:.3f}", gap=f"{logged['modality_gap']:.3f}")
                 epoch, position = divmod(self.step, self.steps_per_epoch)
                 if position == 0 and epoch % self.config.run.eval_every == 0 and self.step < self.total_steps:
                     self._evaluate()
@@ -139,7 +150,8 @@ class Trainer:
             for start in range(position * size, self.steps_per_epoch * size, size):
                 yield self.dataset.train.batch(order[start : start + size], self.device)
 
-    def _train_step(self, inputs: Mapping[str, Tensor]) -> None:
+    def _train_step(self, inputs: Mapping[str, Tensor]) -> dict[str, float]:
+        """Take one step; return what was logged of it, nothing for most steps."""
         optim = self.config.optim
         weights = loss_weights(self.method, self.step / self.total_steps)
         self.model.train()
@@ -167,13 +179,15 @@ class Trainer:
         self.step += 1
 
         # Reading a value waits for the device, so not every step pays for it.
-        if self.step % self.config.run.log_every == 0 or self.step == self.total_steps:
-            values = {name: value.item() for name, value in terms._asdict().items() if value is not None}
-            if not math.isfinite(values["loss"]):
-                raise self._diverged()
-            values |= {f"{name}_weight": weight for name, weight in weights._asdict().items()}
-            values |= {"lr": learning_rate, "logit_scale": self.log_logit_scale.exp().item()}
-            self._record("train", values)
+        if self.step % self.config.run.log_every != 0 and self.step < self.total_steps:
+            return {}
+        values = {name: value.item() for name, value in terms._asdict().items() if value is not None}
+        if not math.isfinite(values["loss"]):
+            raise self._diverged()
+        values |= {f"{name}_weight": weight for name, weight in weights._asdict().items()}
+        values |= {"lr": learning_rate, "logit_scale": self.log_logit_scale.exp().item()}
+        self._record("train", values)
+        return values
 
     def _evaluate(self) -> None:
         """Record what can be had quickly: geometry, retrieval and clustering, without the classifiers."""
@@ -228,13 +242,18 @@ class Trainer:
         """Bring back the state of the checkpoint and return the size of the metric log at its time, in bytes."""
         try:
             state = load_checkpoint(self.folder / CHECKPOINT)
+            self.model.load_state_dict(state["model"])
+            with torch.no_grad():
+                self.log_logit_scale.copy_(state["log_logit_scale"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scheduler.load_state_dict(state["scheduler"])
         except UserError as error:
             raise UserError(f"{error}; delete the folder {self.folder} to redo this run from its start") from error
-        self.model.load_state_dict(state["model"])
-        with torch.no_grad():
-            self.log_logit_scale.copy_(state["log_logit_scale"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise UserError(
+                f"{self.folder / CHECKPOINT} comes from another version of the trainer; delete the folder "
+                f"{self.folder} to redo this run from its start"
+            ) from error
         self.step, self.seconds = state["step"], state["seconds"]
         restore_random_state(state["random"], self.device)
         return state["log_size"]

@@ -1,6 +1,6 @@
 """Figures of an experiment: the final metrics side by side, curves over training, and the joint space.
 
-Each figure has one panel and is small enough to be read on a phone. Methods and modalities differ in line style or
+Each figure is small enough to be read on a phone. Methods and modalities differ in line style or
 marker as well as in colour, and classes carry their names: no figure depends on telling colours apart.
 """
 

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -45,6 +47,11 @@ def test_samples_can_be_limited() -> None:
     assert torch.equal(few.train.modalities["image"], full.train.modalities["image"][:10])
     with pytest.raises(UserError, match=r"data\.train_samples is 9999, but the split has 516"):
         load_dataset(Data(train_samples=9999))
+
+
+def test_a_missing_data_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"there is no data folder .*nowhere"):
+        load_dataset(Data(), tmp_path / "nowhere")
 
 
 def test_character_tokens_spell_the_caption() -> None:

@@ -33,5 +33,5 @@ def test_an_unknown_anchor_is_named(finished: Path) -> None:
 
 def test_a_foreign_checkpoint_is_named(tmp_path: Path) -> None:
     torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pt")
-    with pytest.raises(UserError, match=r"other\.pt is not a checkpoint of gapkernels train"):
+    with pytest.raises(UserError, match=r"other\.pt is not a checkpoint of this version"):
         evaluate_file(tmp_path / "other.pt", None, None, CPU)

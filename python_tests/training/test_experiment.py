@@ -76,6 +76,12 @@ def test_a_damaged_checkpoint_names_the_remedy(small_config: SmallConfig, starte
         run_experiment(small_config(seeds=[0]), started, methods=["gap"], device="cpu")
 
 
+def test_a_checkpoint_of_another_model_names_the_remedy(small_config: SmallConfig, started: Path) -> None:
+    torch.save({"model": {"layer.weight": torch.zeros(2)}}, run_folder(started, "gap", 0) / CHECKPOINT)
+    with pytest.raises(UserError, match=r"comes from another version of the trainer; delete the folder .*seed-0"):
+        run_experiment(small_config(seeds=[0]), started, methods=["gap"], device="cpu")
+
+
 def test_a_log_that_lost_lines_is_noticed(small_config: SmallConfig, tmp_path: Path) -> None:
     config = small_config(seeds=[0], optim__epochs=1)
     run_experiment(config, tmp_path, methods=["clip-ft"], device="cpu")

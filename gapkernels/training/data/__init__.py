@@ -27,6 +27,8 @@ def load_dataset(config: Data, data_dir: Path | None = None) -> Dataset:
     Raises:
         UserError: if the folder is missing or holds too few samples.
     """
+    if data_dir is not None and not data_dir.is_dir():
+        raise UserError(f"there is no data folder {data_dir}")
     dataset = _LOADERS[config.dataset](data_dir)
     return replace(
         dataset,
