@@ -159,7 +159,10 @@ def matmul_gap_loss(z: Sequence[Tensor]) -> Tensor:
 def _dense(gap: Loss, info_nce: Loss, compiled: bool) -> Callable[[Case], Loss]:
     def build(case: Case) -> Loss:
         function = gap if case.loss == GAP else info_nce
-        return torch.compile(function, dynamic=False) if compiled else function
+        if not compiled:
+            return function
+        torch._dynamo.reset()  # else the shapes compiled so far count, and after a few of them it runs eagerly
+        return torch.compile(function, dynamic=False)
 
     return build
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,3 +30,15 @@ def write(path: Path, content: dict[str, Any]) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     temporary.replace(path)
+
+
+def read(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The rows of a result file, and what it lacks."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return [entry["extra_info"] for entry in content["benchmarks"]], content["skipped"]
+
+
+def identity(entry: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What tells one case from another, in a row, in a skipped case or in a case itself."""
+    names = ("implementation", "loss", "samples", "width", "dtype", "modalities", "backward")
+    return tuple(entry[name] for name in names)

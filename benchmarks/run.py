@@ -6,15 +6,22 @@ python -m benchmarks.run --out results.json --suites peers,scaling --budget 600
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks import cases, results
 from benchmarks.harness import Session, Skipped
 from benchmarks.implementations import IMPLEMENTATIONS, our_backends
+from benchmarks.processes import child_command
+
+_LOST_CONTEXT = "CUDA error"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -29,8 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--wait-seconds", type=float, default=0.0, help="wait this long for other processes to calm down"
     )
     parser.add_argument("--patience", type=int, default=0, help="repeat calls that other processes disturbed")
+    parser.add_argument("--resume", action="store_true", help="go on with the cases that the result file lacks")
     parser.add_argument("--slow", action="store_true", help="include cases that take minutes")
-    options = parser.parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = parser.parse_args(given)
 
     started = time.monotonic()
     device = torch.device(options.device)
@@ -46,9 +55,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         wait_seconds=options.wait_seconds,
         patience=options.patience,
     )
-    rows = []
+    rows: list[dict[str, Any]] = []
+    done: set[tuple[Any, ...]] = set()
+    if options.resume and options.out.exists():
+        rows, session.skipped = results.read(options.out)
+        done = {results.identity(entry) for entry in [*rows, *session.skipped]}
     for case in cases.cases(suites, table, our_backends(device)):
-        if case.slow and not options.slow:
+        if (case.slow and not options.slow) or results.identity(asdict(case)) in done:
             continue
         if time.monotonic() - started > options.budget:
             reason = f"the run's budget of {options.budget:.0f} s was spent"
@@ -66,6 +79,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 flush=True,
             )
         results.write(options.out, results.document(rows, session.skipped))
+        if session.skipped and _LOST_CONTEXT in session.skipped[-1]["reason"]:
+            # After such an error nothing works in this process any more; a fresh one goes on behind the failed case.
+            rest = ["--resume", "--budget", str(options.budget - (time.monotonic() - started))]
+            os.execv(sys.executable, [*child_command("benchmarks.run", *given), *rest])
 
 
 if __name__ == "__main__":

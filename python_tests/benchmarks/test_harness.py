@@ -145,6 +145,10 @@ def test_run_without_pytest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert [entry["implementation"] for entry in content["skipped"]] == ["siglip-kernel"]
     assert math.isfinite(content["benchmarks"][0]["stats"]["median"])
 
+    monkeypatch.setattr(Session, "measure", lambda *_: pytest.fail("measured again"))
+    run.main(["--out", str(out), "--device", "cpu", "--suites", "tiny", "--resume"])
+    assert json.loads(out.read_text())["benchmarks"] == content["benchmarks"]
+
 
 def test_unknown_suite_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
