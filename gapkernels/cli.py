@@ -137,13 +137,17 @@ def _build_parser() -> argparse.ArgumentParser:
 
     report = commands.add_parser(
         "report",
-        help="rebuild table, plots and report.html of a run folder",
-        description="Rebuild results.json, plots and report.html of one or several run folders.",
+        help="rebuild the report of a run folder, or write one from the benchmarks' result files",
+        description="Rebuild results.json, plots and report.html of one or several run folders; or compare result "
+        "files of the benchmarks (.json): HTML, Markdown and plots.",
         allow_abbrev=False,
     )
-    report.add_argument("folders", metavar="DIR", type=Path, nargs="+", help="run folder")
+    report.add_argument("paths", metavar="PATH", type=Path, nargs="+", help="run folder, or result file (.json)")
     report.add_argument(
-        "--out", metavar="FILE", type=Path, help="the HTML file (default: report.html in the run folder)"
+        "--out",
+        metavar="FILE",
+        type=Path,
+        help="the HTML file (default: report.html in the run folder; speed-report.html here for result files)",
     )
     report.set_defaults(run=_report)
     return parser
@@ -201,9 +205,26 @@ def _report(options: argparse.Namespace) -> None:
     from gapkernels.environment import require
 
     require("train", "gapkernels report")
-    if options.out is None and len(options.folders) > 1:
+    result_files = [path.suffix == ".json" for path in options.paths]
+    if all(result_files):
+        _write_speed_report(options.paths, options.out or Path("speed-report.html"))
+        return
+    if any(result_files):
+        raise UserError("run folders and result files (.json) do not go into one report")
+    if options.out is None and len(options.paths) > 1:
         raise UserError("name the report of several run folders with --out FILE")
-    _write_report(options.folders, options.out or options.folders[0] / "report.html")
+    _write_report(options.paths, options.out or options.paths[0] / "report.html")
+
+
+def _write_speed_report(paths: Sequence[Path], out: Path) -> None:
+    """Write a report on result files of the benchmarks."""
+    from gapkernels.benchmark_report import render
+
+    try:
+        report = render(paths, out)
+    except (OSError, ValueError) as error:
+        raise UserError(str(error)) from error
+    print(f"report: {report.html}\ntables: {report.markdown}\nplots:  {report.html.with_suffix('')}")
 
 
 def _write_report(folders: Sequence[Path], path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from gapkernels.benchmark_report import render, tables
 from gapkernels.benchmark_report.results import Problem, exponent, load
+from gapkernels.cli import main
 
 pytest.importorskip("matplotlib")
 
@@ -169,3 +170,15 @@ def test_other_files_are_refused_by_name(text: str, tmp_path: Path) -> None:
     file.write_text(text)
     with pytest.raises(ValueError, match=r"other.json"):
         load(file)
+
+
+def test_command_line(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "speed.html"
+    assert main(["report", str(path), "--out", str(out)]) == 0
+    assert out.exists()
+    assert f"report: {out}" in capsys.readouterr().out
+
+    assert main(["report", str(path), str(tmp_path), "--out", str(out)]) == 2
+    assert "run folders and result files (.json) do not go into one report" in capsys.readouterr().err
+    assert main(["report", str(tmp_path / "absent.json"), "--out", str(out)]) == 2
+    assert "absent.json" in capsys.readouterr().err
