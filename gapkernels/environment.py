@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from gapkernels import __version__
+from gapkernels.cpu import cpu_model
 from gapkernels.training.errors import UserError
 
 # Extras that add an ability to the package; `bench` and `dev` are for working on it.
@@ -22,7 +23,7 @@ def describe_environment() -> dict[str, Any]:
     return {
         "gapkernels": __version__,
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "torch": torch.__version__,
         "triton": _version("triton"),
         "cuda": torch.version.cuda,
@@ -104,7 +105,7 @@ def _packages() -> list[dict[str, Any]]:
 
 def _devices() -> list[dict[str, str]]:
     threads = torch.get_num_threads()
-    cpu = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch uses {threads} threads"
+    cpu = f"{cpu_model()}, {os.cpu_count()} cores, torch uses {threads} threads"
     devices = [{"name": "cpu", "description": cpu}]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)

@@ -17,17 +17,15 @@ which that reference would push out of the type's range are recomputed with a ru
 
 from __future__ import annotations
 
-import functools
 import math
-import platform
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gapkernels.backends.exponential import ExpMatrix, LogSums, SoftmaxWeights, statistics_dtype
+from gapkernels.cpu import is_amd
 
 # A float32 tile of 1024×1024 is 4 MiB: two of them stay in the caches of current cores, and the products are large
 # enough to run at full speed (measured: 512 loses 5 %, 2048 gains nothing).
@@ -118,17 +116,13 @@ class _OneDnnProducts:
         return torch.ops.mkldnn._linear_pointwise.binary(left, total, right.T, None, "add")
 
 
-@functools.cache
 def onednn_is_faster() -> bool:
     """Whether float32 products on this CPU should go to oneDNN: an AMD processor with AVX-512."""
-    cpuinfo = Path("/proc/cpuinfo")
     return (
-        platform.system() == "Linux"
+        is_amd()
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        and cpuinfo.exists()
-        and "AuthenticAMD" in cpuinfo.read_text()
     )
 
 

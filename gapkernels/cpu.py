@@ -1,0 +1,31 @@
+"""Which processor this is: what reports print and what choosing a library of matrix products depends on."""
+
+from __future__ import annotations
+
+import functools
+import platform
+from pathlib import Path
+
+
+@functools.cache
+def _fields() -> dict[str, str]:
+    """The first processor's entries of /proc/cpuinfo; empty where there is none."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return {}
+    lines = cpuinfo.read_text(encoding="utf-8").split("\n\n")[0].splitlines()
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
+def cpu_model() -> str:
+    """The processor's model name, with family and model where the name alone ("AMD EPYC") leaves the generation open."""
+    fields = _fields()
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    if "cpu family" in fields:
+        name += f" (family {fields['cpu family']} model {fields.get('model')})"
+    return name
+
+
+def is_amd() -> bool:
+    """Whether the processor is AMD's, as far as the operating system tells."""
+    return _fields().get("vendor_id") == "AuthenticAMD"
