@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import cases, environment
+from benchmarks import cases, environment, results
 from benchmarks.harness import Session, clock_of
 from benchmarks.implementations import our_backends
 
@@ -72,6 +72,7 @@ def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]) -> None:
     """What could not be measured is a result too."""
     output_json["skipped"] = config.stash[_SESSION].skipped
+    results.share_yardstick([entry["extra_info"] for entry in output_json["benchmarks"]])
     for entry in output_json["benchmarks"]:
         entry.pop("param", None)
         entry.pop("params", None)

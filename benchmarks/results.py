@@ -13,6 +13,7 @@ from benchmarks import environment
 
 def document(rows: Sequence[dict[str, Any]], skipped: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """A result file for rows that were measured without pytest."""
+    share_yardstick(rows)
     return {
         "machine_info": {},
         "commit_info": {"id": environment.commit()},
@@ -22,6 +23,16 @@ def document(rows: Sequence[dict[str, Any]], skipped: Sequence[dict[str, Any]]) 
         ],
         "skipped": list(skipped),
     }
+
+
+def share_yardstick(rows: Sequence[dict[str, Any]]) -> None:
+    """Relate all rows of a run to the best yardstick that was measured in it, early rows to a later one too."""
+    for name in ("matmul_tflops", "onednn_tflops"):
+        known = [row[name] for row in rows if row[name] is not None]
+        for row in rows:
+            row[name] = max(known, default=None)
+    for row in rows:
+        row["utilisation"] = row["tflops"] / row["matmul_tflops"]
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
