@@ -18,7 +18,7 @@ def _fields() -> dict[str, str]:
 
 
 def cpu_model() -> str:
-    """The processor's model name, with family and model where the name alone ("AMD EPYC") leaves the generation open."""
+    """The processor's name, with family and model where the name alone ("AMD EPYC") leaves the generation open."""
     fields = _fields()
     name = fields.get("model name") or platform.processor() or platform.machine()
     if "cpu family" in fields:
