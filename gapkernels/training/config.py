@@ -25,6 +25,10 @@ Number = Annotated[float, BeforeValidator(_no_truth_value)]
 Integer = Annotated[int, BeforeValidator(_no_truth_value)]
 
 
+# Keys whose value decides which other keys a mapping may have.
+_KINDS = ("kind", "dataset")
+
+
 class Section(BaseModel):
     """A group of settings: immutable, and an unknown key is an error."""
 
@@ -68,12 +72,62 @@ class Method(Section):
     )
 
 
-class Data(Section):
-    """Which data set, and how much of it."""
+class _Samples(Section):
+    """How much of a data set."""
 
-    dataset: Literal["digits"] = Field(default="digits", description="name of the data set")
     train_samples: Integer | None = Field(default=None, gt=0, description="train on this many samples (null: on all)")
     test_samples: Integer | None = Field(default=None, gt=1, description="test on this many samples (null: on all)")
+
+
+class DigitsData(_Samples):
+    """Small digits, bundled with scikit-learn."""
+
+    dataset: Literal["digits"] = Field(default="digits", description="name of the data set")
+
+
+class CIFAR10Data(_Samples):
+    """Images and class names."""
+
+    dataset: Literal["cifar10"] = Field(default="cifar10", description="name of the data set")
+    augment: bool = Field(default=True, description="random crops and flips of training images")
+
+
+class AVMNISTData(_Samples):
+    """Handwritten digits, spoken digits and digit names."""
+
+    dataset: Literal["av-mnist"] = Field(default="av-mnist", description="name of the data set")
+    image_energy: Number = Field(
+        default=0.25, gt=0, le=1, description="share of the images' variance that their principal components keep"
+    )
+    audio_snr_db: Number = Field(default=5.0, description="loudness of recordings over that of the noise, in decibels")
+    pairing_seed: Integer = Field(
+        default=0, ge=0, description="seed of the noise and of which recording meets which image"
+    )
+
+
+class COCOData(_Samples):
+    """Photographs with five captions each."""
+
+    dataset: Literal["mscoco"] = Field(default="mscoco", description="name of the data set")
+    image_size: Integer = Field(default=224, gt=7, description="side of the images in pixels")
+    augment: bool = Field(default=True, description="random crops and flips of training images")
+
+
+class FeaturesData(_Samples):
+    """Pre-computed features, from .npz or .safetensors files in the data folder."""
+
+    dataset: Literal["features"] = Field(default="features", description="name of the data set")
+    train_file: str = Field(default="train.safetensors", description="file with one array [N, D] per modality")
+    test_file: str | None = Field(default=None, description="likewise (null: part of the training file)")
+    test_fraction: Number = Field(
+        default=0.2, gt=0, lt=1, description="share of the training file to test on if there is no test file"
+    )
+
+
+Data = Annotated[
+    DigitsData | CIFAR10Data | AVMNISTData | COCOData | FeaturesData,
+    Field(discriminator="dataset", description="which data set, and how much of it"),
+]
 
 
 class ImageCNNConfig(Section):
@@ -100,7 +154,71 @@ class TextTransformerConfig(Section):
         return self
 
 
-EncoderConfig = Annotated[ImageCNNConfig | TextTransformerConfig, Field(discriminator="kind")]
+class ResNetConfig(Section):
+    """Residual network for images, He et al.'s with the stem of their CIFAR networks or of their ImageNet ones."""
+
+    kind: Literal["resnet18", "resnet50"]
+    stem: Literal["small", "large"] = Field(
+        default="small", description="small: a 3x3 convolution; large: a 7x7 one and pooling, 4 times less resolution"
+    )
+    norm: Literal["batch", "group"] = Field(
+        default="batch", description="group norm treats every sample alone, so micro-batches change no number"
+    )
+    width: Integer = Field(default=64, gt=0, multiple_of=8, description="channels of the first stage")
+
+
+class ViTConfig(Section):
+    """Vision transformer over square patches."""
+
+    kind: Literal["vit"]
+    patch_size: Integer = Field(default=4, gt=0, description="side of a patch in pixels")
+    width: Integer = Field(default=192, gt=0, description="width of the residual stream")
+    depth: Integer = Field(default=6, gt=0, description="number of layers")
+    heads: Integer = Field(default=3, gt=0, description="attention heads")
+    dropout: Number = Field(default=0.0, ge=0, lt=1, description="dropout in attention and feed-forward blocks")
+
+    @model_validator(mode="after")
+    def _divisible(self) -> ViTConfig:
+        if self.width % self.heads:
+            raise ValueError(f"`width` ({self.width}) must be a multiple of `heads` ({self.heads})")
+        return self
+
+
+class SpectrogramCNNConfig(Section):
+    """Convolutional encoder of spectrograms: keeps the frequency axis to the end and averages over time."""
+
+    kind: Literal["spectrogram-cnn"]
+    width: Integer = Field(default=32, gt=0, description="channels of the first stage, doubled with each")
+    depth: Integer = Field(default=3, gt=0, description="stages, each halving both axes")
+
+
+class MLPConfig(Section):
+    """Multilayer perceptron for features."""
+
+    kind: Literal["mlp"]
+    width: Integer = Field(default=512, gt=0, description="width of the hidden layers")
+    depth: Integer = Field(default=1, gt=0, description="number of hidden layers")
+    dropout: Number = Field(default=0.0, ge=0, lt=1, description="dropout after each hidden layer")
+
+
+class OpenCLIPConfig(Section):
+    """A tower of an open_clip model, built by name."""
+
+    kind: Literal["open-clip-image", "open-clip-text"]
+    model: str = Field(default="RN50", description="name of an open_clip model")
+    weights: str | None = Field(default=None, description="file with weights of the model (null: random weights)")
+
+
+EncoderConfig = Annotated[
+    ImageCNNConfig
+    | TextTransformerConfig
+    | ResNetConfig
+    | ViTConfig
+    | SpectrogramCNNConfig
+    | MLPConfig
+    | OpenCLIPConfig,
+    Field(discriminator="kind"),
+]
 
 
 class Model(Section):
@@ -128,6 +246,9 @@ class Optim(Section):
     )
     epochs: Integer = Field(default=100, gt=0, description="passes over the training data")
     batch_size: Integer = Field(default=256, gt=1, description="samples per step; the incomplete last batch is dropped")
+    micro_batch_size: Integer | None = Field(
+        default=None, gt=0, description="samples encoded at a time, by gradient caching (null: the whole batch)"
+    )
     grad_clip: Number | None = Field(default=None, gt=0, description="largest gradient norm (null: no clipping)")
     precision: Literal["fp32", "bf16"] = Field(default="fp32", description="bf16 runs the encoders under autocast")
 
@@ -155,7 +276,7 @@ class Config(Section):
     seeds: tuple[Annotated[Integer, Field(ge=0)], ...] = Field(
         default=(0,), min_length=1, description="one run per method and seed"
     )
-    data: Data = Data()
+    data: Data = DigitsData()
     model: Model
     optim: Optim = Optim()
     run: Run = Run()
@@ -192,12 +313,12 @@ def load_config(preset: str, files: Iterable[Path] = (), overrides: Mapping[str,
         raise UserError(
             f"unknown preset {preset!r}{did_you_mean(preset, preset_names())}; presets: {', '.join(preset_names())}"
         )
-    text = (resources.files("gapkernels.training") / "presets" / f"{preset}.yaml").read_text(encoding="utf-8")
-    tree: dict[str, Any] = yaml.safe_load(text)
+    tree = _read_preset(preset)
     known_keys = _with_groups(flatten(Config.model_validate(tree).model_dump()))
     for file in files:
         tree = _merge(tree, _read_yaml(file))
-    for key, value in (overrides or {}).items():
+    # The kind of an encoder or data set first: it decides which other settings there are.
+    for key, value in sorted((overrides or {}).items(), key=lambda item: not item[0].endswith(_KINDS)):
         for part in reversed(key.split(".")):
             value = {part: value}
         tree = _merge(tree, value)
@@ -244,6 +365,14 @@ def did_you_mean(word: str, candidates: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
+def _read_preset(name: str) -> dict[str, Any]:
+    """Read a preset; its key `extends` names another one whose settings it changes."""
+    text = (resources.files("gapkernels.training") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
+    tree: dict[str, Any] = yaml.safe_load(text)
+    base = tree.pop("extends", None)
+    return tree if base is None else _merge(_read_preset(base), tree)
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -259,8 +388,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _merge(base: Any, update: Any) -> Any:
-    """Return `base` with the keys of `update` set, mapping by mapping."""
+    """Return `base` with the keys of `update` set, mapping by mapping; another kind of thing replaces the whole."""
     if not (isinstance(base, dict) and isinstance(update, dict)):
+        return update
+    if any(kind in base and kind in update and base[kind] != update[kind] for kind in _KINDS):
         return update
     return {**base, **{key: _merge(base.get(key), value) for key, value in update.items()}}
 
@@ -285,6 +416,10 @@ def _explain(detail: Any, tree: dict[str, Any], known_keys: list[str]) -> str:
         parts.append(str(part))
         here = here.get(part) if isinstance(here, dict) else None
     key = ".".join(parts)
+    if detail["type"] == "union_tag_invalid":
+        context = detail["ctx"]
+        tag_key = f"{key}.{context['discriminator'].strip(chr(39))}"
+        return f"{tag_key}: must be one of {context['expected_tags']}, got {context['tag']!r}"
     if detail["type"] == "extra_forbidden":
         return f"unknown key {key}{did_you_mean(key, known_keys)}"
     if detail["type"] == "missing":

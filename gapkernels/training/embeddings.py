@@ -46,10 +46,23 @@ def write_embeddings(path: Path, embeddings: Embeddings) -> None:
 
 
 def read_embeddings(path: Path) -> Embeddings:
-    """Read a .safetensors or .npz file.
+    """Read a .safetensors or .npz file of embeddings in one space.
 
     Raises:
         UserError: if the file is missing, damaged, or does not hold two or more modalities of one shape.
+    """
+    features = read_features(path)
+    shapes = {name: list(values.shape) for name, values in features.modalities.items()}
+    if len({shape[1] for shape in shapes.values()}) > 1:
+        raise UserError(f"{path} must hold two or more arrays of one shape [N, D], one per modality; found {shapes}")
+    return features
+
+
+def read_features(path: Path) -> Embeddings:
+    """Read a .safetensors or .npz file whose modalities may differ in width.
+
+    Raises:
+        UserError: if the file is missing, damaged, or does not hold two or more modalities of as many samples.
     """
     if not path.is_file():
         raise UserError(f"no embeddings at {path}")
@@ -62,15 +75,15 @@ def read_embeddings(path: Path) -> Embeddings:
 
     modalities = {name: values for name, values in arrays.items() if name not in _NOT_A_MODALITY}
     shapes = {name: list(values.shape) for name, values in modalities.items()}
-    first = next(iter(shapes.values()), [])
-    if len(shapes) < 2 or len(first) != 2 or any(shape != first for shape in shapes.values()):
+    samples = next(iter(shapes.values()), [])[:1]
+    if len(shapes) < 2 or any(len(shape) != 2 or shape[:1] != samples for shape in shapes.values()):
         raise UserError(f"{path} must hold two or more arrays of one shape [N, D], one per modality; found {shapes}")
     for name, values in modalities.items():
         if not values.is_floating_point():
             raise UserError(f"{path}: `{name}` must hold floating point numbers, found {values.dtype}")
     for name in _NOT_A_MODALITY:
-        if name in arrays and list(arrays[name].shape) != first[:1]:
-            raise UserError(f"{path}: `{name}` must have shape {first[:1]}, found {list(arrays[name].shape)}")
+        if name in arrays and list(arrays[name].shape) != samples:
+            raise UserError(f"{path}: `{name}` must have shape {samples}, found {list(arrays[name].shape)}")
     return Embeddings(modalities, arrays.get("labels"), arrays.get("ids"))
 
 

@@ -67,7 +67,8 @@ def run_experiment(
         trainer = Trainer(config, method, seed, dataset, where, target)
         result = trainer.fit(label)
         metrics = result["metrics"]
-        _say(f"{label}: gap {metrics['gap']:.3f}, V-measure {metrics['v_measure']:.3f} ({result['seconds']:.0f} s)")
+        grouping = f", V-measure {metrics['v_measure']:.3f}" if "v_measure" in metrics else ""
+        _say(f"{label}: gap {metrics['gap']:.3f}{grouping} ({result['seconds']:.0f} s)")
 
 
 def choose_device(name: str) -> torch.device:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gapkernels import gap_loss
-from gapkernels.metrics import clustering, evaluate
+from gapkernels.gradient_cache import GradientCache
 from gapkernels.training.checkpoint import (
     load_checkpoint,
     random_state,
@@ -30,7 +30,7 @@ from gapkernels.training.data import Dataset
 from gapkernels.training.embeddings import Embeddings, write_embeddings
 from gapkernels.training.encoders import MultimodalModel
 from gapkernels.training.errors import UserError
-from gapkernels.training.evaluation import embed
+from gapkernels.training.evaluation import embed, score
 from gapkernels.training.layout import CHECKPOINT, EMBEDDINGS, METRICS, RESULT, TENSORBOARD
 from gapkernels.training.schedules import cosine_with_warmup, loss_weights
 
@@ -64,7 +64,7 @@ class Trainer:
     ) -> None:
         self.config, self.method_name, self.seed = config, method, seed
         self.method = config.methods[method]
-        self.dataset, self.folder, self.device = dataset, folder, device
+        self.dataset, self.folder, self.device = dataset.to(device), folder, device
         self.steps_per_epoch = len(dataset.train) // config.optim.batch_size
         self.total_steps = self.steps_per_epoch * config.optim.epochs
         self.step = 0
@@ -148,17 +148,17 @@ class Trainer:
             epoch, position = divmod(self.step, self.steps_per_epoch)
             order = torch.from_numpy(np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset.train)))
             for start in range(position * size, self.steps_per_epoch * size, size):
-                yield self.dataset.train.batch(order[start : start + size], self.device)
+                yield self.dataset.train.batch(order[start : start + size])
 
-    def _train_step(self, inputs: Mapping[str, Tensor]) -> dict[str, float]:
+    def _train_step(self, batch: Mapping[str, Tensor]) -> dict[str, float]:
         """Take one step; return what was logged of it, nothing for most steps."""
         optim = self.config.optim
         weights = loss_weights(self.method, self.step / self.total_steps)
         self.model.train()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=optim.precision == "bf16"):
-            embeddings = self.model(inputs)
+        size = optim.micro_batch_size
+        cache = None if size is None else GradientCache(self._encode, _micro_batches(batch, size))
         terms = gap_loss(
-            *embeddings.values(),
+            *(self._encode(batch) if cache is None else cache.embeddings),
             logit_scale=self.log_logit_scale.exp(),
             anchor=self.anchor_index,
             uniformity_t=self.method.uniformity_t,
@@ -169,6 +169,8 @@ class Trainer:
         )
         self.optimizer.zero_grad()
         terms.loss.backward()
+        if cache is not None:
+            cache.backward()
         if optim.grad_clip is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), optim.grad_clip)
         learning_rate = self.scheduler.get_last_lr()[0]
@@ -189,23 +191,30 @@ class Trainer:
         self._record("train", values)
         return values
 
+    def _encode(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """Augment and encode samples as they are stored: one embedding [n, D] per modality."""
+        inputs = self.dataset.train.prepare(batch)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.optim.precision == "bf16"):
+            return tuple(self.model(inputs).values())
+
     def _evaluate(self) -> None:
         """Record what can be had quickly: geometry, retrieval and clustering, without the classifiers."""
-        split, embeddings = self.dataset.test, self._embed_test_split()
-        metrics = evaluate(embeddings, ids=split.ids, anchor=self.config.model.anchor)
-        metrics |= clustering(list(embeddings.values()), split.labels)._asdict()
-        self._record("test", metrics)
+        self._record("test", self._score(self._embed_test_split(), classifiers=False))
 
     def _evaluate_fully(self) -> dict[str, float]:
         """Record every metric of the trained model and keep its embeddings of the test split."""
         split, embeddings = self.dataset.test, self._embed_test_split()
-        metrics = evaluate(embeddings, labels=split.labels, ids=split.ids, anchor=self.config.model.anchor)
+        metrics = self._score(embeddings, classifiers=True)
         self._record("test", metrics)
         write_embeddings(self.folder / EMBEDDINGS, Embeddings(embeddings, split.labels, split.ids))
         return metrics
 
+    def _score(self, embeddings: Mapping[str, Tensor], classifiers: bool) -> dict[str, float]:
+        split = self.dataset.test
+        return score(embeddings, split.labels, split.ids, self.config.model.anchor, classifiers)
+
     def _embed_test_split(self) -> dict[str, Tensor]:
-        embeddings = embed(self.model, self.dataset.test, self.device)
+        embeddings = embed(self.model, self.dataset.test)
         if not all(values.isfinite().all() for values in embeddings.values()):
             raise self._diverged()
         return embeddings
@@ -285,6 +294,12 @@ class _MetricLog:
         """Bring every record to the disk and return the size of the file."""
         os.fsync(self._file.fileno())
         return self._file.tell()
+
+
+def _micro_batches(batch: Mapping[str, Tensor], size: int) -> list[dict[str, Tensor]]:
+    """Cut a batch into parts of at most `size` samples."""
+    parts = zip(*(values.split(size) for values in batch.values()), strict=True)
+    return [dict(zip(batch, part, strict=True)) for part in parts]
 
 
 def _build_optimizer(config: Config, model: nn.Module, log_logit_scale: nn.Parameter) -> torch.optim.Optimizer:

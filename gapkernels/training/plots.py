@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from gapkernels.training.data import NO_CLASS
 from gapkernels.training.embeddings import read_embeddings
 from gapkernels.training.layout import EMBEDDINGS
 from gapkernels.training.results import Experiment, RunResult, summarise, table_columns
@@ -148,7 +149,9 @@ def _draw_space(method: str, run: RunResult) -> list[Plot]:
         figure, axes = _new_figure()
         if grouping == "modality":
             _draw_by_modality(axes, clouds)
-        elif embeddings.labels is not None:
+        elif embeddings.labels is None or not (embeddings.labels != NO_CLASS).any():
+            continue
+        else:
             _draw_by_class(axes, clouds, embeddings.labels.numpy()[:_MOST_POINTS], run.class_names)
         for axis, share in zip("xy", pca.explained_variance_ratio_, strict=True):
             name = f"principal component {'xy'.index(axis) + 1} ({100 * share:.0f} % of variance)"
@@ -182,7 +185,7 @@ def _draw_by_modality(axes: Axes, clouds: Mapping[str, np.ndarray]) -> None:
 
 def _draw_by_class(axes: Axes, clouds: Mapping[str, np.ndarray], labels: np.ndarray, names: Sequence[str]) -> None:
     """Colour the most frequent classes and write each one's name at its median; the other classes are grey."""
-    classes, counts = np.unique(labels, return_counts=True)
+    classes, counts = np.unique(labels[labels != NO_CLASS], return_counts=True)
     named = classes[np.argsort(-counts, kind="stable")][: len(_CLASS_COLORS)]
     color_of = {label: _CLASS_COLORS[number] for number, label in enumerate(sorted(named))}
     colors = [color_of.get(label, _OTHER_CLASSES) for label in labels]

@@ -75,7 +75,7 @@ def test_a_configuration_survives_a_file(preset: str, tmp_path: Path) -> None:
         ({"optim.epochs": True}, ["optim.epochs", "True"]),
         ({"optim": 3}, ["optim", "3"]),
         ({"optim.optimizer": "sgd"}, ["optim.optimizer", "'adam'", "'sgd'"]),
-        ({"model.encoders.image.kind": "vit"}, ["model.encoders.image", "'vit'", "'image-cnn'"]),
+        ({"model.encoders.image.kind": "perceiver"}, ["model.encoders.image", "'perceiver'", "'image-cnn'"]),
         ({"model.encoders.text.heads": 5}, ["model.encoders.text", "multiple"]),
         ({"model.anchor": "audio"}, ["`anchor`", "'audio'", "image, text"]),
         ({"methods.gap.cu.start": 0.9}, ["methods.gap.cu", "0.9", "0.7"]),

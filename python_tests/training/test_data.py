@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gapkernels.training.config import Data
+from gapkernels.training.config import DigitsData
 from gapkernels.training.data import ImageSpec, TextSpec, load_dataset
 from gapkernels.training.data.digits import DIGIT_NAMES
 from gapkernels.training.data.tokenizer import PADDING, UNKNOWN, Tokenizer
@@ -11,14 +11,14 @@ from gapkernels.training.errors import UserError
 
 
 def test_digits_are_the_same_every_time() -> None:
-    first, second = load_dataset(Data()), load_dataset(Data())
+    first, second = load_dataset(DigitsData()), load_dataset(DigitsData())
     for one, other in ((first.train, second.train), (first.test, second.test)):
         assert torch.equal(one.labels, other.labels)
         assert all(torch.equal(one.modalities[name], other.modalities[name]) for name in ("image", "text"))
 
 
 def test_digits_hold_every_image_once_and_standardised() -> None:
-    dataset = load_dataset(Data())
+    dataset = load_dataset(DigitsData())
     assert len(dataset.train) + len(dataset.test) == 1797
     images = dataset.train.modalities["image"]
     assert images.shape[1:] == (1, 8, 8)
@@ -32,7 +32,7 @@ def test_digits_hold_every_image_once_and_standardised() -> None:
 
 
 def test_digits_text_is_the_name_of_the_label() -> None:
-    dataset = load_dataset(Data())
+    dataset = load_dataset(DigitsData())
     tokenizer = Tokenizer.from_captions(DIGIT_NAMES, level="character")
     names = [dataset.class_names[label] for label in dataset.test.labels]
     assert torch.equal(dataset.test.modalities["text"], tokenizer.encode(names))
@@ -42,16 +42,16 @@ def test_digits_text_is_the_name_of_the_label() -> None:
 
 
 def test_samples_can_be_limited() -> None:
-    full, few = load_dataset(Data()), load_dataset(Data(train_samples=10, test_samples=20))
+    full, few = load_dataset(DigitsData()), load_dataset(DigitsData(train_samples=10, test_samples=20))
     assert (len(few.train), len(few.test)) == (10, 20)
     assert torch.equal(few.train.modalities["image"], full.train.modalities["image"][:10])
     with pytest.raises(UserError, match=r"data\.train_samples is 9999, but the split has 516"):
-        load_dataset(Data(train_samples=9999))
+        load_dataset(DigitsData(train_samples=9999))
 
 
 def test_a_missing_data_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"there is no data folder .*nowhere"):
-        load_dataset(Data(), tmp_path / "nowhere")
+        load_dataset(DigitsData(), tmp_path / "nowhere")
 
 
 def test_character_tokens_spell_the_caption() -> None:

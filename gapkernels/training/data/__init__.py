@@ -5,16 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from gapkernels.training.config import Data
-from gapkernels.training.data import digits
-from gapkernels.training.data.dataset import Dataset, ImageSpec, InputSpec, Split, TextSpec
+from gapkernels.training.data import av_mnist, cifar10, digits, features, mscoco
+from gapkernels.training.data.dataset import NO_CLASS, Dataset, ImageSpec, InputSpec, Split, TextSpec, VectorSpec
 from gapkernels.training.errors import UserError
 
-# Each loader takes the folder with the data set's files, or None if the user named none.
-_LOADERS: dict[str, Callable[[Path | None], Dataset]] = {"digits": digits.load}
+# Each loader takes its section of the configuration and the folder with the files, or None if the user named none.
+_LOADERS: dict[str, Callable[[Any, Path | None], Dataset]] = {
+    "digits": digits.load,
+    "cifar10": cifar10.load,
+    "av-mnist": av_mnist.load,
+    "mscoco": mscoco.load,
+    "features": features.load,
+}
 
 
 def load_dataset(config: Data, data_dir: Path | None = None) -> Dataset:
@@ -29,7 +36,7 @@ def load_dataset(config: Data, data_dir: Path | None = None) -> Dataset:
     """
     if data_dir is not None and not data_dir.is_dir():
         raise UserError(f"there is no data folder {data_dir}")
-    dataset = _LOADERS[config.dataset](data_dir)
+    dataset = _LOADERS[config.dataset](config, data_dir)
     return replace(
         dataset,
         train=_first(dataset.train, config.train_samples, "train_samples"),

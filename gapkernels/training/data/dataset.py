@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+NO_CLASS = -1  # label of a sample that belongs to no class, or to several
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,14 @@ class TextSpec:
     length: int
 
 
-InputSpec = ImageSpec | TextSpec
+@dataclass(frozen=True)
+class VectorSpec:
+    """Features of a fixed width."""
+
+    width: int
+
+
+InputSpec = ImageSpec | TextSpec | VectorSpec
 
 
 @dataclass(frozen=True)
@@ -34,15 +43,17 @@ class Split:
     """N samples, each present in every modality.
 
     Args:
-        modalities: inputs of the encoders by modality, each [N, ...]: images float32 [N, C, H, W], token numbers
-            int64 [N, L].
-        labels: class of each sample, int64 [N].
+        modalities: stored samples by modality, each [N, ...].
+        labels: class of each sample, int64 [N]; `NO_CLASS` keeps a sample out of clustering and classification.
         ids: what a sample says, int64 [N]: in retrieval any sample with the query's id is a right answer.
+        transforms: what turns a batch of stored samples into the input of the encoder, for modalities where these
+            differ. Inputs are: images float32 [n, C, H, W], token numbers int64 [n, L], features float32 [n, D].
     """
 
     modalities: Mapping[str, Tensor]
     labels: Tensor
     ids: Tensor
+    transforms: Mapping[str, nn.Module] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         assert all(len(values) == len(self.labels) == len(self.ids) for values in self.modalities.values())
@@ -50,14 +61,28 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batch(self, indices: Tensor, device: torch.device) -> dict[str, Tensor]:
-        """Return the inputs of the samples `indices` (int64 [n]) on `device`."""
-        return {name: values[indices].to(device, non_blocking=True) for name, values in self.modalities.items()}
+    def batch(self, indices: Tensor) -> dict[str, Tensor]:
+        """Return the samples `indices` (int64 [n]) as they are stored, on the device they are stored on."""
+        return {name: values[indices.to(values.device)] for name, values in self.modalities.items()}
+
+    def prepare(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Turn a batch of stored samples into the inputs of the encoders; a training split may draw at random."""
+        return {
+            name: self.transforms[name](values) if name in self.transforms else values for name, values in batch.items()
+        }
 
     def take(self, indices: Tensor) -> Split:
         """Return the split that consists of the samples `indices` (int64 [n])."""
         modalities = {name: values[indices] for name, values in self.modalities.items()}
-        return Split(modalities, self.labels[indices], self.ids[indices])
+        return replace(self, modalities=modalities, labels=self.labels[indices], ids=self.ids[indices])
+
+    def to(self, device: torch.device) -> Split:
+        """Move samples and transforms to a device; labels and ids stay on the CPU, where metrics want them."""
+        return replace(
+            self,
+            modalities={name: values.to(device) for name, values in self.modalities.items()},
+            transforms={name: transform.to(device) for name, transform in self.transforms.items()},
+        )
 
 
 @dataclass(frozen=True)
@@ -75,3 +100,7 @@ class Dataset:
     test: Split
     specs: Mapping[str, InputSpec]
     class_names: tuple[str, ...]
+
+    def to(self, device: torch.device) -> Dataset:
+        """Move both splits to a device."""
+        return replace(self, train=self.train.to(device), test=self.test.to(device))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from gapkernels.training.config import DigitsData
 from gapkernels.training.data.dataset import Dataset, ImageSpec, Split, TextSpec
 from gapkernels.training.data.tokenizer import Tokenizer
 
@@ -21,10 +22,11 @@ _LARGEST_PIXEL = 16.0
 _TRAIN_SAMPLES = 516
 
 
-def load(data_dir: Path | None = None) -> Dataset:
+def load(config: DigitsData, data_dir: Path | None) -> Dataset:
     """Load the digits, split by writer: 516 images to train on, 1,281 of other people to test on.
 
     Args:
+        config: which part; nothing else can be set.
         data_dir: unused, the images come with scikit-learn.
 
     Returns:

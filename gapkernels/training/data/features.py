@@ -1,0 +1,78 @@
+"""Pre-computed features of frozen encoders, from a file: only what projects them into the joint space is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from gapkernels.training.config import FeaturesData
+from gapkernels.training.data.dataset import NO_CLASS, Dataset, Split, VectorSpec
+from gapkernels.training.data.files import require_folder
+from gapkernels.training.embeddings import Embeddings, read_features
+from gapkernels.training.errors import UserError
+
+_SPLIT_SEED = 0
+
+
+def load(config: FeaturesData, data_dir: Path | None) -> Dataset:
+    """Load features of two or more modalities from .npz or .safetensors files.
+
+    Args:
+        config: names of the files, and the share to test on if there is one file only.
+        data_dir: the folder that holds them.
+
+    Returns:
+        One modality per array, float32 [N, D of the modality]. Without `labels` in the file no sample has a class;
+        without `ids` each sample matches itself alone.
+
+    Raises:
+        UserError: if a file is missing or damaged, or the files do not fit together.
+    """
+    folder = require_folder(data_dir, "features")
+    train = _split_of(read_features(folder / config.train_file))
+    if config.test_file is None:
+        train, test = _divide(train, config.test_fraction)
+    else:
+        test = _split_of(read_features(folder / config.test_file))
+    widths, test_widths = _widths(train), _widths(test)
+    if widths != test_widths:
+        raise UserError(f"the training file holds features {widths}, the test file {test_widths}")
+    classes = int(torch.cat([train.labels, test.labels]).max()) + 1
+    return Dataset(
+        train=train,
+        test=test,
+        specs={name: VectorSpec(width) for name, width in widths.items()},
+        class_names=tuple(map(str, range(classes))),
+    )
+
+
+def _split_of(features: Embeddings) -> Split:
+    samples = len(next(iter(features.modalities.values())))
+    return Split(
+        modalities={name: values.float() for name, values in features.modalities.items()},
+        labels=torch.full((samples,), NO_CLASS) if features.labels is None else features.labels.long(),
+        ids=torch.arange(samples) if features.ids is None else features.ids.long(),
+    )
+
+
+def _widths(split: Split) -> dict[str, int]:
+    return {name: values.shape[1] for name, values in sorted(split.modalities.items())}
+
+
+def _divide(split: Split, test_fraction: float) -> tuple[Split, Split]:
+    """Draw the test samples at random, the same ones every time; samples of one id stay together.
+
+    Where ids are classes, as with class names for captions, every class would fall on one side: then single samples
+    are drawn.
+    """
+    groups = torch.arange(len(split)) if torch.equal(split.ids, split.labels) else split.ids
+    names, group_of = groups.unique(return_inverse=True)
+    generator = torch.Generator().manual_seed(_SPLIT_SEED)
+    order = torch.randperm(len(names), generator=generator)
+    tested = torch.zeros(len(names), dtype=torch.bool)
+    tested[order[: round(test_fraction * len(names))]] = True
+    in_test = tested[group_of]
+    if in_test.all() or not in_test.any():
+        raise UserError(f"a test_fraction of {test_fraction} leaves one side of {len(names)} samples empty")
+    return split.take((~in_test).nonzero().flatten()), split.take(in_test.nonzero().flatten())
