@@ -47,6 +47,10 @@ def select(name: str, device: torch.device, dtype: torch.dtype) -> Backend | Fus
     reason = triton_backend.unusable_because(device, dtype)
     if reason is None and (name == "triton" or device.type == "cuda"):
         return triton_backend.create()
+    if name == "triton" and dtype == torch.float64:
+        raise TypeError(
+            "backend='triton' takes float32, bfloat16 and float16 embeddings, got float64; choose backend='torch'"
+        )
     if name == "triton":
         raise RuntimeError(f"backend='triton' cannot be used here: {reason}; choose backend='torch'")
     return TiledBackend()

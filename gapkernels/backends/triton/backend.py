@@ -46,7 +46,7 @@ from gapkernels.spec import LossSpec
 BLOCK = 4096
 """Rows and columns of a block of gradients: 32 MiB in 16 bits, which stays in a 50 MB L2 cache."""
 
-SMALLEST_TILE = 16
+SMALLEST_TILE, LARGEST_TILE = 16, 256
 LARGEST_EXPONENT = 126
 HALF_UNIT = 2.0**14
 """Float16 gradients are scaled such that a soft-max weight of one becomes this; twice it is still in range."""
@@ -127,6 +127,10 @@ class TritonBackend:
             for k in cols
             if embedding_needs_grad[k]
         }
+        # Exponents relative to that of a positive: what is left over of Σ G_ij·x_ij is then of its own size.
+        log_reference = (statistics.cosines[0, 0] * (logit_scale.double() * LOG2_E.value)).float()
+        row_log_sum = (saved.row_log_sum - log_reference).float()
+        col_log_sum = (saved.col_log_sum - log_reference).float()
         blocks = _GradientBlocks(min(BLOCK, num_rows), min(BLOCK, num_rows * world.size), scale_needs_grad)
         for m, group in groupby(enumerate(pairs), key=lambda item: item[1][0]):
             members = [(p, k) for p, (_, k) in group]
@@ -145,7 +149,7 @@ class TritonBackend:
                     for col in _blocks(y.shape[0]):
                         diagonal = world.rank * num_rows + row.start - col.start
                         matrix = Matrix(z, factors, y[col], col_factors[col], logit_scale, diagonal)
-                        h = blocks.pair(matrix, saved.row_log_sum[p, row], saved.col_log_sum[p, col], unit)
+                        h = blocks.pair(matrix, row_log_sum[p, row], col_log_sum[p, col], log_reference, unit)
                         if products is not None:
                             add_product(products, h, y[col])
                         if k in col_products:
@@ -157,7 +161,9 @@ class TritonBackend:
                 finish(k, slice(0, num_rows), o.factors[0], world.sum_own_rows(col_products.pop(k)))
         if not scale_needs_grad:
             return gradients, None
-        return gradients, _scale_gradient(upstream, logit_scale, statistics, saved, blocks, world)
+        return gradients, _scale_gradient(
+            upstream, logit_scale, statistics, saved, blocks.scale_partials, log_reference, world
+        )
 
 
 # ---- operands -----------------------------------------------------------------------------------------------------
@@ -257,30 +263,28 @@ class _GradientBlocks:
     """Writes blocks of H, all into one buffer, and collects what the logit scale needs of them."""
 
     def __init__(self, rows: int, cols: int, scale_needs_grad: bool = False) -> None:
-        self._shape = rows, -(-cols // 64) * 64  # rows of H stay aligned for wide loads
+        self._shape = tuple(-(-side // LARGEST_TILE) * LARGEST_TILE for side in (rows, cols))
         self._buffer: Tensor | None = None
         self._scale_needs_grad = scale_needs_grad
         self.scale_partials: Tensor | None = None
 
-    def pair(self, block: Matrix, row_log_sum: Tensor, col_log_sum: Tensor, unit: float) -> Tensor:
+    def pair(self, block: Matrix, row_log_sum: Tensor, col_log_sum: Tensor, reference: Tensor, unit: float) -> Tensor:
         """H of a block of a pair of modalities; overwritten by the next one."""
         if self._scale_needs_grad and self.scale_partials is None:
             places = -(-self._shape[0] // SMALLEST_TILE) * -(-self._shape[1] // SMALLEST_TILE)
             self.scale_partials = block.rows.new_zeros(places, dtype=torch.float64)
-        out = self._out(block)
-        gradient_tiles(block, row_log_sum, col_log_sum, None, unit, self.scale_partials, out)
-        return out
+        gradient_tiles(block, row_log_sum, col_log_sum, reference, unit, self.scale_partials, self._out(block))
+        return self._out(block)[: block.rows.shape[0], : block.cols.shape[0]]
 
     def centroids(self, block: Matrix, reference: Tensor) -> Tensor:
         """H of a block of the centroid matrix; overwritten by the next one."""
-        out = self._out(block)
-        gradient_tiles(block, None, None, reference, 1.0, None, out)
-        return out
+        gradient_tiles(block, None, None, reference, 1.0, None, self._out(block))
+        return self._out(block)[: block.rows.shape[0], : block.cols.shape[0]]
 
     def _out(self, block: Matrix) -> Tensor:
         if self._buffer is None:
             self._buffer = block.rows.new_empty(self._shape)
-        return self._buffer[: block.rows.shape[0], : block.cols.shape[0]]
+        return self._buffer
 
 
 def _centroid_products(
@@ -291,7 +295,7 @@ def _centroid_products(
     For bf16 embeddings the sums are rounded to bf16 in the end: their gradients will be, and it saves a copy.
     """
     c = _gathered_centroids(embeddings, statistics.sums, spec, world)
-    reference = world.max(saved[:-1].max())
+    reference = world.max(saved[:-1].max().float())
     if c.rows.dtype == torch.float16:
         reference = reference - math.log2(HALF_UNIT)  # no entry exceeds its row sum, so none exceeds this
     total = torch.zeros_like(c.rows, dtype=torch.float32)
@@ -328,13 +332,14 @@ def _scale_gradient(
     logit_scale: Tensor,
     statistics: RowStatistics,
     saved: Saved,
-    blocks: _GradientBlocks,
+    partials: Tensor | None,
+    log_reference: Tensor,
     world: World,
 ) -> Tensor:
-    """Σ_ij G_ij·cos_ij over all pairs, divided by the logit scale: what the exponents' derivative sums up to."""
-    assert blocks.scale_partials is not None
+    """Σ_ij G_ij·cos_ij of all pairs, from Σ G_ij·(x_ij − reference) off the diagonal; there Σ G_ij = Σ wrong_share."""
+    assert partials is not None
     num_pairs, num_rows = statistics.cosines.shape
-    off_diagonal = blocks.scale_partials.sum() / (logit_scale.double() * LOG2_E.value)
-    diagonal = (saved.wrong_share * statistics.cosines).sum()
-    total = world.sum(off_diagonal - diagonal)
+    exponent_per_cosine = logit_scale.double() * LOG2_E.value
+    to_positive = saved.wrong_share * (statistics.cosines - log_reference / exponent_per_cosine)
+    total = world.sum(partials.sum() / exponent_per_cosine - to_positive.sum())
     return (upstream[0] / (2 * num_rows * world.size * num_pairs) * total).to(logit_scale.dtype)

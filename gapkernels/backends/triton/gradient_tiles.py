@@ -1,9 +1,10 @@
 """A block of the gradient with respect to the inner products, as an operand for library matrix products.
 
     pairs       H_ij = 2^h·(2^(x_ij − L_i) + 2^(x_ij − L_j)) / (‖z_i‖·‖y_j‖)    L: log2 of row and column sums
-    centroids   H_ij = 2^(x_ij − reference)
+    centroids   H_ij = 2^x_ij
 
-without the diagonal, which is added later in float32. The inverse norms make H multiply the embeddings as they are,
+with exponents relative to a reference, so that logarithms are small numbers in float32, and without the diagonal, which
+is added later in float32. The inverse norms make H multiply the embeddings as they are,
 and the constant weight of all entries is left to the end. 2^h keeps float16 from underflowing.
 
 One exponential per entry: with a reference of the tile's own, halfway between its largest and smallest log sum,
@@ -35,28 +36,57 @@ from gapkernels.backends.triton.tiles import (
     without_diagonal,
 )
 
+LOWEST = tl.constexpr(-1e30)  # stands for −∞ where it is multiplied by zero
+
 
 @triton.jit
-def softmax_sum(x, row_log, col_log, i_exists, j_exists):
-    """2^(x − row_log) + 2^(x − col_log) for one tile; the logarithms are float64 vectors."""
-    largest = tl.maximum(
-        tl.max(tl.where(i_exists, row_log, float("-inf")), axis=0),
-        tl.max(tl.where(j_exists, col_log, float("-inf")), axis=0),
-    )
+def log_sum_range(row_log, col_log, i_exists, j_exists):
+    """Smallest and largest log sum of a tile."""
     smallest = tl.minimum(
         tl.min(tl.where(i_exists, row_log, float("inf")), axis=0),
         tl.min(tl.where(j_exists, col_log, float("inf")), axis=0),
     )
-    reference = (largest + smallest) * 0.5
-    # Differences of logarithms in float64: an error in one factor would be an error of a whole row of the gradient.
-    row_offset = tl.where(i_exists, reference - row_log, 0.0).to(tl.float32)
-    col_offset = tl.where(j_exists, reference - col_log, 0.0).to(tl.float32)
-    x -= reference.to(tl.float32)
-    if largest - smallest <= 100.0:
-        total = tl.exp2(x) * (tl.exp2(row_offset)[:, None] + tl.exp2(col_offset)[None, :])
+    largest = tl.maximum(
+        tl.max(tl.where(i_exists, row_log, float("-inf")), axis=0),
+        tl.max(tl.where(j_exists, col_log, float("-inf")), axis=0),
+    )
+    return smallest, largest
+
+
+@triton.jit
+def store_pair(
+    x,
+    row_log,
+    col_log,
+    reference,
+    row_factor,
+    col_factor,
+    out,
+    out_stride,
+    scale_partials,
+    ONE_EXPONENTIAL: tl.constexpr,
+    NEEDS_SCALE: tl.constexpr,
+):
+    """From exponents to H: the whole epilogue, so that nothing outlives the branch it is called in."""
+    if ONE_EXPONENTIAL:
+        row_share, col_share = tl.exp2(reference - row_log), tl.exp2(reference - col_log)
+        gradient = tl.exp2(x - reference) * (row_share[:, None] + col_share[None, :])
     else:
-        total = tl.exp2(x + row_offset[:, None]) + tl.exp2(x + col_offset[None, :])
-    return total
+        gradient = tl.exp2(x - row_log[:, None]) + tl.exp2(x - col_log[None, :])
+    if NEEDS_SCALE:
+        # Each tile has a place of its own, and launches follow one another: no atomics, always the same bits.
+        moment = tl.sum(tl.sum(gradient * tl.maximum(x, LOWEST), axis=1), axis=0)
+        place = scale_partials + tl.program_id(0)
+        tl.store(place, tl.load(place) + moment)
+    gradient = gradient * row_factor[:, None] * col_factor[None, :]
+    store_tile(gradient, out, out_stride)
+
+
+@triton.jit
+def store_tile(values, out, out_stride):
+    """Store a whole tile at ``out``, which has room for what lies past the edges."""
+    i, j = tl.arange(0, values.shape[0]), tl.arange(0, values.shape[1])
+    tl.store(out + (i[:, None] * out_stride + j[None, :]), values.to(out.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_cols", "diagonal"])
@@ -102,31 +132,34 @@ def gradient_tiles_kernel(
     i_exists, j_exists = i < num_rows, j < num_cols
     row_factor = tl.load(row_factors + i, mask=i_exists, other=0.0)
     col_factor = tl.load(col_factors + j, mask=j_exists, other=0.0)
-    x = exponents(acc, row_factor, col_factor, BIASED, scale)
+    x = exponents(acc, row_factor, col_factor, BIASED, scale) - tl.load(reference)
+    x = without_diagonal(x, row_start, num_rows, col_start, num_cols, diagonal, False, TILE_M, TILE_N)
+    out += row_start.to(tl.int64) * out_stride + col_start
     if BIASED:
-        gradient = x - tl.load(reference).to(tl.float32)
-        gradient = without_diagonal(gradient, row_start, num_rows, col_start, num_cols, diagonal, False, TILE_M, TILE_N)
-        gradient = tl.exp2(gradient)
+        store_tile(tl.exp2(x), out, out_stride)
     else:
-        row_log = tl.load(row_log_sums + i, mask=i_exists, other=0.0)
-        col_log = tl.load(col_log_sums + j, mask=j_exists, other=0.0)
-        masked = without_diagonal(x, row_start, num_rows, col_start, num_cols, diagonal, False, TILE_M, TILE_N)
-        gradient = softmax_sum(masked, row_log, col_log, i_exists, j_exists)
-        if NEEDS_SCALE:
-            # Each tile has a place of its own, and launches follow one another: no atomics, always the same bits.
-            total = tl.sum(tl.sum(gradient * x, axis=1), axis=0)
-            tl.store(scale_partials + program, tl.load(scale_partials + program) + total)
-        gradient *= (row_factor * unit)[:, None] * col_factor[None, :]
-    pointers = out + row_start.to(tl.int64) * out_stride + col_start
-    pointers += tl.arange(0, TILE_M)[:, None] * out_stride + tl.arange(0, TILE_N)[None, :]
-    tl.store(pointers, gradient.to(out.dtype.element_ty), mask=i_exists[:, None] & j_exists[None, :])
+        row_log = tl.load(row_log_sums + i, mask=i_exists, other=float("inf"))
+        col_log = tl.load(col_log_sums + j, mask=j_exists, other=float("inf"))
+        smallest, largest = log_sum_range(row_log, col_log, i_exists, j_exists)
+        middle = (smallest + largest) * 0.5
+        row_factor *= unit
+        if largest - smallest <= 100.0:
+            store_pair(
+                x, row_log, col_log, middle, row_factor, col_factor, out, out_stride, scale_partials,
+                True, NEEDS_SCALE,
+            )  # fmt: skip
+        else:
+            store_pair(
+                x, row_log, col_log, middle, row_factor, col_factor, out, out_stride, scale_partials,
+                False, NEEDS_SCALE,
+            )  # fmt: skip
 
 
 def gradient_tiles(
     block: Matrix,
     row_log_sum: Tensor | None,
     col_log_sum: Tensor | None,
-    reference: Tensor | None,
+    reference: Tensor,
     unit: float,
     scale_partials: Tensor | None,
     out: Tensor,
@@ -135,11 +168,12 @@ def gradient_tiles(
 
     Args:
         block: ``[R, C]``; its diagonal entries are written as zero.
-        row_log_sum, col_log_sum: ``[R]``, ``[C]`` float64, for a pair of modalities.
-        reference: 0-dim float64, for centroids.
+        row_log_sum, col_log_sum: ``[R]``, ``[C]`` float32, relative to the reference; None for centroids.
+        reference: 0-dim float32.
         unit: 2^h.
-        scale_partials: float64, at least as many as tiles: Σ G_ij·x_ij is added to them. None if not needed.
-        out: ``[R, C]`` in the type of the operands, unit stride along C.
+        scale_partials: ``[tiles or more]`` float64, to which each tile's Σ G_ij·(x_ij − reference) is added. None if
+            not needed.
+        out: in the type of the operands, unit stride along its columns; at least ``[R, C]``, rounded up to whole tiles.
     """
     num_rows, dim = block.rows.shape
     num_cols = block.cols.shape[0]

@@ -79,7 +79,7 @@ def row_gradients_kernel(
         total = tl.load(log_total)
         stretch = centroid_exponent(sums, len(embeddings), dim, total_rows, BLOCK_D)
         cu_weight = 2 * uniformity_t * tl.load(upstream + 2)
-        product_weight = (cu_weight * tl.exp2(tl.load(reference) - total - stretch)).to(tl.float32)
+        product_weight = (cu_weight * tl.exp2(tl.load(reference).to(tl.float64) - total - stretch)).to(tl.float32)
     for start in tl.range(program * BLOCK_N, num_rows, programs * BLOCK_N):
         local = start + tl.arange(0, BLOCK_N)  # within the block of rows whose gradient is computed
         exists = local < num_rows
@@ -151,7 +151,7 @@ def row_gradients(
         centroid_products: ``[n, D']``; None without CU.
         wrong_share: ``[P, n]`` float64.
         centroid_logs: ``[n + 1]`` float64, see :func:`.terms.terms`.
-        reference: 0-dim float64, that of the centroid products.
+        reference: 0-dim float32, that of the centroid products.
         upstream: ``[3]`` float64, gradient with respect to the terms.
         logit_scale: 0-dim.
         unit: 2^h.

@@ -60,7 +60,7 @@ def scaled_rows(pointer, stride, i, num_rows, dim, BLOCK_D: tl.constexpr):
     power = reciprocal_power_of_two(tl.max(tl.abs(z), axis=1))
     z *= power[:, None]
     norm = tl.sqrt_rn(tl.sum(z * z, axis=1))
-    floor = EPS * power
+    floor = power * EPS
     return z, power, tl.where(norm < floor, floor, norm), norm < floor
 
 
@@ -69,8 +69,8 @@ def unit_rows(pointer, stride, i, num_rows, dim, BLOCK_D: tl.constexpr, NORMALIZ
     """Rows as the loss uses them, ``[rows, BLOCK_D]``, what they were multiplied by, and whether that is 1/eps."""
     if NORMALIZE:
         z, power, divisor, clamped = scaled_rows(pointer, stride, i, num_rows, dim, BLOCK_D)
-        inverse = tl.div_rn(1.0, divisor)
-        return z * inverse[:, None], inverse * power, clamped
+        # Divided, not multiplied by an inverse: opposite vectors then cancel in a centroid.
+        return tl.div_rn(z, divisor[:, None] + tl.zeros_like(z)), tl.div_rn(power, divisor), clamped
     else:
         z = load_rows(pointer, stride, i, num_rows, dim, BLOCK_D)
         return z, 1.0, False
@@ -151,11 +151,14 @@ def row_statistics_kernel(
     sums += program.to(tl.int64) * ((len(embeddings) + 1) * dim + NUM_SCALARS)
     scalars = sums + (len(embeddings) + 1) * dim
     for m in tl.static_range(len(embeddings)):
-        direction_sum = tl.zeros((BLOCK_D,), tl.float32)
+        direction_sum = tl.zeros((BLOCK_D,), tl.float64)
         for first in tl.range(start, num_rows, step):
             i = first + tl.arange(0, BLOCK_N)
-            z, _, _ = unit_rows(embeddings[m], strides[m], i, num_rows, dim, BLOCK_D, True)
-            direction_sum += tl.sum(z, axis=0)
+            z, power, _, _ = scaled_rows(embeddings[m], strides[m], i, num_rows, dim, BLOCK_D)
+            # The gap between two means may be a thousandth of either: float64.
+            norm = tl.sqrt(tl.sum(z.to(tl.float64) * z.to(tl.float64), axis=1))
+            norm = tl.maximum(norm, power.to(tl.float64) * EPS)
+            direction_sum += tl.sum(z.to(tl.float64) * (1.0 / norm)[:, None], axis=0)
         tl.store(sums + m * dim + k, direction_sum, mask=k < dim)
     cosine_sum = 0.0
     distance_sum = 0.0
@@ -337,7 +340,7 @@ def row_statistics(embeddings: list[Tensor], spec: LossSpec) -> RowStatistics:
     grid = _grid(embeddings, block_rows)
     new = embeddings[0].new_empty
     cosines = new((len(nce_pairs), num_rows), dtype=torch.float32)
-    sums = new((*grid, (modalities + 1) * dim + NUM_SCALARS.value), dtype=torch.float32)
+    sums = new((*grid, (modalities + 1) * dim + NUM_SCALARS.value), dtype=torch.float64)
     row_statistics_kernel[grid](
         tuple(embeddings),
         tuple(e.stride(0) for e in embeddings),
@@ -360,8 +363,8 @@ def row_statistics(embeddings: list[Tensor], spec: LossSpec) -> RowStatistics:
 def _centroid_dtype(embedding: Tensor, total_rows: int) -> torch.dtype:
     """The type centroids are rounded to.
 
-    Rounding to float16 moves CU by about 8e-4/√(N·D), which has to stay clear of 1e-5 relative. Where there is so little
-    to average over, float32 costs nothing that could be measured.
+    Rounding to float16 moves CU by about 8e-4/√(N·D), which has to stay clear of 1e-5 relative. Where there is so
+    little to average over, float32 costs nothing that could be measured.
     """
     small = total_rows * embedding.shape[1] <= 2**16 and total_rows <= 4096
     return torch.float32 if small or embedding.dtype == torch.float32 else torch.float16

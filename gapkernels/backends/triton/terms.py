@@ -24,8 +24,7 @@ from gapkernels.rows import compute_dtype
 from gapkernels.spec import LossSpec, unordered_pairs
 
 LN_2 = tl.constexpr(math.log(2))
-BLOCK = 1024
-SMALL_BLOCK = 128  # while there are few rows, spread them over more processors
+BLOCK = 256
 
 
 @triton.jit
@@ -195,8 +194,7 @@ def terms(
     if num_pairs:
         own = statistics.cosines * (logit_scale.double() * LOG2_E.value)
         positives = world.gather_rows(own.T.contiguous()).T.contiguous() if world.size > 1 else own
-    block = SMALL_BLOCK if num_cols <= 64 * SMALL_BLOCK else BLOCK
-    grid = (triton.cdiv(num_cols, block),)
+    grid = (triton.cdiv(num_cols, BLOCK),)
     partials = new((*grid, 3))
     row_terms_kernel[grid](
         *(pair_logs or (None, None)),
@@ -212,7 +210,7 @@ def terms(
         world.rank * num_rows,
         NUM_PAIRS=num_pairs,
         CENTROIDS=centroid_logs is not None,
-        BLOCK=block,
+        BLOCK=BLOCK,
     )
     if world.size > 1:
         partials[:, 0] = world.sum(partials[:, 0])
@@ -235,7 +233,7 @@ def terms(
         NUM_MODALITIES=modalities,
         NUM_PAIRS=num_pairs,
         CENTROIDS=centroid_logs is not None,
-        BLOCK=256,
+        BLOCK=BLOCK,
         BLOCK_D=triton.next_power_of_2(dim),
     )
     return loss, values, saved

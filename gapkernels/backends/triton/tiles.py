@@ -104,8 +104,8 @@ def inner_products(
         j = tl.minimum(tl.arange(0, TILE_N), num_cols - 1 - col_start)
         k_offsets = tl.arange(0, TILE_K)
         # The start of the tile in 64 bits, positions inside it in 32: large batches cost no registers.
-        x_pointers = rows + row_start.to(tl.int64) * row_stride + (i[:, None] * row_stride + k_offsets[None, :])
-        y_pointers = cols + col_start.to(tl.int64) * col_stride + (j[None, :] * col_stride + k_offsets[:, None])
+        x_pointers = rows + tl.cast(row_start, tl.int64) * row_stride + (i[:, None] * row_stride + k_offsets[None, :])
+        y_pointers = cols + tl.cast(col_start, tl.int64) * col_stride + (j[None, :] * col_stride + k_offsets[:, None])
         for k in range(0, dim, TILE_K):
             if EVEN_K:
                 x = tl.load(x_pointers)

@@ -47,14 +47,13 @@ class Config(NamedTuple):
     flatten: bool = False
 
 
-INTERPRETER = Config(16, 32, 16, 4, 1, group=2)
+INTERPRETER = Config(32, 64, 32, 4, 1, group=2)
 
 # Sixteen-bit operands. Two programs of 128×128 per processor on sm_90: the accumulators of both fit the registers, and
 # while one is in its exponentials the other keeps the tensor cores busy. sm_100 accumulates in tensor memory.
 _SIXTEEN_BIT = {
     "sm_80": [
-        Config(128, 128, 32, 4, 3, programs_per_processor=2),
-        Config(128, 128, 64, 8, 3, programs_per_processor=1),
+        Config(128, 128, 64, 8, 3),
         Config(128, 256, 32, 8, 3),
     ],
     "sm_90": [
@@ -65,17 +64,15 @@ _SIXTEEN_BIT = {
         Config(128, 128, 64, 8, 4, tma=True, flatten=True),
     ],
     "sm_100": [
-        Config(128, 128, 64, 4, 3, programs_per_processor=2),
-        Config(128, 256, 64, 8, 3),
-        Config(128, 256, 64, 8, 3, tma=True),
+        Config(128, 128, 64, 8, 3, programs_per_processor=2),
+        Config(128, 128, 64, 8, 3, programs_per_processor=2, tma=True),
     ],
     "gfx942": [
         Config(128, 128, 64, 8, 2, programs_per_processor=2),
-        Config(256, 128, 64, 8, 2),
     ],
 }
 # True float32 products run on the ordinary units, where a large tile only costs registers.
-_FLOAT32 = [Config(64, 64, 32, 4, 3, programs_per_processor=4), Config(128, 64, 32, 8, 3, programs_per_processor=2)]
+_FLOAT32 = [Config(64, 64, 32, 4, 3, programs_per_processor=4), Config(64, 64, 32, 8, 3, programs_per_processor=2)]
 _FLOAT32_TENSOR = [Config(128, 128, 32, 8, 3), Config(128, 64, 32, 4, 3, programs_per_processor=2)]
 
 
@@ -87,10 +84,14 @@ def candidates(kernel: str, arch: str, dtype: torch.dtype, dim: int) -> list[Con
         table = _FLOAT32 if torch.get_float32_matmul_precision() == "highest" else _FLOAT32_TENSOR
     else:
         table = _SIXTEEN_BIT[_nearest(arch)]
-    if kernel == "log_sums":  # rarely runs; two accumulators of running sums leave no room for wide tiles
-        table = [c._replace(tma=False, flatten=False) for c in table if c.tile_n <= 128][:1]
+    if kernel == "log_sums":  # runs rarely; the running maxima and sums leave no room for wide tiles
+        table = [
+            c._replace(tile_n=c.tile_n // 2, num_warps=c.tile_m // 16, tma=False, flatten=False) for c in table[:1]
+        ]
+    if kernel == "gradient_tiles":  # two factors per column and the gradient: a wider tile spills
+        table = [c for c in table if c.tile_n <= 128]
     if kernel == "add_product":
-        table = [c._replace(tma=False, flatten=False) for c in table]
+        table = [c._replace(num_warps=8, tma=False, flatten=False) for c in table if c.tile_n <= 128]
     # A step of the K loop longer than a row would be padding.
     shortest = max(16, triton.next_power_of_2(dim))
     return list(dict.fromkeys(c._replace(tile_k=min(c.tile_k, shortest)) for c in table))
