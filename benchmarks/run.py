@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="result file; written after every row")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--suites", default="", help="comma-separated; all by default")
+    parser.add_argument("--select", default="", help="regular expression that a case's name must contain")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no case is started")
     parser.add_argument("--case-seconds", type=float, default=5.0, help="about how long to repeat one case")
     parser.add_argument("--call-seconds", type=float, default=60.0, help="leave out calls that take longer")
@@ -61,7 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows, session.skipped = results.read(options.out)
         done = {results.identity(entry) for entry in [*rows, *session.skipped]}
     for case in cases.cases(suites, table, our_backends(device)):
-        if (case.slow and not options.slow) or results.identity(asdict(case)) in done:
+        if not re.search(options.select, case.id) or (case.slow and not options.slow):
+            continue
+        if results.identity(asdict(case)) in done:
             continue
         if time.monotonic() - started > options.budget:
             reason = f"the run's budget of {options.budget:.0f} s was spent"
