@@ -84,6 +84,8 @@ def _markdown(results: Results) -> str:
     for title, table in sections:
         if len(table) > 1:
             parts += [f"## {title}", tables.markdown(table)]
+        if tables.marked(table):
+            parts.append("\\" + tables.MARK_MEANING)
     return "\n\n".join(parts)
 
 
@@ -101,7 +103,8 @@ def _html(files: Sequence[Results], figures: Sequence[list[Plot]], comparison: S
                 "device": results.device,
                 "facts": _facts(results),
                 "yardstick": tables.yardstick(results.rows).replace("`", ""),
-                "peers": peer_sections(results),
+                "peers": [(title, table, tables.marked(table)) for title, table in peer_sections(results)],
+                "mark_meaning": tables.MARK_MEANING,
                 "scaling": scaling_sections(results),
                 "figures": [_embed(plot) for plot in drawn],
                 "rows": tables.full_table(results),

@@ -9,6 +9,19 @@ from gapkernels.benchmark_report.results import Problem, Results, Row, exponent,
 
 Table = list[list[str]]
 NOTHING = "–"
+MARK = "*"
+MARK_MEANING = f"{MARK} Other processes used more than 5 % of the CPU during this measurement."
+_DISTURBING_SHARE = 0.05
+
+
+def disturbed(results: Results, row: Row) -> bool:
+    """Whether other processes may have slowed a measurement down; what happens on the CPU hardly touches a GPU."""
+    return not results.is_gpu and row.other_cpu_share > _DISTURBING_SHARE
+
+
+def marked(table: Table) -> bool:
+    """Whether some measurement of a table was disturbed."""
+    return any(line[1].endswith(MARK) for line in table)
 
 
 def markdown(table: Table) -> str:
@@ -27,7 +40,7 @@ def peer_table(results: Results, problem: Problem) -> Table:
     table += [
         [
             row.label + (f" ({row.note})" if row.note else ""),
-            f"{seconds(row.median)} ± {seconds(row.iqr)}",
+            f"{seconds(row.median)} ± {seconds(row.iqr)}" + (f" {MARK}" if disturbed(results, row) else ""),
             f"{significant(row.median / ours.median)}×" if ours else NOTHING,
             *_figures(results, row),
         ]

@@ -116,6 +116,22 @@ def test_size(value: float | None, text: str) -> None:
     assert tables.size(value) == text
 
 
+def test_disturbed_measurements_are_marked(tmp_path: Path) -> None:
+    content = document()
+    for entry in content["benchmarks"]:
+        if entry["extra_info"]["implementation"] == "authors":
+            entry["extra_info"]["other_cpu_share"] = 0.3
+    file = tmp_path / "noisy.json"
+    file.write_text(json.dumps(content))
+    results = load(file)
+    table = tables.peer_table(results, results.peer_problems()[0])
+    assert tables.marked(table)
+    assert [line[0] for line in table if line[1].endswith(tables.MARK)] == ["authors' formulation"]
+    report = render([file], tmp_path / "report.html")
+    assert tables.MARK_MEANING in report.html.read_text()
+    assert "\\" + tables.MARK_MEANING in report.markdown.read_text()
+
+
 class _Page(HTMLParser):
     """Collects what a page refers to, and checks that its tags are closed."""
 
