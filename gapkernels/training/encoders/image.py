@@ -31,7 +31,7 @@ class ImageCNN(Encoder):
     def __init__(self, config: ImageCNNConfig, spec: ImageSpec) -> None:
         super().__init__()
         widths = [config.width * 2**stage for stage in range(config.depth)]
-        self.stem = nn.Conv2d(spec.channels, config.width, kernel_size=3, padding=1)
+        self.stem = nn.Conv2d(spec.channels, config.width, kernel_size=3, stride=config.stem_stride, padding=1)
         self.stages = nn.Sequential(
             *(
                 _ResidualStage(width_in, width_out, stride=1 if stage == 0 else 2)
