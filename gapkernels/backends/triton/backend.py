@@ -127,8 +127,10 @@ class TritonBackend:
             for k in cols
             if embedding_needs_grad[k]
         }
-        # Exponents relative to that of a positive: what is left over of Σ G_ij·x_ij is then of its own size.
-        log_reference = (statistics.cosines[0, 0] * (logit_scale.double() * LOG2_E.value)).float()
+        # Exponents relative to that of a positive (on every process the same): Σ G_ij·x_ij then loses no digits to what
+        # positives and negatives have in common.
+        positive = world.sum(statistics.cosines[0, 0]) / world.size
+        log_reference = (positive * (logit_scale.double() * LOG2_E.value)).float()
         row_log_sum = (saved.row_log_sum - log_reference).float()
         col_log_sum = (saved.col_log_sum - log_reference).float()
         blocks = _GradientBlocks(min(BLOCK, num_rows), min(BLOCK, num_rows * world.size), scale_needs_grad)

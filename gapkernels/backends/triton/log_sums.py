@@ -26,6 +26,9 @@ from gapkernels.backends.triton.matrix import Matrix
 from gapkernels.backends.triton.tile_sums import constant_shift
 from gapkernels.backends.triton.tiles import exponents, inner_products, load_scale, without_diagonal
 
+SMALLEST_EXACT_SUM = 2.0**-102
+"""Per term: a sum of terms this large on average loses less than its rounding to those that underflow."""
+
 
 @triton.jit(do_not_specialize=["num_rows", "num_cols", "diagonal"])
 def log_sums_kernel(
@@ -66,8 +69,8 @@ def log_sums_kernel(
         mine = (program + programs - first_block % programs) % programs
         for block in tl.range(mine, blocks, programs):
             one_block(
-                block * TILE_M, row_sums + m * num_rows.to(tl.int64), row_log_sums + m * num_rows.to(tl.int64), shift,
-                smallest_exact, rows[m], row_strides[m], row_factors[m], num_rows, cols[m], col_strides[m],
+                block * TILE_M, row_sums, row_log_sums, m * num_rows.to(tl.int64), shift, smallest_exact,
+                rows[m], row_strides[m], row_factors[m], num_rows, cols[m], col_strides[m],
                 col_factors[m], num_cols, dim, diagonal, scale, BIASED[m], RECOMPUTE, TILE_M, TILE_N, TILE_K, EVEN_K,
                 PRECISION,
             )  # fmt: skip
@@ -77,8 +80,8 @@ def log_sums_kernel(
             mine = (program + programs - first_block % programs) % programs
             for block in tl.range(mine, blocks, programs):
                 one_block(
-                    block * TILE_M, col_sums + m * num_cols.to(tl.int64), col_log_sums + m * num_cols.to(tl.int64),
-                    shift, smallest_exact, cols[m], col_strides[m], col_factors[m], num_cols, rows[m], row_strides[m],
+                    block * TILE_M, col_sums, col_log_sums, m * num_cols.to(tl.int64), shift, smallest_exact,
+                    cols[m], col_strides[m], col_factors[m], num_cols, rows[m], row_strides[m],
                     row_factors[m], num_rows, dim, -diagonal, scale, BIASED[m], RECOMPUTE, TILE_M, TILE_N, TILE_K,
                     EVEN_K, PRECISION,
                 )  # fmt: skip
@@ -90,6 +93,7 @@ def one_block(
     start,
     sums,
     log_sums,
+    base,
     shift,
     smallest_exact,
     own,
@@ -113,10 +117,11 @@ def one_block(
 ):
     """Write the logarithms of the sums of one block of own rows."""
     i = start + tl.arange(0, TILE_M)
+    log_sums += base
     if RECOMPUTE:
         out_of_range = True
     else:
-        total = tl.load(sums + i, mask=i < num_own, other=float("inf"))
+        total = tl.load(sums + base + i, mask=i < num_own, other=float("inf"))
         out_of_range = tl.min(total, axis=0) < smallest_exact  # not a number compares false and passes through
         tl.store(log_sums + i, tl.log2(total.to(tl.float64)) + shift, mask=i < num_own)
     if out_of_range:
@@ -183,7 +188,7 @@ def log_sums(
             dim,
             first.diagonal,
             float(headroom),
-            max(num_rows, num_cols) * 2.0**-102,
+            max(num_rows, num_cols) * SMALLEST_EXACT_SUM,
             BIASED=tuple(m.biased for m in matrices),
             SYMMETRIC=tuple(m.symmetric for m in matrices),
             UNIT=largest is None,

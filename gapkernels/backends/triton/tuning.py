@@ -47,7 +47,7 @@ class Config(NamedTuple):
     flatten: bool = False
 
 
-INTERPRETER = Config(32, 64, 32, 4, 1, group=2)
+INTERPRETER = Config(32, 64, 64, 4, 1, group=2)
 
 # Sixteen-bit operands. Two programs of 128×128 per processor on sm_90: the accumulators of both fit the registers, and
 # while one is in its exponentials the other keeps the tensor cores busy. sm_100 accumulates in tensor memory.

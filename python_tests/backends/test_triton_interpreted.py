@@ -1,0 +1,41 @@
+"""The Triton kernels against the float64 oracle without a GPU: in Triton's interpreter, in processes of their own.
+
+Whether kernels are interpreted is decided when Triton is first imported, so these tests run
+``triton_cases.py`` in a subprocess with TRITON_INTERPRET=1. bf16 is left out: the interpreter's ``tl.dot`` computes on
+the bits of bf16 operands (Triton 3.6 and 3.8).
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+CASES = Path(__file__).parent / "triton_cases.py"
+
+
+@pytest.mark.parametrize("group", ["values", "degenerate", "range", "deterministic", "blocks", "tiles", "distributed"])
+def test_interpreted_kernels_match_the_definition(group):
+    run = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-p",
+            "no:xdist",
+            "-p",
+            "no:cacheprovider",
+            str(CASES),
+            "-k",
+            group,
+        ],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]

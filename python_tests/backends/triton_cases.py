@@ -1,0 +1,233 @@
+"""Cases for the Triton kernels that are run in its interpreter; see ``test_triton_interpreted.py``."""
+
+import itertools
+
+import pytest
+import torch
+from oracle import TOLERANCE, Tolerance, assert_matches_oracle, random_embeddings
+
+from gapkernels import gap_loss
+from gapkernels.backends.triton import backend as launcher
+from gapkernels.backends.triton import tuning
+from gapkernels.backends.triton.device import INTERPRETED
+
+torch.set_num_threads(1)
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy on infinities that are meant
+
+
+def test_values_are_interpreted():
+    assert INTERPRETED
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("n", "dim", "scale"),
+    [(2, 1, 14.3), (3, 7, 100.0), (33, 64, 1.0), (65, 100, 14.3), (127, 33, 100.0), (129, 16, 1.0), (40, 513, 14.3)],
+)
+def test_values(n, dim, scale, dtype):
+    assert_matches_oracle(random_embeddings(n, dim, dtype=dtype), scale, "triton")
+
+
+@pytest.mark.parametrize("pairs", ["anchor", "all"])
+@pytest.mark.parametrize(("modalities", "anchor"), [(2, 1), (3, 1)])
+def test_values_for_modalities_and_options(modalities, anchor, pairs):
+    for normalize, normalize_centroids in itertools.product([True, False], repeat=2):
+        assert_matches_oracle(
+            [e if normalize else e / 4 for e in random_embeddings(35, 20, modalities)],
+            9.0,
+            "triton",
+            anchor=anchor,
+            pairs=pairs,
+            normalize=normalize,
+            normalize_centroids=normalize_centroids,
+            uniformity_t=1.5,
+        )
+
+
+@pytest.mark.parametrize("weights", [w for w in itertools.product([0.0, 0.7], repeat=3) if any(w)], ids=str)
+def test_values_for_weights(weights):
+    nce, atp, cu = weights
+    assert_matches_oracle(random_embeddings(20, 12, 3), 14.3, "triton", nce_weight=nce, atp_weight=atp, cu_weight=cu)
+
+
+def test_values_for_strides():
+    x, y = random_embeddings(33, 20)
+    views = [x.T.contiguous().T, torch.stack([y, y], dim=2)[:, :, 1]]
+    assert_matches_oracle(views, 14.3, "triton")
+    assert_matches_oracle([x[:1].expand(33, 20), y[:, 3:13].repeat(1, 2)[:, ::1]], 14.3, "triton")
+
+
+def test_values_of_centroids_in_float16(monkeypatch):
+    """More centroids than are kept in float32; the rounding must not show in the loss."""
+    monkeypatch.setattr(tuning, "INTERPRETER", tuning.Config(128, 128, 128, 4, 1))
+    assert_matches_oracle(random_embeddings(300, 256, dtype=torch.float16), 14.3, "triton")
+
+
+@pytest.mark.parametrize("needed", list(itertools.product([True, False], repeat=3)), ids=str)
+def test_values_of_gradients_where_needed(needed):
+    inputs = [*random_embeddings(40, 12), torch.tensor(7.0)]
+
+    def gradients(flags):
+        leaves = [v.clone().requires_grad_(flag) for v, flag in zip(inputs, flags, strict=True)]
+        loss = gap_loss(*leaves[:2], logit_scale=leaves[2], backend="triton")
+        if any(flags):
+            loss.backward()
+        return [leaf.grad for leaf in leaves]
+
+    for part, full, flag in zip(gradients(needed), gradients((True,) * 3), needed, strict=True):
+        if flag:
+            torch.testing.assert_close(part, full)
+        else:
+            assert part is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["collapsed", "poles", "duplicates", "zeros", "norms"])
+def test_degenerate(kind, dtype):
+    x, y = random_embeddings(50, 16)
+    if kind == "collapsed":
+        x = y = x[:1].repeat(50, 1)
+    elif kind == "poles":
+        x, y = x[:1] + 0.01 * x, -x[:1] + 0.01 * y
+    elif kind == "duplicates":
+        x, y = x[torch.arange(50) // 5], y[torch.arange(50) // 5]
+    elif kind == "zeros":
+        x[3], y[3], y[7] = 0, 0, 0
+    elif kind == "norms":
+        x[1] *= 1e-10 if dtype == torch.float32 else 1e-3
+        x[2] *= 1e18 if dtype == torch.float32 else 1e3
+        y[2] *= 1e30 if dtype == torch.float32 else 1e3
+    if kind == "zeros" and dtype == torch.float16:
+        pytest.skip("the true gradient of a row of zeros is 1e12 and more: no float16")
+    # float32 exponents of size s are rounded to s·2^-24, which collapsed rows, whose gradient is a difference, show
+    assert_matches_oracle([x.to(dtype), y.to(dtype)], 5.0, "triton")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_degenerate_numbers_are_not_hidden(bad):
+    x, y = random_embeddings(30, 8)
+    x[4, 2] = bad
+    x.requires_grad_()
+    loss = gap_loss(x, y, backend="triton")
+    loss.backward()
+    assert not torch.isfinite(loss)
+    assert not torch.isfinite(x.grad).all()
+
+
+@pytest.mark.parametrize("scale", [100.0, 1000.0, 20000.0])
+def test_range_of_sums_left_below(scale):
+    """All cosines of some rows are near −1: the constant reference exponent loses them, the running maximum must not."""
+    x, y = random_embeddings(60, 8)
+    x, y = x[:1] + 0.04 * x, -x[:1] + 0.04 * y
+    tolerance = Tolerance(*(max(t, 4 * scale * torch.finfo(torch.float32).eps) for t in TOLERANCE[torch.float32]))
+    assert_matches_oracle([x, y], scale, "triton", tolerance)
+
+
+def test_range_needs_the_running_maximum(monkeypatch):
+    """The test above is about something: without it the logarithms would be those of zero."""
+    from gapkernels.backends.triton import log_sums
+
+    x, y = random_embeddings(60, 8)
+    x, y = x[:1] + 0.01 * x, -x[:1] + 0.01 * y
+    monkeypatch.setattr(log_sums, "SMALLEST_EXACT_SUM", 0.0)
+    with torch.no_grad():
+        wrong = gap_loss(x, y, logit_scale=1000.0, backend="triton", atp_weight=0.0, cu_weight=0.0)
+    assert not torch.isfinite(wrong) or wrong.item() < 1
+
+
+@pytest.mark.parametrize("t", [0.01, 50.0, 500.0])
+def test_range_of_uniformity(t):
+    tolerance = Tolerance(max(1e-5, t * 1e-6), max(1e-5, t * 1e-6))
+    assert_matches_oracle(random_embeddings(70, 24, 3), 1.0, "triton", tolerance, nce_weight=0.0, uniformity_t=t)
+
+
+def test_range_of_log_sums_within_one_tile():
+    """Log sums of one tile that are further apart than one exponential per entry can serve."""
+    x, y = random_embeddings(40, 8)
+    x[:20], y[:20] = x[:1] + 0.01 * x[:20], -x[:1] + 0.01 * y[:20]
+    assert_matches_oracle([x, y], 400.0, "triton", Tolerance(1e-4, 4e-4))
+
+
+def test_deterministic_mode_agrees_and_repeats():
+    x, y = (e.requires_grad_() for e in random_embeddings(130, 24))
+
+    def run():
+        return torch.autograd.grad(gap_loss(x, y, backend="triton"), (x, y))
+
+    usual = run()
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = run(), run()
+        assert_matches_oracle([x.detach(), y.detach()], 14.3, "triton")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    torch.testing.assert_close(first, usual)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("block", [32, 48])
+def test_blocks_of_gradients(monkeypatch, block, dtype):
+    """More rows than one block of gradients holds: partial blocks, diagonals, modalities with rows and columns."""
+    monkeypatch.setattr(launcher, "BLOCK", block)
+    assert_matches_oracle(random_embeddings(97, 20, 3, dtype=dtype), 14.3, "triton", pairs="all")
+    assert_matches_oracle(random_embeddings(97, 20, 2, dtype=dtype), 14.3, "triton")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        tuning.Config(16, 16, 16, 4, 1, group=1),
+        tuning.Config(16, 32, 16, 4, 1, group=4),
+        tuning.Config(32, 16, 16, 4, 1, group=3, programs_per_processor=3),
+        tuning.Config(32, 32, 32, 4, 1, group=2, tma=True),
+        tuning.Config(32, 32, 32, 4, 1, group=2, tma=True, flatten=True),
+    ],
+    ids=str,
+)
+def test_tiles_of_every_shape(monkeypatch, config):
+    """Orders of tiles over rectangles and triangles, each entry once; descriptors instead of pointers."""
+    monkeypatch.setattr(tuning, "INTERPRETER", config)
+    for n in (5, 32, 81):
+        assert_matches_oracle(random_embeddings(n, 40), 14.3, "triton")
+
+
+def distributed_worker(rank, size, file, results):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=size)
+    group = torch.distributed.group.WORLD
+    embeddings = random_embeddings(9 * size, 12, 3)
+    scale = torch.tensor(9.0, requires_grad=True)
+    own = [e[9 * rank : 9 * rank + 9].clone().requires_grad_() for e in embeddings]
+    loss = gap_loss(*own, logit_scale=scale, pairs="all", backend="triton", group=group)
+    loss.backward()
+    results.put((rank, loss.item(), [(e.grad / size).numpy() for e in own], scale.grad.item()))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_distributed(size, tmp_path):
+    """Every process returns the loss of the whole batch; the gradients are those of one process."""
+    context = torch.multiprocessing.get_context("spawn")
+    results = context.SimpleQueue()
+    workers = [
+        context.Process(target=distributed_worker, args=(rank, size, tmp_path / "store", results))
+        for rank in range(size)
+    ]
+    for worker in workers:
+        worker.start()
+    by_rank = sorted((results.get() for _ in workers), key=lambda result: result[0])
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+    embeddings = [e.requires_grad_() for e in random_embeddings(9 * size, 12, 3)]
+    scale = torch.tensor(9.0, requires_grad=True)
+    loss = gap_loss(*embeddings, logit_scale=scale, pairs="all", backend="torch")
+    loss.backward()
+    for m, e in enumerate(embeddings):
+        torch.testing.assert_close(
+            torch.cat([torch.from_numpy(r[2][m]) for r in by_rank]), e.grad, rtol=1e-4, atol=1e-6
+        )
+    for _, value, _, scale_gradient in by_rank:
+        assert abs(value - loss.item()) < 1e-5 * abs(loss.item())
+        assert abs(scale_gradient - scale.grad.item()) < 1e-5
