@@ -150,6 +150,27 @@ def test_run_without_pytest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert json.loads(out.read_text())["benchmarks"] == content["benchmarks"]
 
 
+@linux_only
+def test_disturbed_rows_are_timed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CPU_TABLE, "tiny", [Grid(("gapkernels", "matmul"), width=(8,), samples=(64,))])
+    monkeypatch.setitem(harness._MATMUL_SIZE, "cpu", 256)
+    monkeypatch.setattr(memory, "measure", lambda *_, **__: 12345)
+    out = tmp_path / "results.json"
+    options = ["--out", str(out), "--device", "cpu", "--suites", "tiny", "--case-seconds", "0.01"]
+    run.main(options)
+    content = json.loads(out.read_text())
+    for entry, share in zip(content["benchmarks"], (1.0, 0.0), strict=True):
+        entry["extra_info"].update(other_cpu_share=share, median=77.0)
+    out.write_text(json.dumps(content))
+
+    monkeypatch.setattr(memory, "measure", lambda *_, **__: pytest.fail("memory is known"))
+    run.main([*options, "--resume", "--redo-disturbed"])
+    ours, matmul = (entry["extra_info"] for entry in json.loads(out.read_text())["benchmarks"])
+    assert ours["median"] < 77
+    assert ours["peak_extra_bytes"] == 12345
+    assert matmul["median"] == 77
+
+
 def test_unknown_suite_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
         run.main(["--out", str(tmp_path / "x.json"), "--suites", "speeed"])
