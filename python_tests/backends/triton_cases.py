@@ -116,7 +116,7 @@ def test_degenerate_numbers_are_not_hidden(bad):
 
 @pytest.mark.parametrize("scale", [100.0, 1000.0, 20000.0])
 def test_range_of_sums_left_below(scale):
-    """All cosines of some rows are near −1: the constant reference exponent loses them, the running maximum must not."""
+    """All cosines of some rows are near −1: the constant exponent loses them, the running maximum must not."""
     x, y = random_embeddings(60, 8)
     x, y = x[:1] + 0.04 * x, -x[:1] + 0.04 * y
     tolerance = Tolerance(*(max(t, 4 * scale * torch.finfo(torch.float32).eps) for t in TOLERANCE[torch.float32]))

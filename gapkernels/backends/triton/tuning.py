@@ -85,8 +85,9 @@ def candidates(kernel: str, arch: str, dtype: torch.dtype, dim: int) -> list[Con
     else:
         table = _SIXTEEN_BIT[_nearest(arch)]
     if kernel == "log_sums":  # runs rarely; the running maxima and sums leave no room for wide tiles
+        table = [c._replace(tile_n=c.tile_n // 2, tma=False, flatten=False) for c in table[:1]]
         table = [
-            c._replace(tile_n=c.tile_n // 2, num_warps=c.tile_m // 16, tma=False, flatten=False) for c in table[:1]
+            c._replace(tile_m=32, num_warps=4) if dtype == torch.float32 else c._replace(num_warps=8) for c in table
         ]
     if kernel == "gradient_tiles":  # two factors per column and the gradient: a wider tile spills
         table = [c for c in table if c.tile_n <= 128]
