@@ -1,4 +1,4 @@
-"""The `gapkernels` command: info, train, eval and report."""
+"""The `gapkernels` command: info, train, reproduce, eval and report."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         overrides, words = split_overrides(sys.argv[1:] if arguments is None else arguments)
         options, unknown = _build_parser().parse_known_args(words)
-        if options.command != "train":
+        if options.command not in ("train", "reproduce"):
             unknown += [f"--{key}" for key in overrides]
         if unknown:
             raise UserError(f"unknown option {unknown[0]} (see gapkernels {options.command} --help)")
@@ -121,6 +121,35 @@ def _build_parser() -> argparse.ArgumentParser:
     train.add_argument("--print-config", action="store_true", help="print the configuration and stop")
     train.set_defaults(run=_train)
 
+    reproduce = commands.add_parser(
+        "reproduce",
+        help="train the paper's methods at one or several batch sizes, beside the paper's results",
+        description="Train every method of a preset with every seed at every batch size, print the results beside the "
+        "paper's, write plots, a report and results.json.",
+        epilog="Settings of the configuration are options too, as for train. An interrupted experiment goes on when "
+        "the same command is given again; finished runs are not repeated.",
+        allow_abbrev=False,
+    )
+    reproduce.add_argument("--dataset", metavar="PRESET", required=True, help="name of a preset, for instance cifar10")
+    reproduce.add_argument("--batch-sizes", metavar="256,4096", help="batch sizes (default: the preset's)")
+    reproduce.add_argument(
+        "--lr-scaling",
+        choices=("sqrt", "none"),
+        default="sqrt",
+        help="learning rate of other batch sizes: with the square root of the size, or the same (default: sqrt)",
+    )
+    reproduce.add_argument("--methods", metavar="A,B", help="train only these methods of the preset")
+    reproduce.add_argument("--seeds", metavar="0,1", help="seeds to train with")
+    reproduce.add_argument(
+        "--config", metavar="FILE", type=Path, action="append", default=[], help="YAML file with settings to change"
+    )
+    reproduce.add_argument(
+        "--out", metavar="DIR", type=Path, help="folder (default: runs/reproduce/ and the preset's name)"
+    )
+    reproduce.add_argument("--data-dir", metavar="DIR", type=Path, help="folder with the data set's files")
+    reproduce.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    reproduce.set_defaults(run=_reproduce)
+
     evaluate = commands.add_parser(
         "eval",
         help="evaluate a checkpoint or a file of embeddings",
@@ -160,17 +189,28 @@ def _info(options: argparse.Namespace) -> None:
     print(json.dumps(environment, indent=2) if options.json else format_environment(environment))
 
 
+def _overrides(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings that the command line changes, by dotted key."""
+    from gapkernels.training.config import parse_override
+
+    overrides: dict[str, Any] = {key: parse_override(value) for key, value in options.overrides.items()}
+    if options.seeds is not None:
+        overrides["seeds"] = _words(options.seeds)
+    return overrides
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",")]
+
+
 def _train(options: argparse.Namespace) -> None:
     from gapkernels.environment import require
 
     require("train", "gapkernels train")
-    from gapkernels.training.config import describe_config, load_config, parse_override
+    from gapkernels.training.config import describe_config, load_config
     from gapkernels.training.experiment import run_experiment
 
-    overrides: dict[str, Any] = {key: parse_override(value) for key, value in options.overrides.items()}
-    if options.seeds is not None:
-        overrides["seeds"] = [seed.strip() for seed in options.seeds.split(",")]
-    config = load_config(options.preset, options.config, overrides)
+    config = load_config(options.preset, options.config, _overrides(options))
     if options.print_config:
         print(describe_config(config))
         return
@@ -178,12 +218,37 @@ def _train(options: argparse.Namespace) -> None:
     run_experiment(
         config,
         folder,
-        methods=[name.strip() for name in options.methods.split(",")] if options.methods else None,
+        methods=_words(options.methods) if options.methods else None,
         data_dir=options.data_dir,
         device=options.device,
         existing="overwrite" if options.overwrite else "require" if options.resume else "continue",
     )
     _write_report([folder], folder / "report.html")
+
+
+def _reproduce(options: argparse.Namespace) -> None:
+    from gapkernels.environment import require
+
+    require("train", "gapkernels reproduce")
+    from gapkernels.training.reproduce import batch_configs, reproduce
+
+    sizes = None
+    if options.batch_sizes is not None:
+        words = _words(options.batch_sizes)
+        if not all(word.isdecimal() and int(word) > 1 for word in words):
+            raise UserError(f"--batch-sizes must be whole numbers above 1, got {options.batch_sizes!r}")
+        sizes = [int(word) for word in words]
+    configs = batch_configs(options.dataset, options.config, _overrides(options), sizes, options.lr_scaling)
+    folder = options.out or Path("runs") / "reproduce" / next(iter(configs.values())).name
+    experiments = reproduce(
+        configs,
+        folder,
+        methods=_words(options.methods) if options.methods else None,
+        data_dir=options.data_dir,
+        device=options.device,
+    )
+    _write_report([experiment.folder for experiment in experiments], folder / "report.html")
+    print(f"results: {folder / 'results.json'}")
 
 
 def _eval(options: argparse.Namespace) -> None:
@@ -229,13 +294,17 @@ def _write_speed_report(paths: Sequence[Path], out: Path) -> None:
 
 def _write_report(folders: Sequence[Path], path: Path) -> None:
     """Summarise run folders, print their tables and write one report."""
+    from gapkernels.training.paper import paper_results
     from gapkernels.training.report import write_report
     from gapkernels.training.results import format_table, load_experiment, summarise, table_rows, write_summary
 
     experiments = [load_experiment(folder) for folder in folders]
     for experiment in experiments:
         write_summary(experiment)
-        print(format_table(table_rows(summarise(experiment))))
+        paper = paper_results(experiment.config.data.dataset)
+        if len(experiments) > 1:
+            print(f"{experiment.config.name}, batch size {experiment.config.optim.batch_size}")
+        print(format_table(table_rows(summarise(experiment), paper)))
     write_report(experiments, path)
     print(f"report: {path}")
 

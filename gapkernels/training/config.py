@@ -131,7 +131,7 @@ Data = Annotated[
 
 
 class ImageCNNConfig(Section):
-    """Convolutional image encoder: `depth` stages, each after the first halving the resolution, doubling the channels."""
+    """Convolutional image encoder: each stage after the first halves the resolution and doubles the channels."""
 
     kind: Literal["image-cnn"]
     width: Integer = Field(default=32, gt=0, description="channels of the first stage")

@@ -40,7 +40,7 @@ def write_embeddings(path: Path, embeddings: Embeddings) -> None:
     for name in _NOT_A_MODALITY:
         values = getattr(embeddings, name)
         if values is not None:
-            arrays[name] = values.contiguous().cpu()
+            arrays[name] = values.cpu().clone()  # labels that are the ids as well: the format takes no shared memory
     with atomic_write(path) as file:
         file.write(save(arrays))
 

@@ -156,7 +156,9 @@ class Trainer:
         weights = loss_weights(self.method, self.step / self.total_steps)
         self.model.train()
         size = optim.micro_batch_size
-        cache = None if size is None else GradientCache(self._encode, _micro_batches(batch, size))
+        cache = None
+        if size is not None and size < optim.batch_size:
+            cache = GradientCache(self._encode, _micro_batches(batch, size))
         terms = gap_loss(
             *(self._encode(batch) if cache is None else cache.embeddings),
             logit_scale=self.log_logit_scale.exp(),

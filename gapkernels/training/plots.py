@@ -20,6 +20,7 @@ from matplotlib.ticker import MaxNLocator
 from gapkernels.training.data import NO_CLASS
 from gapkernels.training.embeddings import read_embeddings
 from gapkernels.training.layout import EMBEDDINGS
+from gapkernels.training.paper import paper_results
 from gapkernels.training.results import Experiment, RunResult, summarise, table_columns
 
 # Okabe and Ito's palette, made to be told apart with every common form of colour blindness.
@@ -60,6 +61,7 @@ def draw_plots(experiment: Experiment) -> list[Plot]:
     methods = experiment.methods
     plots = [
         _draw_summary(experiment),
+        *_draw_gap_against_grouping(experiment),
         *_draw_curves(methods, "test", "gap", "modality gap", "Distance between the means of the modalities"),
         *_draw_curves(methods, "test", "v_measure", "V-measure", "Agreement of k-means clusters with the classes"),
         *_draw_curves(methods, "test", "true_pair_cosine", "cosine of true pairs", "Mean cosine of matching samples"),
@@ -99,6 +101,64 @@ def _draw_summary(experiment: Experiment) -> Plot:
     return _finish(
         figure, "Results", "summary", "Final metrics on the test split: mean over seeds, bar: ± standard deviation."
     )
+
+
+def _draw_gap_against_grouping(experiment: Experiment) -> list[Plot]:
+    """Draw each run as a point of modality gap and V-measure, with the paper's results where it has any."""
+    methods, paper = experiment.methods, paper_results(experiment.config.data.dataset)
+    if not all("v_measure" in run.metrics for run in experiment.runs):
+        return []
+    figure, axes = _new_curves("V-measure")
+    axes.set_xlabel("modality gap")
+    for number, (method, runs) in enumerate(methods.items()):
+        style: dict[str, Any] = {
+            "marker": _MARKERS[number % len(_MARKERS)],
+            "color": _COLORS[number % len(_COLORS)],
+            "linestyle": "none",
+        }
+        points = [(run.metrics["gap"], run.metrics["v_measure"]) for run in runs]
+        axes.plot(*zip(*points, strict=True), **style, label=method)
+        if method in paper:
+            published = paper[method]
+            axes.plot(published["gap"], published["v_measure"], **style, fillstyle="none", label=f"{method} (paper)")
+    axes.legend(frameon=False)
+    caption = "Gap and grouping of every run on the test split; upper left is better."
+    return [_finish(figure, "Results", "gap-against-v-measure", caption)]
+
+
+def draw_comparison(experiments: Sequence[Experiment]) -> list[Plot]:
+    """Draw the metrics of the results table against the batch size, if the experiments differ in it."""
+    ordered = sorted(experiments, key=lambda experiment: experiment.config.optim.batch_size)
+    sizes = [experiment.config.optim.batch_size for experiment in ordered]
+    if len(set(sizes)) < 2:
+        return []
+    summaries = [summarise(experiment) for experiment in ordered]
+    plots = []
+    for key, heading in table_columns(next(iter(summaries[0].values()))).items():
+        figure, axes = _new_curves(heading)
+        axes.set_xlabel("batch size")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sizes, list(map(str, sizes)))
+        for number, method in enumerate(summaries[0]):
+            found = [
+                (size, summary[method][key])
+                for size, summary in zip(sizes, summaries, strict=True)
+                if key in summary.get(method, {})
+            ]
+            axes.errorbar(
+                [size for size, _ in found],
+                [statistic.mean for _, statistic in found],
+                yerr=[statistic.std or 0.0 for _, statistic in found],
+                capsize=3,
+                marker=_MARKERS[number % len(_MARKERS)],
+                color=_COLORS[number % len(_COLORS)],
+                linestyle=_LINES[number % len(_LINES)],
+                label=method,
+            )
+        axes.legend(frameon=False)
+        name = f"batch-size-{key.replace('/', '-').replace('@', '-')}"
+        plots.append(_finish(figure, "Batch size", name, f"{heading}: mean over seeds, bar: ± standard deviation."))
+    return plots
 
 
 def _draw_curves(methods: Mapping[str, Sequence[RunResult]], split: str, key: str, label: str, what: str) -> list[Plot]:

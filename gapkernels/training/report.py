@@ -13,7 +13,8 @@ from gapkernels.environment import format_environment
 from gapkernels.training.checkpoint import atomic_write, write_text
 from gapkernels.training.config import describe_config
 from gapkernels.training.layout import PLOTS
-from gapkernels.training.plots import Plot, draw_plots
+from gapkernels.training.paper import paper_results
+from gapkernels.training.plots import Plot, draw_comparison, draw_plots
 from gapkernels.training.results import Experiment, summarise, table_rows
 
 
@@ -28,6 +29,9 @@ class _Figure:
 def write_report(experiments: Sequence[Experiment], path: Path) -> None:
     """Write the page, and each experiment's figures as PNG files into its run folder.
 
+    Several experiments that differ in their batch size are compared in figures of their own, which go into the folder
+    of the page.
+
     Args:
         experiments: what to report on, one section each.
         path: the HTML file; it refers to nothing outside itself.
@@ -39,21 +43,21 @@ def write_report(experiments: Sequence[Experiment], path: Path) -> None:
         (resources.files("gapkernels.training") / "report.html.j2").read_text(encoding="utf-8")
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, template.render(sections=[_describe(experiment) for experiment in experiments]))
+    comparison = draw_comparison(experiments)
+    _write_plots(comparison, path.parent / PLOTS)
+    sections = [_describe(experiment) for experiment in experiments]
+    write_text(path, template.render(sections=sections, comparison=[_embed(plot) for plot in comparison]))
 
 
 def _describe(experiment: Experiment) -> dict[str, object]:
     """Collect what the template shows of one experiment."""
     plots = draw_plots(experiment)
-    folder = experiment.folder / PLOTS
-    folder.mkdir(exist_ok=True)
-    for plot in plots:
-        with atomic_write(folder / f"{plot.name}.png") as file:
-            file.write(plot.png)
+    _write_plots(plots, experiment.folder / PLOTS)
     summary = summarise(experiment)
     return {
         "name": experiment.config.name,
-        "rows": table_rows(summary),
+        "batch_size": experiment.config.optim.batch_size,
+        "rows": table_rows(summary, paper_results(experiment.config.data.dataset)),
         "all_rows": [
             ["metric", *summary],
             *([key, *(str(metrics[key]) for metrics in summary.values())] for key in next(iter(summary.values()))),
@@ -65,6 +69,14 @@ def _describe(experiment: Experiment) -> dict[str, object]:
         "config": describe_config(experiment.config),
         "environment": format_environment(dict(experiment.environment)),
     }
+
+
+def _write_plots(plots: Sequence[Plot], folder: Path) -> None:
+    if plots:
+        folder.mkdir(exist_ok=True)
+    for plot in plots:
+        with atomic_write(folder / f"{plot.name}.png") as file:
+            file.write(plot.png)
 
 
 def _embed(plot: Plot) -> _Figure:

@@ -96,8 +96,8 @@ def summarise(experiment: Experiment) -> dict[str, dict[str, Statistic]]:
     }
 
 
-def write_summary(experiment: Experiment) -> Path:
-    """Write the statistics and every seed's values as JSON, and return the path."""
+def experiment_content(experiment: Experiment) -> dict[str, Any]:
+    """Return settings, environment, statistics and every seed's values, in types that JSON knows."""
     methods = {
         method: {
             "seeds": [run.seed for run in experiment.methods[method]],
@@ -113,14 +113,18 @@ def write_summary(experiment: Experiment) -> Path:
         }
         for method, metrics in summarise(experiment).items()
     }
-    content = {
+    return {
         "name": experiment.config.name,
         "config": experiment.config.model_dump(mode="json"),
         "environment": experiment.environment,
         "methods": methods,
     }
+
+
+def write_summary(experiment: Experiment) -> Path:
+    """Write the statistics and every seed's values as JSON, and return the path."""
     path = experiment.folder / SUMMARY
-    write_text(path, json.dumps(content, indent=2) + "\n")
+    write_text(path, json.dumps(experiment_content(experiment), indent=2) + "\n")
     return path
 
 
@@ -145,11 +149,23 @@ def table_columns(keys: Iterable[str]) -> dict[str, str]:
     return {key: heading for key, heading in {**fixed_before, **ways, **fixed_after}.items() if key in present}
 
 
-def table_rows(summary: Mapping[str, Mapping[str, Statistic]]) -> list[list[str]]:
-    """Return the results table as rows of text, headings first."""
+def table_rows(
+    summary: Mapping[str, Mapping[str, Statistic]], reference: Mapping[str, Mapping[str, float]] | None = None
+) -> list[list[str]]:
+    """Return the results table as rows of text, headings first.
+
+    Args:
+        summary: statistics by method and metric.
+        reference: published values by method and metric; they follow ours, `-` where there is none.
+    """
     columns = table_columns(next(iter(summary.values())))
-    body = [[method, *(str(metrics[key]) for key in columns)] for method, metrics in summary.items()]
-    return [["method", *columns.values()], *body]
+    rows = [["method", *columns.values()]]
+    for method, metrics in summary.items():
+        rows.append([method, *(str(metrics[key]) for key in columns)])
+        if reference and method in reference:
+            published = reference[method]
+            rows.append([f"{method} (paper)", *(f"{published[k]:.3f}" if k in published else "-" for k in columns)])
+    return rows
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> str:

@@ -212,9 +212,7 @@ def test_damaged_av_mnist_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"Free Spoken Digit Dataset not found in .*: expected fsdd/fsdd\.npz or "):
         load_dataset(AVMNISTData(), tmp_path)
     write_spoken_digits(tmp_path)
-    with pytest.raises(
-        UserError, match=r"MNIST's train images not found in .*: expected mnist/train-images"
-    ):
+    with pytest.raises(UserError, match=r"MNIST's train images not found in .*: expected mnist/train-images"):
         load_dataset(AVMNISTData(), tmp_path)
     write_mnist(tmp_path, compressed=False)
     whole = (tmp_path / "train-images-idx3-ubyte").read_bytes()
@@ -359,6 +357,7 @@ def test_crops_are_windows_of_the_padded_image() -> None:
 # The real files
 
 
+@pytest.mark.slow
 def test_the_real_cifar10() -> None:
     dataset = load_dataset(CIFAR10Data(), real_data("cifar10"))
     assert (len(dataset.train), len(dataset.test)) == (50000, 10000)
@@ -367,6 +366,7 @@ def test_the_real_cifar10() -> None:
     assert means.tolist() == pytest.approx([0.4914, 0.4822, 0.4465], abs=1e-3)
 
 
+@pytest.mark.slow
 def test_the_real_av_mnist() -> None:
     dataset = load_dataset(AVMNISTData(), real_data("mnist", "fsdd"))
     assert (len(dataset.train), len(dataset.test)) == (60000, 10000)

@@ -22,7 +22,7 @@ _Norm = Callable[[int], nn.Module]
 
 
 class ImageCNN(Encoder):
-    """Residual convolutional encoder: each stage halves the resolution and doubles the channels.
+    """Residual convolutional encoder: each stage after the first halves the resolution and doubles the channels.
 
     Group norm instead of batch norm: a sample's embedding must not depend on the other samples of its batch, or the
     loss could not be computed in micro-batches.
