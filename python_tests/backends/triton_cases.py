@@ -99,8 +99,11 @@ def test_degenerate(kind, dtype):
         y[2] *= 1e30 if dtype == torch.float32 else 1e3
     if kind == "zeros" and dtype == torch.float16:
         pytest.skip("the true gradient of a row of zeros is 1e12 and more: no float16")
-    # float32 exponents of size s are rounded to s·2^-24, which collapsed rows, whose gradient is a difference, show
-    assert_matches_oracle([x.to(dtype), y.to(dtype)], 5.0, "triton")
+    # Float32 exponents of size s are rounded to s·2^-24, and the gradient of collapsed rows is a difference of such.
+    tolerance = TOLERANCE[dtype]
+    if kind == "collapsed":
+        tolerance = tolerance._replace(gradient=3 * tolerance.gradient)
+    assert_matches_oracle([x.to(dtype), y.to(dtype)], 5.0, "triton", tolerance)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

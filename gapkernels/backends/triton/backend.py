@@ -22,7 +22,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from gapkernels.backends.triton.device import allow_scratch_memory
+from gapkernels.backends.triton import device
 from gapkernels.backends.triton.gradient_tiles import gradient_tiles
 from gapkernels.backends.triton.log_sums import log_sums
 from gapkernels.backends.triton.matrix import NO_DIAGONAL, Matrix
@@ -56,30 +56,8 @@ class TritonBackend:
     """The whole evaluation in Triton kernels; see :class:`gapkernels.plan.FusedBackend`."""
 
     def forward(self, embeddings: list[Tensor], logit_scale: Tensor, spec: LossSpec, world: World) -> Forward:
-        embeddings = _readable(embeddings)
-        num_rows = embeddings[0].shape[0]
-        statistics = _statistics(embeddings, spec, world)
-        matrices = _pair_matrices(embeddings, logit_scale, spec, world) if spec.nce_weight else []
-        largest = None if spec.normalize or not matrices else _largest_products(embeddings, spec, world)
-        pair_logs = centroid_logs = None
-        if spec.cu_weight and world.size == 1:
-            c = centroids(embeddings, statistics.sums, num_rows, spec)
-            triangle = _centroid_matrix(c, slice(None), slice(None))
-            if matrices and c.rows.dtype.itemsize == embeddings[0].dtype.itemsize:
-                matrices.append(triangle)  # tiles of one size: one launch
-            else:
-                centroid_logs = _log_sums([triangle], None)[0][0]
-        elif spec.cu_weight:
-            centroid_logs = _centroid_log_sums(embeddings, statistics, spec, world)
-        if matrices:
-            row_logs, col_logs = _log_sums(matrices, largest)
-            if matrices[-1].symmetric:
-                centroid_logs = row_logs[-1]
-            pair_logs = row_logs, log_sum_over_processes(col_logs, world)
-        loss, values, saved = terms(
-            statistics, logit_scale, pair_logs, centroid_logs, num_rows, len(embeddings), spec, world
-        )
-        return Forward(loss, values, saved)
+        with device.on(embeddings[0].device):
+            return _forward(_readable(embeddings), logit_scale, spec, world)
 
     def backward(
         self,
@@ -91,81 +69,122 @@ class TritonBackend:
         world: World,
         needs_grad: list[bool],
     ) -> tuple[list[Tensor | None], Tensor | None]:
-        embeddings = _readable(embeddings)
-        *embedding_needs_grad, scale_needs_grad = needs_grad
-        num_rows, dim = embeddings[0].shape
-        statistics = _statistics(embeddings, spec, world)
-        unit = HALF_UNIT if embeddings[0].dtype == torch.float16 else 1.0
-        gradients = [
-            e.new_empty(e.shape) if needed else None for e, needed in zip(embeddings, embedding_needs_grad, strict=True)
-        ]
-        centroid_products = reference = None
-        if spec.cu_weight and any(embedding_needs_grad):
-            centroid_products, reference = _centroid_products(embeddings, statistics, saved.centroid, spec, world)
+        with device.on(embeddings[0].device):
+            return _backward(upstream, _readable(embeddings), logit_scale, saved, spec, world, needs_grad)
 
-        def finish(m: int, row: slice, factors: Tensor | None, products: Tensor | None) -> None:
-            out = gradients[m]
-            assert out is not None
-            row_gradients(
-                m, row.start, embeddings, statistics, factors, products, centroid_products, saved.wrong_share,
-                saved.centroid, reference, upstream, logit_scale, unit, spec, world.size, out[row],
-            )  # fmt: skip
 
-        pairs = spec.nce_pairs(len(embeddings)) if spec.nce_weight and any(needs_grad) else []
-        if not pairs:
-            for m, needed in enumerate(embedding_needs_grad):
-                if needed:
-                    finish(m, slice(0, num_rows), None, None)
-            return gradients, torch.zeros_like(logit_scale) if scale_needs_grad else None
+# ---- passes -------------------------------------------------------------------------------------------------------
 
-        # A modality with columns is an operand as a whole and collects products over all row blocks; one that only has
-        # rows is taken and finished block by block.
-        own = {k: operands([embeddings[k]], spec) for k in sorted({k for _, k in pairs})}
-        cols = {k: (world.gather_rows(o.rows[0]), world.gather_rows(o.factors[0])) for k, o in own.items()}
-        col_products = {
-            k: embeddings[k].new_zeros((num_rows * world.size, padded(dim)), dtype=torch.float32)
-            for k in cols
-            if embedding_needs_grad[k]
-        }
-        # Exponents relative to that of a positive (on every process the same): Σ G_ij·x_ij then loses no digits to what
-        # positives and negatives have in common.
-        positive = world.sum(statistics.cosines[0, 0]) / world.size
-        log_reference = (positive * (logit_scale.double() * LOG2_E.value)).float()
-        row_log_sum = (saved.row_log_sum - log_reference).float()
-        col_log_sum = (saved.col_log_sum - log_reference).float()
-        blocks = _GradientBlocks(min(BLOCK, num_rows), min(BLOCK, num_rows * world.size), scale_needs_grad)
-        for m, group in groupby(enumerate(pairs), key=lambda item: item[1][0]):
-            members = [(p, k) for p, (_, k) in group]
-            for row in _blocks(num_rows):
-                if m in own:
-                    z, factors = own[m].rows[0, row], own[m].factors[0, row]
-                    products = _own_rows(col_products[m], world)[row] if m in col_products else None
-                else:
-                    block = operands([embeddings[m][row]], spec)
-                    z, factors = block.rows[0], block.factors[0]
-                    products = torch.zeros_like(z, dtype=torch.float32) if embedding_needs_grad[m] else None
-                for p, k in members:
-                    if products is None and k not in col_products and not scale_needs_grad:
-                        continue
-                    y, col_factors = cols[k]
-                    for col in _blocks(y.shape[0]):
-                        diagonal = world.rank * num_rows + row.start - col.start
-                        matrix = Matrix(z, factors, y[col], col_factors[col], logit_scale, diagonal)
-                        h = blocks.pair(matrix, row_log_sum[p, row], col_log_sum[p, col], log_reference, unit)
-                        if products is not None:
-                            add_product(products, h, y[col])
-                        if k in col_products:
-                            add_product(col_products[k][col], h.T, z)
-                if m not in own and products is not None:
-                    finish(m, row, factors, products)
-        for k, o in own.items():
-            if k in col_products:
-                finish(k, slice(0, num_rows), o.factors[0], world.sum_own_rows(col_products.pop(k)))
-        if not scale_needs_grad:
-            return gradients, None
-        return gradients, _scale_gradient(
-            upstream, logit_scale, statistics, saved, blocks.scale_partials, log_reference, world
-        )
+
+def _forward(embeddings: list[Tensor], logit_scale: Tensor, spec: LossSpec, world: World) -> Forward:
+    num_rows = embeddings[0].shape[0]
+    statistics = _statistics(embeddings, spec, world)
+    matrices = _pair_matrices(embeddings, logit_scale, spec, world) if spec.nce_weight else []
+    largest = None if spec.normalize or not matrices else _largest_products(embeddings, spec, world)
+    pair_logs = centroid_logs = None
+    if spec.cu_weight and world.size == 1:
+        c = centroids(embeddings, statistics.sums, num_rows, spec)
+        triangle = _centroid_matrix(c, slice(None), slice(None))
+        if matrices and c.rows.dtype.itemsize == embeddings[0].dtype.itemsize:
+            matrices.append(triangle)  # tiles of one size: one launch
+        else:
+            centroid_logs = _log_sums([triangle], None)[0][0]
+    elif spec.cu_weight:
+        centroid_logs = _centroid_log_sums(embeddings, statistics, spec, world)
+    if matrices:
+        row_logs, col_logs = _log_sums(matrices, largest)
+        if matrices[-1].symmetric:
+            centroid_logs = row_logs[-1]
+        pair_logs = row_logs, log_sum_over_processes(col_logs, world)
+    loss, values, saved = terms(
+        statistics, logit_scale, pair_logs, centroid_logs, num_rows, len(embeddings), spec, world
+    )
+    return Forward(loss, values, saved)
+
+
+def _backward(
+    upstream: Tensor,
+    embeddings: list[Tensor],
+    logit_scale: Tensor,
+    saved: Saved,
+    spec: LossSpec,
+    world: World,
+    needs_grad: list[bool],
+) -> tuple[list[Tensor | None], Tensor | None]:
+    *embedding_needs_grad, scale_needs_grad = needs_grad
+    num_rows, dim = embeddings[0].shape
+    statistics = _statistics(embeddings, spec, world)
+    unit = HALF_UNIT if embeddings[0].dtype == torch.float16 else 1.0
+    gradients = [
+        e.new_empty(e.shape) if needed else None for e, needed in zip(embeddings, embedding_needs_grad, strict=True)
+    ]
+    centroid_products = reference = None
+    if spec.cu_weight and any(embedding_needs_grad):
+        centroid_products, reference = _centroid_products(embeddings, statistics, saved.centroid, spec, world)
+
+    def finish(m: int, row: slice, factors: Tensor | None, products: Tensor | None) -> None:
+        out = gradients[m]
+        assert out is not None
+        row_gradients(
+            m, row.start, embeddings, statistics, factors, products, centroid_products, saved.wrong_share,
+            saved.centroid, reference, upstream, logit_scale, unit, spec, world.size, out[row],
+        )  # fmt: skip
+
+    pairs = spec.nce_pairs(len(embeddings)) if spec.nce_weight and any(needs_grad) else []
+    if not pairs:
+        for m, needed in enumerate(embedding_needs_grad):
+            if needed:
+                finish(m, slice(0, num_rows), None, None)
+        return gradients, torch.zeros_like(logit_scale) if scale_needs_grad else None
+
+    # A modality with columns is an operand as a whole and collects products over all row blocks; one that only has
+    # rows is taken and finished block by block.
+    own = {k: operands([embeddings[k]], spec) for k in sorted({k for _, k in pairs})}
+    cols = {k: (world.gather_rows(o.rows[0]), world.gather_rows(o.factors[0])) for k, o in own.items()}
+    col_products = {
+        k: embeddings[k].new_zeros((num_rows * world.size, padded(dim)), dtype=torch.float32)
+        for k in cols
+        if embedding_needs_grad[k]
+    }
+    # Exponents relative to that of a positive (on every process the same): Σ G_ij·x_ij then loses no digits to what
+    # positives and negatives have in common.
+    positive = world.sum(statistics.cosines[0, 0]) / world.size
+    log_reference = (positive * (logit_scale.double() * LOG2_E.value)).float()
+    row_log_sum = (saved.row_log_sum - log_reference).float()
+    col_log_sum = (saved.col_log_sum - log_reference).float()
+    blocks = _GradientBlocks(min(BLOCK, num_rows), min(BLOCK, num_rows * world.size), scale_needs_grad)
+    for m, group in groupby(enumerate(pairs), key=lambda item: item[1][0]):
+        members = [(p, k) for p, (_, k) in group]
+        for row in _blocks(num_rows):
+            if m in own:
+                z, factors = own[m].rows[0, row], own[m].factors[0, row]
+                products = _own_rows(col_products[m], world)[row] if m in col_products else None
+            else:
+                block = operands([embeddings[m][row]], spec)
+                z, factors = block.rows[0], block.factors[0]
+                products = torch.zeros_like(z, dtype=torch.float32) if embedding_needs_grad[m] else None
+            for p, k in members:
+                if products is None and k not in col_products and not scale_needs_grad:
+                    continue
+                y, col_factors = cols[k]
+                for col in _blocks(y.shape[0]):
+                    diagonal = world.rank * num_rows + row.start - col.start
+                    matrix = Matrix(z, factors, y[col], col_factors[col], logit_scale, diagonal)
+                    h = blocks.pair(matrix, row_log_sum[p, row], col_log_sum[p, col], log_reference, unit)
+                    if products is not None:
+                        add_product(products, h, y[col])
+                    if k in col_products:
+                        add_product(col_products[k][col], h.T, z)
+            if m not in own and products is not None:
+                finish(m, row, factors, products)
+    for k, o in own.items():
+        if k in col_products:
+            finish(k, slice(0, num_rows), o.factors[0], world.sum_own_rows(col_products.pop(k)))
+    if not scale_needs_grad:
+        return gradients, None
+    return gradients, _scale_gradient(
+        upstream, logit_scale, statistics, saved, blocks.scale_partials, log_reference, world
+    )
 
 
 # ---- operands -----------------------------------------------------------------------------------------------------
@@ -173,7 +192,7 @@ class TritonBackend:
 
 def _readable(embeddings: list[Tensor]) -> list[Tensor]:
     """Embeddings as the kernels read them: any stride between rows, unit stride along them."""
-    allow_scratch_memory()
+    device.allow_scratch_memory()
     return [e if e.stride(1) == 1 or e.shape[1] == 1 else e.contiguous() for e in embeddings]
 
 

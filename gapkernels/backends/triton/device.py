@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import triton
@@ -41,6 +42,11 @@ def row_block(dim: int, elements: int) -> tuple[int, int]:
     if INTERPRETED:
         elements *= 32  # each operation costs the same there, however many numbers it is on
     return max(1, elements // columns), columns
+
+
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """Make a device the one that kernels are launched on."""
+    return nullcontext() if device.type == "cpu" else torch.cuda.device(device)
 
 
 def allow_scratch_memory() -> None:

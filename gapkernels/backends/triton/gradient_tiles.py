@@ -89,7 +89,10 @@ def store_tile(values, out, out_stride):
     tl.store(out + (i[:, None] * out_stride + j[None, :]), values.to(out.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_cols", "diagonal"])
+@triton.jit(
+    do_not_specialize=["num_rows", "num_cols", "diagonal"],
+    do_not_specialize_on_alignment=["row_factors", "col_factors", "row_log_sums", "col_log_sums"],
+)
 def gradient_tiles_kernel(
     rows,
     row_stride,

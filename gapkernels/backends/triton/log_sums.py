@@ -30,7 +30,10 @@ SMALLEST_EXACT_SUM = 2.0**-102
 """Per term: a sum of terms this large on average loses less than its rounding to those that underflow."""
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_cols", "diagonal"])
+@triton.jit(
+    do_not_specialize=["num_rows", "num_cols", "diagonal"],
+    do_not_specialize_on_alignment=["row_sums", "col_sums", "row_log_sums", "col_log_sums"],
+)
 def log_sums_kernel(
     rows,
     row_strides,

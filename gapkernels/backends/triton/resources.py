@@ -51,7 +51,6 @@ class Source(NamedTuple):
         types: per argument its type ("*bf16", "i32", …), a tuple of them, or None for an absent tensor.
         constants: the compile-time arguments.
         config: warps and stages; None for the compiler's defaults.
-        unaligned: integer arguments of which nothing is known.
     """
 
     name: str
@@ -59,7 +58,6 @@ class Source(NamedTuple):
     types: dict[str, Any]
     constants: dict[str, Any]
     config: tuning.Config | None = None
-    unaligned: tuple[str, ...] = ("num_rows", "num_cols", "diagonal", "all_rows", "first_row", "total_rows", "depth")
 
 
 class Resources(NamedTuple):
@@ -184,7 +182,15 @@ def row_kernels(dtype: torch.dtype = torch.bfloat16, dim: int = 512) -> Iterator
     yield Source(
         "operands",
         operands_kernel,
-        {**rows, "operands": z, "factors": "*fp32", "num_rows": "i32", "dim": "i32", "padded_dim": "i32"},
+        {
+            **rows,
+            "operands": z,
+            "factors": "*fp32",
+            "factor_stride": "i32",
+            "num_rows": "i32",
+            "dim": "i32",
+            "padded_dim": "i32",
+        },
         {"NORMALIZE": True, **block},
     )
     yield Source(
@@ -240,7 +246,6 @@ def row_kernels(dtype: torch.dtype = torch.bfloat16, dim: int = 512) -> Iterator
             "first_own": "i32",
         },
         {"NUM_PAIRS": 1, "CENTROIDS": True, "BLOCK": BLOCK},
-        unaligned=("num_rows", "num_cols", "first_own"),
     )
     yield Source(
         "combine",
@@ -266,7 +271,6 @@ def row_kernels(dtype: torch.dtype = torch.bfloat16, dim: int = 512) -> Iterator
             "BLOCK": 256,
             "BLOCK_D": dim,
         },
-        unaligned=("num_partials", "total_rows", "log_total"),
     )
     yield Source(
         "row_gradients",
@@ -304,7 +308,6 @@ def row_kernels(dtype: torch.dtype = torch.bfloat16, dim: int = 512) -> Iterator
             **normalize,
             **block,
         },
-        unaligned=("num_rows", "all_rows", "first_row", "total_rows", "log_total"),
     )
 
 
@@ -313,6 +316,7 @@ def compile_for(source: Source, arch: str) -> Resources:
     signature: dict[str, Any] = {}
     constants = dict(source.constants)
     attributes: dict[tuple[int, ...], list[list[object]]] = {}
+    unaligned = {p.name for p in source.kernel.params if p.do_not_specialize or p.do_not_specialize_on_alignment}
     for index, name in enumerate(source.kernel.arg_names):
         kind = source.types.get(name)
         if kind is None:
@@ -321,7 +325,7 @@ def compile_for(source: Source, arch: str) -> Resources:
             continue
         signature[name] = kind
         for place, element in enumerate(kind) if isinstance(kind, tuple) else [(None, kind)]:
-            if name not in source.unaligned and (element[0] == "*" or element == "i32"):
+            if name not in unaligned and (element[0] == "*" or element == "i32"):
                 attributes[(index,) if place is None else (index, place)] = [["tt.divisibility", 16]]
     options: dict[str, Any] = {}
     if source.config is not None:

@@ -33,7 +33,10 @@ def through_normalization(gradient, unit, inverse, clamped):
     return (gradient - along[:, None] * unit) * inverse[:, None]
 
 
-@triton.jit(do_not_specialize=["num_rows", "all_rows", "first_row", "total_rows"])
+@triton.jit(
+    do_not_specialize=["num_rows", "all_rows", "first_row", "total_rows"],
+    do_not_specialize_on_alignment=["log_total", "out"],
+)
 def row_gradients_kernel(
     embeddings,
     strides,

@@ -94,12 +94,13 @@ def centroid_rows(
     return mean, inverse, norm < EPS
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["factor_stride"])
 def operands_kernel(
     embeddings,
     strides,
     operands,
     factors,
+    factor_stride,
     num_rows,
     dim,
     padded_dim,
@@ -125,7 +126,7 @@ def operands_kernel(
             pointers = operands + (base + i)[:, None] * padded_dim + k[None, :]
             exists = i < num_rows
             tl.store(pointers, z.to(operands.dtype.element_ty), mask=exists[:, None] & (k < padded_dim)[None, :])
-            tl.store(factors + base + i, factor, mask=exists)
+            tl.store(factors + m * factor_stride + i, factor, mask=exists)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -315,12 +316,14 @@ def operands(embeddings: list[Tensor], spec: LossSpec) -> Operands:
     block_rows, block_dim = row_block(padded(dim), 2048)
     result = Operands(
         embeddings[0].new_empty((len(embeddings), num_rows, padded(dim))),
-        embeddings[0].new_empty((len(embeddings), num_rows), dtype=torch.float32),
+        # Each modality's factors begin at an aligned address whatever n is: nothing is compiled anew for another n.
+        embeddings[0].new_empty((len(embeddings), padded(num_rows)), dtype=torch.float32)[:, :num_rows],
     )
     operands_kernel[_grid(embeddings, block_rows)](
         tuple(embeddings),
         tuple(e.stride(0) for e in embeddings),
         *result,
+        result.factors.stride(0),
         num_rows,
         dim,
         padded(dim),

@@ -49,7 +49,7 @@ def logaddexp2(a, b):
     return larger + log1p(tl.exp2(tl.where(a > b, b - a, a - b))) * LOG2_E
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_cols", "first_own"])
+@triton.jit(do_not_specialize=["num_rows", "num_cols", "first_own"], do_not_specialize_on_alignment=["centroid_logs"])
 def row_terms_kernel(
     row_logs,
     col_logs,
@@ -93,7 +93,7 @@ def row_terms_kernel(
         tl.store(partials + program * 3 + 2, tl.sum(tl.exp2(log - largest), axis=0))
 
 
-@triton.jit(do_not_specialize=["num_partials", "total_rows"])
+@triton.jit(do_not_specialize=["num_partials", "total_rows"], do_not_specialize_on_alignment=["log_total"])
 def combine_kernel(
     partials,
     sums,

@@ -48,7 +48,9 @@ def constant_shift(scale, largest, matrix: tl.constexpr, headroom, BIASED: tl.co
     return tl.maximum(bound - headroom, 0.0)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_cols", "diagonal"])
+@triton.jit(
+    do_not_specialize=["num_rows", "num_cols", "diagonal"], do_not_specialize_on_alignment=["row_sums", "col_sums"]
+)
 def tile_sums_kernel(
     rows,
     row_strides,

@@ -76,14 +76,17 @@ _FLOAT32 = [Config(64, 64, 32, 4, 3, programs_per_processor=4), Config(64, 64, 3
 _FLOAT32_TENSOR = [Config(128, 128, 32, 8, 3), Config(128, 64, 32, 4, 3, programs_per_processor=2)]
 
 
-def candidates(kernel: str, arch: str, dtype: torch.dtype, dim: int) -> list[Config]:
+def candidates(kernel: str, arch: str, dtype: torch.dtype, dim: int) -> tuple[Config, ...]:
     """The configurations to choose from; the first is the default."""
     if arch == "interpreter":
-        return [INTERPRETER]
-    if dtype == torch.float32:
-        table = _FLOAT32 if torch.get_float32_matmul_precision() == "highest" else _FLOAT32_TENSOR
-    else:
-        table = _SIXTEEN_BIT[_nearest(arch)]
+        return (INTERPRETER,)
+    return _candidates(kernel, arch, dtype, dim, torch.get_float32_matmul_precision() == "highest")
+
+
+@functools.cache
+def _candidates(kernel: str, arch: str, dtype: torch.dtype, dim: int, true_float32: bool) -> tuple[Config, ...]:
+    float32 = _FLOAT32 if true_float32 else _FLOAT32_TENSOR
+    table = float32 if dtype == torch.float32 else _SIXTEEN_BIT[_nearest(arch)]
     if kernel == "log_sums":  # runs rarely; the running maxima and sums leave no room for wide tiles
         table = [c._replace(tile_n=c.tile_n // 2, tma=False, flatten=False) for c in table[:1]]
         table = [
@@ -95,7 +98,7 @@ def candidates(kernel: str, arch: str, dtype: torch.dtype, dim: int) -> list[Con
         table = [c._replace(num_warps=8, tma=False, flatten=False) for c in table if c.tile_n <= 128]
     # A step of the K loop longer than a row would be padding.
     shortest = max(16, triton.next_power_of_2(dim))
-    return list(dict.fromkeys(c._replace(tile_k=min(c.tile_k, shortest)) for c in table))
+    return tuple(dict.fromkeys(c._replace(tile_k=min(c.tile_k, shortest)) for c in table))
 
 
 def _nearest(arch: str) -> str:
