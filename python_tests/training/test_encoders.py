@@ -25,6 +25,7 @@ from gapkernels.training.encoders import (
     TextTransformer,
     _build_encoder,
 )
+from gapkernels.training.encoders.image import _PointwiseConv
 from gapkernels.training.errors import UserError
 
 IMAGE, TEXT = ImageSpec(channels=3, height=8, width=8), TextSpec(vocabulary_size=7, length=5)
@@ -142,6 +143,20 @@ def test_a_resnet_starts_as_the_identity_of_its_blocks() -> None:
     encoder = ResNet(ResNetConfig(kind="resnet18", width=8), ImageSpec(3, 16, 16))
     x = torch.randn(2, 8, 5, 5).relu()
     assert torch.equal(encoder.blocks[0](x), x)
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_a_pointwise_convolution_is_the_strided_one(step: int) -> None:
+    """At a shape where the strided one itself crashes in its backward pass, see `_PointwiseConv`."""
+    torch.manual_seed(0)
+    convolution = _PointwiseConv(8, 16, step, bias=True).to(memory_format=torch.channels_last)
+    x = torch.randn(25, 8, 64, 64).contiguous(memory_format=torch.channels_last).requires_grad_()
+    out = convolution(x)
+    expected = torch.einsum("oi,nihw->nohw", convolution.weight[:, :, 0, 0], x[:, :, ::step, ::step])
+    expected = expected + convolution.bias[:, None, None]
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    (gradient,) = torch.autograd.grad(out.square().sum(), x, retain_graph=True)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected.square().sum(), x)[0], rtol=1e-3, atol=1e-4)
 
 
 def test_a_spectrogram_cnn_tells_frequencies_apart_but_not_times() -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from training.data_files import write_cifar_jpegs, write_coco, write_mnist, write_spoken_digits
+from training.real_data import real_data
 
 from gapkernels.cli import main
 from gapkernels.training.config import load_config, preset_names
@@ -192,3 +193,15 @@ def test_grouping_metrics_need_enough_samples(sizes: list[int], expected: set[st
     embeddings = {name: torch.randn(len(labels), 3, generator=generator) for name in ("image", "text")}
     found = score(embeddings, labels, None, anchor="text")
     assert set(found) & {"v_measure", "knn"} == expected
+
+
+def test_the_real_coco_images_train_and_evaluate(tmp_path: Path) -> None:
+    words = ["reproduce", "--dataset", "mscoco-mini", "--data-dir", str(real_data("coco_mini")), "--methods", "gap"]
+    assert main([*words, "--out", str(tmp_path), "--optim.epochs", "5", "--device", "cpu"]) == 0
+    run = load_experiment(tmp_path / "batch-25").runs[0]
+    # Five of the test images show objects of one category: enough to cluster, too few to classify.
+    assert 0 <= run.metrics["v_measure"] <= 1
+    assert "knn" not in run.metrics
+    losses = [record["info_nce"] for record in run.history if record["split"] == "train"]
+    assert len(losses) == 10
+    assert losses[-1] < losses[0]
