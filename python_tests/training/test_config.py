@@ -131,3 +131,37 @@ def test_only_the_seeds_may_differ_within_one_experiment() -> None:
 )
 def test_values_on_the_command_line_are_yaml(text: str, value: object) -> None:
     assert parse_override(text) == value
+
+
+def test_a_preset_can_extend_another_one() -> None:
+    full, small = load_config("cifar10"), load_config("cifar10-small")
+    assert small.methods == full.methods
+    assert small.optim.batch_size == full.optim.batch_size
+    assert small.data.train_samples == 10000
+    # The image encoder is of another kind: nothing of the other one's settings stays.
+    assert full.model.encoders["image"].kind == "resnet50"
+    assert small.model.encoders["image"].kind == "image-cnn"
+
+
+def test_another_kind_of_encoder_replaces_all_settings_of_the_first() -> None:
+    overrides = {"model.encoders.image.depth": 3, "model.encoders.image.heads": 4, "model.encoders.image.kind": "vit"}
+    encoder = load_config("digits", overrides=overrides | {"model.encoders.image.width": 64}).model.encoders["image"]
+    assert (encoder.kind, encoder.depth, encoder.heads, encoder.width) == ("vit", 3, 4, 64)
+    data = load_config("digits", overrides={"data.image_energy": 0.5, "data.dataset": "av-mnist"}).data
+    assert (data.dataset, data.image_energy, data.audio_snr_db) == ("av-mnist", 0.5, 5.0)
+
+
+@pytest.mark.parametrize("preset", ["cifar10", "av-mnist", "mscoco", "features"])
+def test_full_presets_have_the_settings_of_the_paper(preset: str) -> None:
+    config, digits = load_config(preset), load_config("digits")
+    assert (config.optim.optimizer, config.optim.epochs, config.optim.batch_size) == ("adam", 100, 256)
+    assert config.optim.warmup == 0.2
+    assert len(config.seeds) == 3
+    if preset != "features":
+        assert config.optim.lr == 1e-4
+    for name, method in config.methods.items():
+        assert (method.temperature, method.atp, method.cu) == (
+            digits.methods[name].temperature,
+            digits.methods[name].atp,
+            digits.methods[name].cu,
+        )
