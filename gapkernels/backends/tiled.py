@@ -102,8 +102,8 @@ class _TorchProducts:
             self._exponents = rows.new_empty(shape)
         return torch.addmm(bias, rows, cols.T, out=self._exponents)
 
-    def add(self, total: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        return total.addmm_(left, right)
+    def add(self, total: Tensor, left: Tensor, right: Tensor) -> None:
+        total.addmm_(left, right)
 
 
 class _OneDnnProducts:
@@ -112,8 +112,8 @@ class _OneDnnProducts:
     def exponents(self, rows: Tensor, cols: Tensor, bias: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(rows, cols, bias, "none", [], "")
 
-    def add(self, total: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise.binary(left, total, right.T, None, "add")
+    def add(self, total: Tensor, left: Tensor, right: Tensor) -> None:
+        total.copy_(torch.ops.mkldnn._linear_pointwise.binary(left, total, right.T, None, "add"))
 
 
 def onednn_is_faster() -> bool:
@@ -140,7 +140,6 @@ class _Tile(NamedTuple):
     """One distinct tile of a matrix of exponentials.
 
     Attributes:
-        i, j: block indices.
         row, col: what the tile covers.
         exponents: ``[rows, cols]``, to be overwritten by whoever receives the tile; −inf on the matrix's diagonal.
         diagonal_rows: the rows whose diagonal entry lies in this tile; None if there are none.
@@ -149,8 +148,6 @@ class _Tile(NamedTuple):
         counts_for_cols: False for a tile on the diagonal of a symmetric matrix, which holds every pair twice.
     """
 
-    i: int
-    j: int
     row: slice
     col: slice
     exponents: Tensor
@@ -186,7 +183,7 @@ def _tiles(matrix: ExpMatrix, shift: Tensor | None) -> Iterator[_Tile]:
                     diagonal_exponents = diagonal.clone()
                     diagonal.fill_(-math.inf)
             counts_for_cols = not (matrix.symmetric and i == j)
-            yield _Tile(i, j, row, col, exponents, diagonal_rows, offset, diagonal_exponents, counts_for_cols)
+            yield _Tile(row, col, exponents, diagonal_rows, offset, diagonal_exponents, counts_for_cols)
 
 
 def _blocks(length: int) -> list[slice]:
@@ -267,21 +264,16 @@ def _add_products(
     """Both gradient products in one walk over the tiles; ``weights`` without ``shift`` takes two exponentials."""
     products = _products(matrix)
     entries_to_gradient = _gradient_rule(weights, shift, matrix.rows.dtype)
-    row_total = _Accumulator(grad_rows) if grad_rows is not None else None
-    col_total = _Accumulator(grad_cols) if grad_cols is not None else None
     if matrix.symmetric:
-        col_total = row_total
+        grad_cols = grad_rows
     for tile in _tiles(matrix, shift):
         gradient = entries_to_gradient(tile)
         if weights is not None and tile.diagonal_rows is not None:
             gradient.diagonal(tile.diagonal_offset).copy_(weights.diagonal[tile.diagonal_rows])
-        if row_total is not None:
-            row_total.add(tile.i, products, gradient, matrix.cols[tile.col])
-        if col_total is not None and tile.counts_for_cols:
-            col_total.add(tile.j, products, gradient.T, matrix.rows[tile.row])
-    for total in (row_total, col_total):
-        if total is not None:
-            total.write_back()
+        if grad_rows is not None:
+            products.add(grad_rows[tile.row], gradient, matrix.cols[tile.col])
+        if grad_cols is not None and tile.counts_for_cols:
+            products.add(grad_cols[tile.col], gradient.T, matrix.rows[tile.row])
 
 
 def _gradient_rule(
@@ -303,21 +295,3 @@ def _gradient_rule(
         return by_row.add_(by_col).mul_(weight)
 
     return with_two_exponentials
-
-
-class _Accumulator:
-    """The row blocks of a gradient, each the sum of many products."""
-
-    def __init__(self, gradient: Tensor) -> None:
-        self._views = gradient.split(TILE)
-        self._blocks = list(self._views)
-
-    def add(self, index: int, products: _TorchProducts | _OneDnnProducts, left: Tensor, right: Tensor) -> None:
-        self._blocks[index] = products.add(self._blocks[index], left, right)
-
-    def write_back(self) -> None:
-        """Bring home the blocks that the products replaced instead of changing them in place."""
-        for index, view in enumerate(self._views):
-            if self._blocks[index] is not view:
-                view.copy_(self._blocks[index])
-                self._blocks[index] = view
