@@ -204,7 +204,6 @@ def row_kernels(dtype: torch.dtype = torch.bfloat16, dim: int = 512) -> Iterator
             "CENTROIDS": True,
             **normalize,
             **block,
-            "BLOCK_N": max(1, 1024 // dim),
         },
     )
     yield Source(

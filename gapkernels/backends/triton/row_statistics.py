@@ -339,7 +339,7 @@ def row_statistics(embeddings: list[Tensor], spec: LossSpec) -> RowStatistics:
     num_rows, dim = embeddings[0].shape
     modalities = len(embeddings)
     nce_pairs = spec.nce_pairs(modalities) if spec.nce_weight else []
-    block_rows, block_dim = row_block(dim, 1024)
+    block_rows, block_dim = row_block(dim, 2048)
     grid = _grid(embeddings, block_rows)
     new = embeddings[0].new_empty
     cosines = new((len(nce_pairs), num_rows), dtype=torch.float32)
