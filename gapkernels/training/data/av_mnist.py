@@ -55,7 +55,7 @@ def load(config: AVMNISTData, data_dir: Path | None) -> Dataset:
     """Load MNIST and the spoken digits and pair them by class.
 
     Args:
-        config: energy kept of the images, loudness of the noise, seed of the pairing, and whether to augment.
+        config: energy kept of the images, loudness of the noise, seed of the pairing.
         data_dir: holds MNIST's four idx files, with or without .gz, in `mnist/`, `MNIST/raw/` or directly, and the
             recordings as `fsdd/fsdd.npz` (arrays `audio` int16, `offsets`, `labels`, `is_test`, `sample_rate`) or as
             the original's `recordings/<digit>_<speaker>_<index>.wav`.

@@ -44,7 +44,7 @@ def load(config: CIFAR10Data, data_dir: Path | None) -> Dataset:
     """Load CIFAR-10 from the original download or from files of JPEG streams.
 
     Args:
-        config: whether training images are augmented, and how many to decode.
+        config: whether training images are augmented.
         data_dir: holds `cifar-10-batches-py/` (the unpacked original for Python), or `cifar10/` or directly
             `train-0.npz`, `train-1.npz` and `test.npz` with arrays `jpeg` (all streams joined, uint8), `offsets`
             (int64 [N + 1]) and `labels` (uint8 [N]).
@@ -86,7 +86,7 @@ def _read_jpeg_file(path: Path) -> _Images:
         stream, offsets, labels = file["jpeg"].tobytes(), file["offsets"].tolist(), file["labels"]
     if len(offsets) != len(labels) + 1 or offsets[-1] != len(stream):
         raise ValueError(f"{len(labels)} labels, {len(offsets)} offsets and {len(stream)} bytes do not fit together")
-    pixels = decode_images((stream[start:stop] for start, stop in itertools.pairwise(offsets)), _SIDE)
+    pixels = decode_images([stream[start:stop] for start, stop in itertools.pairwise(offsets)], _SIDE)
     return _Images(pixels, _checked_labels(labels))
 
 

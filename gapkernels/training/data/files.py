@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from os import cpu_count
@@ -65,7 +65,7 @@ def read_file(path: Path, read: Callable[[Path], Content], expected: str) -> Con
         raise UserError(f"cannot read {path}, expected {expected} ({reason})") from error
 
 
-def decode_images(encoded: Iterable[bytes | Path], size: int) -> Tensor:
+def decode_images(encoded: Sequence[bytes | Path], size: int) -> Tensor:
     """Decode images with as many threads as there are cores; the decoder releases Python's lock.
 
     Args:
@@ -78,10 +78,13 @@ def decode_images(encoded: Iterable[bytes | Path], size: int) -> Tensor:
     Raises:
         UserError: if an image cannot be decoded.
     """
+    from PIL import Image, ImageOps
 
-    def decode(entry: bytes | Path) -> np.ndarray:
-        from PIL import Image, ImageOps
+    # Filled in place: a list of arrays, stacked at the end, would take the memory of all images twice.
+    pixels = np.empty((len(encoded), 3, size, size), dtype=np.uint8)
 
+    def decode(number: int) -> None:
+        entry = encoded[number]
         try:
             with Image.open(BytesIO(entry) if isinstance(entry, bytes) else entry) as image:
                 rgb = image.convert("RGB")
@@ -90,10 +93,9 @@ def decode_images(encoded: Iterable[bytes | Path], size: int) -> Tensor:
         except OSError as error:
             where = "an image" if isinstance(entry, bytes) else f"the image {entry}"
             raise UserError(f"cannot decode {where} ({' '.join(str(error).split())})") from error
-        return np.asarray(rgb).transpose(2, 0, 1)
+        pixels[number] = np.asarray(rgb).transpose(2, 0, 1)
 
     with ThreadPoolExecutor(cpu_count()) as pool:
-        decoded = list(pool.map(decode, encoded))
-    if not decoded:
-        return torch.empty(0, 3, size, size, dtype=torch.uint8)
-    return torch.from_numpy(np.stack(decoded))
+        for _ in pool.map(decode, range(len(encoded))):
+            pass
+    return torch.from_numpy(pixels)
