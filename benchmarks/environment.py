@@ -22,7 +22,8 @@ def device_name(device: torch.device) -> str:
     """The GPU's name, or the CPU's model and number of cores in use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_cpu_model()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{_cpu_model()}, {threads} {'thread' if threads == 1 else 'threads'}"
 
 
 @functools.cache

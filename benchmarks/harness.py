@@ -56,7 +56,7 @@ _TICKS = 0.02  # seconds
 _PROC_STAT = Path("/proc/stat")
 _MOST_ROUNDS = 40
 _FEWEST_ROUNDS = 3
-_ONE_ROUND_ABOVE = 40.0  # seconds that the products alone would take at the yardstick's rate
+_ONE_ROUND_ABOVE = 10.0  # seconds that the products alone would take at the yardstick's rate
 _ORACLE_OPERATIONS = {"cpu": 8192**2 * 512, "cuda": 65536**2 * 768}  # N²D up to which float64 is affordable
 
 
@@ -87,6 +87,8 @@ class Session:
         call_seconds: a call that is expected to take longer is left out, unless its case is marked slow.
         wait_seconds: spend up to this long on every case waiting while other processes keep the CPU busy.
         patience: repeat calls that other processes disturbed, up to this many times as often as calls are needed.
+        cpu_time: time calls by the CPU time that this process uses, which equals the wall clock of an idle machine as
+            long as there is one thread; for machines that are never idle.
         memory_limit: most bytes a process may have in a measurement of memory; on a CPU only. 0: 60 % of what is free.
         matmul_size: rows and columns of the yardstick's operands. 0: enough for full speed.
     """
@@ -96,6 +98,7 @@ class Session:
     call_seconds: float = 60.0
     wait_seconds: float = 0.0
     patience: int = 0
+    cpu_time: bool = False
     memory_limit: int = 0
     matmul_size: int = 0
     skipped: list[dict[str, Any]] = field(default_factory=list)
@@ -107,6 +110,8 @@ class Session:
     _exact: tuple[Case, float, list[Tensor]] | None = None
 
     def __post_init__(self) -> None:
+        if self.cpu_time and (self.device.type != "cpu" or torch.get_num_threads() != 1):
+            raise ValueError("the CPU time of a call is its duration on a CPU and with one thread only")
         if not self.memory_limit:
             self.memory_limit = memory.available_bytes() * 6 // 10
         if not self.matmul_size:
@@ -201,6 +206,9 @@ class Session:
         while time.monotonic() < self._wait_until and _busy_share(0.5) > _QUIET_SHARE:
             time.sleep(1.0)
 
+    def _clock(self) -> Clock:
+        return time.process_time if self.cpu_time else clock_of(self.device)
+
     def _sample(self, call: Callable[[], object], prepare: Callable[[], None], clock: Clock, rounds: int) -> Samples:
         return sample(call, prepare, clock, rounds, self.patience, self._wait_until_quiet)
 
@@ -210,7 +218,7 @@ class Session:
         products: dict[str, Callable[[], object]] = {"matmul": lambda: torch.matmul(left, right)}
         if self.device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
             products["onednn"] = lambda: torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
-        flush, clock = _cache_flush(self.device), clock_of(self.device)
+        flush, clock = _cache_flush(self.device), self._clock()
         rates = {}
         for name, product in products.items():
             sample(product, flush, clock, 2)
@@ -263,7 +271,7 @@ class Session:
 
     def _time(self, case: Case, implementation: Implementation, function: Loss, sampler: Sampler) -> dict[str, Any]:
         inputs = embeddings(case, self.device)
-        clock = clock_of(self.device)
+        clock = self._clock()
         flush = _cache_flush(self.device)
 
         def call() -> None:
@@ -312,6 +320,7 @@ class Session:
             "device_type": self.device.type,
             "versions": environment.versions(),
             "commit": environment.commit(),
+            "clock": "CPU time" if self.cpu_time else "wall" if self.device.type == "cpu" else "device",
             **timing,
             "operations": operations,
             "tflops": rate / 1e12,

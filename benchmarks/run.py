@@ -39,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--wait-seconds", type=float, default=0.0, help="wait this long for other processes to calm down"
     )
     parser.add_argument("--patience", type=int, default=0, help="repeat calls that other processes disturbed")
+    parser.add_argument("--threads", type=int, help="CPU threads; torch's own choice by default")
+    parser.add_argument("--cpu-time", action="store_true", help="measure CPU time instead of time; with --threads 1")
     parser.add_argument("--resume", action="store_true", help="go on with the cases that the result file lacks")
     parser.add_argument(
         "--redo-disturbed",
@@ -51,6 +53,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     started = time.monotonic()
     device = torch.device(options.device)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+        os.environ["OMP_NUM_THREADS"] = str(options.threads)  # for the processes that measure memory
+    if options.cpu_time and options.threads != 1:
+        parser.error("--cpu-time is the duration of a call with one thread only: add --threads 1")
     table = cases.GPU if device.type == "cuda" else cases.CPU
     suites = options.suites.split(",") if options.suites else list(table)
     unknown = [suite for suite in suites if suite not in table]
@@ -62,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         call_seconds=options.call_seconds,
         wait_seconds=options.wait_seconds,
         patience=options.patience,
+        cpu_time=options.cpu_time,
     )
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     if options.resume and options.out.exists():

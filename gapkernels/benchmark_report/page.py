@@ -70,7 +70,8 @@ def scaling_sections(results: Results) -> list[tuple[str, tables.Table]]:
 
 def _facts(results: Results) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
-    return [f"Measured on {results.date}, commit {results.commit}.", f"Versions: {versions}."]
+    facts = [f"Measured on {results.date}, commit {results.commit}.", f"Versions: {versions}."]
+    return facts + [note for note in [tables.clock_note(results)] if note]
 
 
 def _markdown(results: Results) -> str:

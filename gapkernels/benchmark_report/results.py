@@ -60,6 +60,7 @@ class Row:
     onednn_tflops: float | None
     peak_extra_bytes: int | None
     gradient_bytes: int
+    clock: str
     loss_error: float | None
     gradient_error: float | None
     other_cpu_share: float

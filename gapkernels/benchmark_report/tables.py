@@ -14,14 +14,21 @@ MARK_MEANING = f"{MARK} Other processes used more than 5 % of the CPU during thi
 _DISTURBING_SHARE = 0.05
 
 
-def disturbed(results: Results, row: Row) -> bool:
+def disturbed(row: Row) -> bool:
     """Whether other processes may have slowed a measurement down; what happens on the CPU hardly touches a GPU."""
-    return not results.is_gpu and row.other_cpu_share > _DISTURBING_SHARE
+    return row.clock == "wall" and row.other_cpu_share > _DISTURBING_SHARE
 
 
 def marked(table: Table) -> bool:
     """Whether some measurement of a table was disturbed."""
     return any(line[1].endswith(MARK) for line in table)
+
+
+def clock_note(results: Results) -> str:
+    """What a time is, where that needs a word; empty elsewhere."""
+    if any(row.clock == "CPU time" for row in results.rows):
+        return "Times are CPU times of one thread, because other processes shared the machine."
+    return ""
 
 
 def markdown(table: Table) -> str:
@@ -40,7 +47,7 @@ def peer_table(results: Results, problem: Problem) -> Table:
     table += [
         [
             row.label + (f" ({row.note})" if row.note else ""),
-            f"{seconds(row.median)} ± {seconds(row.iqr)}" + (f" {MARK}" if disturbed(results, row) else ""),
+            f"{seconds(row.median)} ± {seconds(row.iqr)}" + (f" {MARK}" if disturbed(row) else ""),
             f"{significant(row.median / ours.median)}×" if ours else NOTHING,
             *_figures(results, row),
         ]

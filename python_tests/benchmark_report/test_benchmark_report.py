@@ -45,6 +45,7 @@ def row(implementation: str, label: str, seconds: float, memory: int, **problem:
         "loss_error": 1e-7,
         "gradient_error": None,
         "other_cpu_share": 0.02,
+        "clock": "wall",
     }
 
 

@@ -171,6 +171,19 @@ def test_disturbed_rows_are_timed_again(tmp_path: Path, monkeypatch: pytest.Monk
     assert matmul["median"] == 77
 
 
+def test_cpu_time_needs_one_thread(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run.main(["--out", str(tmp_path / "x.json"), "--cpu-time"])
+    assert "add --threads 1" in capsys.readouterr().err
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(ValueError, match="one thread"):
+            Session(CPU, cpu_time=True)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_unknown_suite_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
         run.main(["--out", str(tmp_path / "x.json"), "--suites", "speeed"])
