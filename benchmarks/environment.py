@@ -61,7 +61,7 @@ def commit() -> str:
     """The abbreviated commit, "+dirty" if measured code differs from it; "unknown" outside a repository."""
     try:
         head = _git("rev-parse", "--short=12", "HEAD")
-        return head + ("+dirty" if _git("status", "--porcelain", "--", *_MEASURED) else "")
+        return head + ("+dirty" if _git("status", "--porcelain", "--untracked-files=no", "--", *_MEASURED) else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

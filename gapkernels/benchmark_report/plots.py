@@ -74,6 +74,9 @@ def draw_time(results: Results, family: Problem) -> Plot:
     reference = max((rows for rows in series.values() if rows[0].ours), key=len)
     floor = [(row.samples, row.operations / (row.matmul_tflops * 1e12)) for row in reference]
     axes.plot(*zip(*floor, strict=True), color=_GREY, linestyle=":", linewidth=1.5, label="products at matmul speed")
+    onednn = [(row.samples, row.operations / (row.onednn_tflops * 1e12)) for row in reference if row.onednn_tflops]
+    if onednn:
+        axes.plot(*zip(*onednn, strict=True), color=_GREY, linestyle="-.", linewidth=1.2, label="products by oneDNN")
     _logarithmic(axes, [row.samples for rows in series.values() for row in rows])
     axes.set_ylabel("time (median)")
     axes.yaxis.set_major_formatter(lambda value, _: _short_seconds(value))
@@ -81,8 +84,8 @@ def draw_time(results: Results, family: Problem) -> Plot:
     return _finish(
         figure,
         f"time-{results.name}-{family.loss}",
-        f"{results.device}: time against the batch size ({_without_samples(family)}). The dotted line is the time of "
-        "the matrix products alone at the speed of a large torch.matmul.",
+        f"{results.device}: time against the batch size ({_without_samples(family)}). The grey lines are the times "
+        "of the matrix products alone, at the speed of one large product.",
     )
 
 
@@ -129,6 +132,10 @@ def draw_utilisation(results: Results, family: Problem) -> Plot:
         if len(rows) > 1:
             _line(axes, implementation, rows[0].label, [(row.width, row.utilisation) for row in rows])
     axes.axhline(1, color=_GREY, linewidth=1.5, linestyle=":", label="torch.matmul")
+    first = next(iter(series.values()))[0]
+    if first.onednn_tflops:
+        ratio = first.onednn_tflops / first.matmul_tflops
+        axes.axhline(ratio, color=_GREY, linewidth=1.2, linestyle="-.", label="the same product by oneDNN")
     axes.set_xscale("log", base=2)
     widths = sorted({row.width for rows in series.values() if len(rows) > 1 for row in rows})
     axes.set_xticks(widths, [str(width) for width in widths])
@@ -141,7 +148,7 @@ def draw_utilisation(results: Results, family: Problem) -> Plot:
         figure,
         f"utilisation-{results.name}",
         f"{results.device}: operations of the products per second, as a share of a large torch.matmul in the same "
-        f"process, against the width (N = {family.samples}, {family.dtype}, forward + backward).",
+        f"run, against the width (N = {family.samples}, {family.dtype}, forward + backward).",
     )
 
 
@@ -151,16 +158,16 @@ def draw_speedup(results: Results, problem: Problem) -> Plot | None:
     base = next((row for row in rows if row.implementation == "authors"), None)
     if base is None or fastest_of_ours(rows) is None:
         return None
-    figure, axes = _new_figure(height=0.9 + 0.42 * len(rows))
+    figure, axes = _new_figure(height=0.9 + 0.46 * len(rows))
     for position, row in enumerate(rows):
         ratio = base.median / row.median
         color = _STYLES.get(row.implementation, (_GREY,))[0]
         hatch = "///" if row.implementation.endswith("-compile") else None
         axes.barh(-position, ratio, height=0.68, color=color, hatch=hatch, edgecolor="white", linewidth=0)
         axes.text(ratio, -position, f" {significant(ratio)}×  ({seconds(row.median)})", va="center", fontsize=9)
-    axes.set_yticks([-position for position in range(len(rows))], [row.label for row in rows])
+    axes.set_yticks([-position for position in range(len(rows))], [row.label.replace(", ", ",\n") for row in rows])
     axes.axvline(1, color=_GREY, linewidth=1, linestyle=":")
-    axes.set_xlim(0, 1.45 * base.median / rows[0].median)
+    axes.set_xlim(0, 1.6 * base.median / rows[0].median)
     axes.set_xlabel("speed relative to the authors' formulation")
     axes.grid(visible=False)
     scope = "both" if problem.backward else "forward"

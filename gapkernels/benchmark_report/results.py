@@ -169,7 +169,7 @@ def load(path: Path) -> Results:
         is_gpu=facts[0]["device_type"] != "cpu",
         date=content["datetime"][:10],
         commit=", ".join(sorted({entry["commit"] for entry in facts})),
-        versions=facts[0]["versions"],
+        versions={name: version for entry in facts for name, version in entry["versions"].items()},
         rows=rows,
         skips=[_build(Skip, {"label": entry["implementation"], **entry}) for entry in content.get("skipped", [])],
     )

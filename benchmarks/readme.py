@@ -1,0 +1,150 @@
+"""Write README's speed table and plots from the committed result files.
+
+    python -m benchmarks.readme
+
+Only what stands between the two markers is replaced. A test compares the README with the result files, so that neither
+changes without the other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.processes import ROOT
+from gapkernels.benchmark_report import plots, tables
+from gapkernels.benchmark_report.page import scaling_sections
+from gapkernels.benchmark_report.results import Problem, Results, load
+
+BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
+IMAGES = ROOT / "docs" / "images"
+
+
+def result_files() -> list[Path]:
+    """The committed result files."""
+    return sorted(RESULTS.glob("*.json"))
+
+
+def latest_of_each_device(paths: Sequence[Path]) -> list[Results]:
+    """The newest results of every device, GPUs first."""
+    newest: dict[str, Results] = {}
+    for results in sorted(map(load, paths), key=lambda results: (results.date, results.name)):
+        newest[results.device] = results
+    return sorted(newest.values(), key=lambda results: (not results.is_gpu, results.device))
+
+
+def block(devices: Sequence[Results]) -> str:
+    """What stands between the markers."""
+    return "\n\n".join(_section(results) for results in devices)
+
+
+def images(devices: Sequence[Results]) -> dict[str, bytes]:
+    """The plots that the block refers to, by file name."""
+    drawn = {}
+    for results in devices:
+        family = results.main_family("samples", "gap")
+        if family is not None:
+            found = {"time": plots.draw_time(results, family), "memory": plots.draw_memory(results, family)}
+            drawn.update({_image_name(results, kind): plot.png for kind, plot in found.items() if plot is not None})
+    return drawn
+
+
+def replace_block(text: str, content: str) -> str:
+    """A README with another block.
+
+    Raises:
+        ValueError: it lacks the markers.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"README.md has no {BEGIN} … {END}")
+    return f"{before}{BEGIN}\n{content}\n{END}{after}"
+
+
+def fingerprint(results: Results) -> str:
+    """Changes whenever a result file does; part of the images' names, so that stale images are noticed."""
+    path = RESULTS / f"{results.name}.json"
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+
+
+def _image_name(results: Results, kind: str) -> str:
+    return f"speed-{results.name}-{kind}-{fingerprint(results)}.png"
+
+
+def _section(results: Results) -> str:
+    lines = [
+        f"Measured on {results.device}, torch {results.versions['torch']}, {results.date} "
+        f"([all rows](benchmarks/results/{results.name}.json)); {tables.yardstick(results.rows)}. "
+        "Extra memory is the peak beyond the inputs, gradients included; errors are relative, against float64. "
+        f"{tables.clock_note(results)}".strip()
+    ]
+    for problem in results.peer_problems():
+        if problem.backward:
+            table = _short(tables.peer_table(results, problem))
+            lines += [f"**{problem.title}**", tables.markdown(table)]
+            if tables.marked(table):
+                lines.append("\\" + tables.MARK_MEANING)
+    lines += [_memory_sentence(results, problem) for problem in _memory_problems(results)]
+    for title, table in scaling_sections(results):
+        if "ATP" in title:
+            lines += [f"**Growth with N ({title})**", tables.markdown(table)]
+    family = results.main_family("samples", "gap")
+    if family is not None:
+        pictures = [
+            f'<img src="docs/images/{_image_name(results, kind)}" width="49%" alt="{what} against batch size">'
+            for kind, what in (("time", "time"), ("memory", "peak memory"))
+        ]
+        lines.append("\n".join(pictures))
+    return "\n\n".join(lines)
+
+
+def _short(table: tables.Table) -> tables.Table:
+    """Without the error of the loss, which is smaller than that of the gradient."""
+    keep = [index for index, name in enumerate(table[0]) if name != "loss error"]
+    return [[line[index] for index in keep] for line in table]
+
+
+def _memory_problems(results: Results) -> list[Problem]:
+    """Problems of the sweep that only we were measured on, or the largest with the authors; the largest of each."""
+    ours = {row.problem for row in results.rows if row.ours and row.backward}
+    authors = {row.problem for row in results.rows if row.implementation == "authors" and row.backward}
+    largest = [
+        max(group, key=lambda p: (p.samples, p.width), default=None) for group in (ours & authors, ours - authors)
+    ]
+    return [problem for problem in largest if problem is not None]
+
+
+def _memory_sentence(results: Results, problem: Problem) -> str:
+    rows = results.of(problem)
+    ours = min((row for row in rows if row.ours), key=lambda row: row.median)
+    text = f"{problem.title}: {tables.seconds(ours.median)} with {tables.size(ours.peak_extra_bytes)} of extra memory"
+    theirs = next((row for row in rows if row.implementation == "authors"), None)
+    if theirs is None or not theirs.peak_extra_bytes or not ours.peak_extra_bytes:
+        return text + "."
+    ratio = tables.significant(theirs.peak_extra_bytes / ours.peak_extra_bytes)
+    return (
+        f"{text}; the authors' formulation takes {tables.seconds(theirs.median)} and "
+        f"{tables.size(theirs.peak_extra_bytes)}, {ratio} times as much."
+    )
+
+
+def main() -> None:
+    paths = result_files()
+    if not paths:
+        sys.exit(f"no result files in {RESULTS.relative_to(ROOT)}")
+    devices = latest_of_each_device(paths)
+    README.write_text(replace_block(README.read_text(encoding="utf-8"), block(devices)), encoding="utf-8")
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    for stale in IMAGES.glob("speed-*.png"):
+        stale.unlink()
+    for name, png in images(devices).items():
+        (IMAGES / name).write_bytes(png)
+
+
+if __name__ == "__main__":
+    main()
