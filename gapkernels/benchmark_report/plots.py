@@ -80,7 +80,7 @@ def draw_time(results: Results, family: Problem) -> Plot:
     _logarithmic(axes, [row.samples for rows in series.values() for row in rows])
     axes.set_ylabel("time (median)")
     axes.yaxis.set_major_formatter(lambda value, _: _short_seconds(value))
-    axes.legend(frameon=False, fontsize=8)
+    _legend(axes)
     return _finish(
         figure,
         f"time-{results.name}-{family.loss}",
@@ -115,7 +115,7 @@ def draw_memory(results: Results, family: Problem) -> Plot | None:
     axes.set_yscale("log", base=2)
     axes.set_ylabel("peak memory beyond the inputs")
     axes.yaxis.set_major_formatter(lambda value, _: size(value))
-    axes.legend(frameon=False, fontsize=8)
+    _legend(axes)
     return _finish(
         figure,
         f"memory-{results.name}-{family.loss}",
@@ -143,7 +143,7 @@ def draw_utilisation(results: Results, family: Problem) -> Plot:
     axes.set_ylim(bottom=0)
     axes.set_xlabel("width D of the embeddings")
     axes.set_ylabel("share of torch.matmul's rate")
-    axes.legend(frameon=False, fontsize=8)
+    _legend(axes)
     return _finish(
         figure,
         f"utilisation-{results.name}",
@@ -197,7 +197,7 @@ def compare_devices(files: Sequence[Results]) -> list[Plot]:
     _logarithmic(axes, [row.samples for _, rows in sweeps for row in rows])
     axes.set_ylabel("time (median)")
     axes.yaxis.set_major_formatter(lambda value, _: _short_seconds(value))
-    axes.legend(frameon=False, fontsize=8)
+    _legend(axes)
     caption = "Our fastest backend on each device, forward + backward of the whole loss."
     return [_finish(figure, "devices", caption)]
 
@@ -225,6 +225,10 @@ def _logarithmic(axes: Axes, samples: Sequence[int]) -> None:
     axes.set_xticks(ticks[::every], [_short_count(value) for value in ticks[::every]])
     axes.minorticks_off()
     axes.set_xlabel("batch size N")
+
+
+def _legend(axes: Axes) -> None:
+    axes.legend(fontsize=8, framealpha=0.9, edgecolor="none")
 
 
 def _short_count(value: float) -> str:
