@@ -1,4 +1,4 @@
-"""Write README's speed table and plots from the committed result files.
+"""Write README's tables and plots from the committed result files.
 
     python -m benchmarks.readme
 
@@ -9,6 +9,7 @@ changes without the other.
 from __future__ import annotations
 
 import hashlib
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,8 +18,9 @@ from benchmarks.processes import ROOT
 from gapkernels.benchmark_report import plots, tables
 from gapkernels.benchmark_report.page import scaling_sections
 from gapkernels.benchmark_report.results import Problem, Results, load
+from gapkernels.training.results import Statistic, table_rows
 
-BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
+SPEED, DIGITS = "speed", "digits"
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 IMAGES = ROOT / "docs" / "images"
@@ -53,17 +55,34 @@ def images(devices: Sequence[Results]) -> dict[str, bytes]:
     return drawn
 
 
-def replace_block(text: str, content: str) -> str:
-    """A README with another block.
+def digits_block() -> str:
+    """The table that `make train` prints, from the committed results of that preset."""
+    content = json.loads((RESULTS / "training" / "digits.json").read_text(encoding="utf-8"))
+    summary = {
+        method: {key: Statistic(value["mean"], value["std"]) for key, value in run["metrics"].items()}
+        for method, run in content["methods"].items()
+    }
+    runs = list(content["methods"].values())
+    minutes = sum(sum(run["seconds"]) for run in runs) / 60
+    device = content["environment"]["devices"][-1]["description"]
+    return (
+        f"What `make train` shows (mean ± standard deviation over {len(runs[0]['seeds'])} seeds, {minutes:.1f} minutes on "
+        f"{device}; [all figures](benchmarks/results/training/digits.json)):\n\n{tables.markdown(table_rows(summary))}"
+    )
+
+
+def replace_block(text: str, content: str, name: str = SPEED) -> str:
+    """A README with another block between the markers of a name.
 
     Raises:
         ValueError: it lacks the markers.
     """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    opening, closing = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    before, begin, rest = text.partition(opening)
+    _, end, after = rest.partition(closing)
     if not begin or not end:
-        raise ValueError(f"README.md has no {BEGIN} … {END}")
-    return f"{before}{BEGIN}\n{content}\n{END}{after}"
+        raise ValueError(f"README.md has no {opening} … {closing}")
+    return f"{before}{begin}\n{content}\n{end}{after}"
 
 
 def fingerprint(results: Results) -> str:
@@ -138,7 +157,8 @@ def main() -> None:
     if not paths:
         sys.exit(f"no result files in {RESULTS.relative_to(ROOT)}")
     devices = latest_of_each_device(paths)
-    README.write_text(replace_block(README.read_text(encoding="utf-8"), block(devices)), encoding="utf-8")
+    text = replace_block(README.read_text(encoding="utf-8"), block(devices))
+    README.write_text(replace_block(text, digits_block(), DIGITS), encoding="utf-8")
     IMAGES.mkdir(parents=True, exist_ok=True)
     for stale in IMAGES.glob("speed-*.png"):
         stale.unlink()
