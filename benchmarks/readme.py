@@ -63,10 +63,11 @@ def digits_block() -> str:
         for method, run in content["methods"].items()
     }
     runs = list(content["methods"].values())
+    seeds = len(runs[0]["seeds"])
     minutes = sum(sum(run["seconds"]) for run in runs) / 60
     device = content["environment"]["devices"][-1]["description"]
     return (
-        f"What `make train` shows (mean ± standard deviation over {len(runs[0]['seeds'])} seeds, {minutes:.1f} minutes on "
+        f"What `make train` shows (mean ± standard deviation over {seeds} seeds, {minutes:.1f} minutes on "
         f"{device}; [all figures](benchmarks/results/training/digits.json)):\n\n{tables.markdown(table_rows(summary))}"
     )
 
