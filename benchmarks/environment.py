@@ -6,12 +6,12 @@ import functools
 import platform
 import subprocess
 from importlib import metadata
-from pathlib import Path
 
 import torch
 
 import gapkernels
 from benchmarks.processes import ROOT
+from gapkernels.cpu import cpu_model
 
 _PACKAGES = ("triton", "open_clip_torch", "inf-cl", "siglip-kernel", "pytorch-metric-learning", "pytest-benchmark")
 # What a measurement depends on; results and the trainer may change under it.
@@ -23,21 +23,7 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
-    return f"{_cpu_model()}, {threads} {'thread' if threads == 1 else 'threads'}"
-
-
-@functools.cache
-def _cpu_model() -> str:
-    fields: dict[str, str] = {}
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().split("\n\n")[0].splitlines():
-            key, _, value = line.partition(":")
-            fields[key.strip()] = value.strip()
-    model = fields.get("model name") or platform.processor() or platform.machine()
-    # Virtual machines shorten the name to "AMD EPYC": family and model tell the generation.
-    known = f" (family {fields['cpu family']} model {fields['model']})" if "cpu family" in fields else ""
-    return model + known
+    return f"{cpu_model()}, {threads} {'thread' if threads == 1 else 'threads'}"
 
 
 def versions() -> dict[str, str]:
