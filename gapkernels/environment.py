@@ -6,6 +6,7 @@ import os
 import platform
 import re
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -81,14 +82,39 @@ def install_command(extra: str) -> str:
 
 
 def _requirements(extra: str) -> list[str]:
-    """Return the packages of an extra as the metadata of the installed package declares them."""
+    """Return the packages of an extra, as the installed package or the checkout it runs from declares them."""
     names: list[str] = []
-    for line in metadata.requires("gapkernels") or []:
+    for line in _declared_requirements():
         if not re.search(rf"extra\s*==\s*['\"]{extra}['\"]", line):
             continue
         own_extra = re.match(r"gapkernels\[(\w+)\]", line)
         names += _requirements(own_extra[1]) if own_extra else re.findall(r"^[\w.-]+", line)
     return names
+
+
+def _declared_requirements() -> list[str]:
+    """Return every requirement in the form of package metadata: `name>=1; extra == 'train'`."""
+    try:
+        return metadata.requires("gapkernels") or []
+    except metadata.PackageNotFoundError:
+        return _requirements_of_checkout(Path(__file__).parents[1] / "pyproject.toml")
+
+
+def _requirements_of_checkout(path: Path) -> list[str]:
+    """Return what `pyproject.toml` declares; nothing where there is no such file or Python cannot read TOML (3.10)."""
+    try:
+        import tomllib
+    except ModuleNotFoundError:
+        return []
+    if not path.is_file():
+        return []
+    extras = tomllib.loads(path.read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    return [f"{line} extra == '{extra}'" for extra, lines in extras.items() for line in _with_marker(lines)]
+
+
+def _with_marker(requirements: list[str]) -> list[str]:
+    """Return requirements that end where one more condition may follow."""
+    return [f"{line} and" if ";" in line else f"{line};" for line in requirements]
 
 
 def _version(package: str) -> str | None:

@@ -1,4 +1,7 @@
 import json
+import sys
+from importlib import metadata
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,3 +50,24 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatc
     # scikit-learn comes to `train` through another extra of ours.
     with pytest.raises(UserError, match=r"this test needs scikit-learn: pip install 'gapkernels\[train\]'"):
         environment.require("train", "this test")
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 reads no TOML")
+def test_a_checkout_that_is_not_installed_declares_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {extra: set(environment._requirements(extra)) for extra in environment.EXTRAS}
+    assert {"pydantic", "scikit-learn"} <= installed["train"]
+
+    def not_installed(name: str) -> list[str]:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "requires", not_installed)
+    assert {extra: set(environment._requirements(extra)) for extra in environment.EXTRAS} == installed
+    environment.require("train", "this test")
+    version = environment._version
+    monkeypatch.setattr(environment, "_version", lambda name: None if name == "pydantic" else version(name))
+    with pytest.raises(UserError, match="this test needs pydantic: "):
+        environment.require("train", "this test")
+
+
+def test_a_folder_without_project_file_declares_nothing(tmp_path: Path) -> None:
+    assert environment._requirements_of_checkout(tmp_path / "pyproject.toml") == []
