@@ -1,0 +1,108 @@
+// One definition of each formula of an entry, for the kernels and for the tests on the CPU.
+#pragma once
+
+#include <cmath>
+
+#include "tiles.h"
+
+namespace gapkernels {
+
+constexpr float kLog2E = 1.44269504088896340736f;
+constexpr float kLargestSpread = 100.0f;  // of the log sums of a tile that one exponential per entry can serve
+constexpr float kLowest = -1e30f;         // stands for −∞ where it is multiplied by zero
+
+// 2^x to 2^-22 relative; results below 2^-126 are zero.
+GAPKERNELS_HOST_DEVICE float fast_exp2(float x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return std::exp2(x);
+#endif
+}
+
+// log2 e times the scale.
+GAPKERNELS_HOST_DEVICE float load_scale(const void* scale, bool is_double) {
+  return is_double ? static_cast<float>(*static_cast<const double*>(scale) * 1.4426950408889634074)
+                   : *static_cast<const float*>(scale) * kLog2E;
+}
+
+// The smallest reference exponent with which no sum can overflow. Squared distances, the biased exponents, are never
+// negative.
+GAPKERNELS_HOST_DEVICE float constant_shift(float scale, const float* largest, bool biased, float headroom) {
+  const float bound = biased ? 0.0f : largest == nullptr ? scale : scale * *largest;
+  const float shift = bound - headroom;
+  return shift < 0.0f ? 0.0f : shift;  // keeps a shift that is not a number
+}
+
+// What a row contributes to the exponents of its entries, and the exponent less `shift`. The products are taken in
+// this order everywhere, so that forward and backward pass round alike.
+template <bool kBiased>
+GAPKERNELS_HOST_DEVICE float row_term(float factor, float scale) {
+  return kBiased ? factor : factor * scale;
+}
+
+template <bool kBiased>
+GAPKERNELS_HOST_DEVICE float exponent(float product, float row, float col_factor, float scale, float shift) {
+  if (kBiased) return fmaf(product, scale, row + col_factor) - shift;
+  return fmaf(product * row, col_factor, -shift);
+}
+
+// The entries of one row that count, by columns relative to a base: compares with constants once loops are unrolled.
+struct RowMask {
+  int diagonal;   // column on the diagonal
+  int end;        // columns from here on do not count
+  unsigned span;  // as many columns before the diagonal do not count either
+
+  GAPKERNELS_HOST_DEVICE bool counts(int col) const {
+    return col < end && static_cast<unsigned>(diagonal - col) > span;
+  }
+};
+
+// Where a tile has entries that do not count: a diagonal through it, or an edge of the matrix.
+struct Mask {
+  int num_rows;
+  int num_cols;
+  int diagonal;
+  bool triangle;  // below the diagonal nothing counts either
+
+  GAPKERNELS_HOST_DEVICE bool needed(int row_start, int col_start) const {
+    const int first = row_start + diagonal;
+    const bool meets = col_start <= first + kTile - 1 && (triangle || first <= col_start + kTile - 1);
+    return meets || row_start + kTile > num_rows || col_start + kTile > num_cols;
+  }
+
+  GAPKERNELS_HOST_DEVICE RowMask row(int i, int base_col) const {
+    return {i + diagonal - base_col, i < num_rows ? num_cols - base_col : -(1 << 30), triangle ? 0x7fffffffu : 0u};
+  }
+};
+
+// A tile of a pair's gradient needs one exponential per entry,
+//
+//     2^(x − L) + 2^(x − M) = 2^(x − ref)·(2^(ref − L) + 2^(ref − M)),    ref halfway between all L and M of the tile,
+//
+// as long as these lie within kLargestSpread of each other; otherwise two.
+struct LogSumRange {
+  float smallest;
+  float largest;
+
+  GAPKERNELS_HOST_DEVICE bool one_exponential() const { return largest - smallest <= kLargestSpread; }
+  GAPKERNELS_HOST_DEVICE float middle() const { return (smallest + largest) * 0.5f; }
+};
+
+// Per row and per column: 2^(ref − log sum), or the log sum itself where an entry takes two exponentials.
+template <bool kOneExponential>
+GAPKERNELS_HOST_DEVICE float share(float log_sum, float middle) {
+  return kOneExponential ? fast_exp2(middle - log_sum) : log_sum;
+}
+
+template <bool kOneExponential>
+GAPKERNELS_HOST_DEVICE float pair_gradient(float x, float middle, float row_share, float col_share) {
+  if (kOneExponential) return fast_exp2(x - middle) * (row_share + col_share);
+  return fast_exp2(x - row_share) + fast_exp2(x - col_share);
+}
+
+GAPKERNELS_HOST_DEVICE float moment(float gradient, float x) { return gradient * (x > kLowest ? x : kLowest); }
+
+}  // namespace gapkernels
