@@ -34,7 +34,7 @@ struct PingPong {
   // Of 65,536 registers, in steps of eight: 128·(40 + 2·232). 128 of a consumer's hold accumulators.
   static constexpr int kProducerRegisters = 40;
   static constexpr int kConsumerRegisters = 232;
-  static constexpr int kBarrierBytes = 1024;
+  static constexpr int kBarrierBytes = 2048;  // with what alignment costs
 
   using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, ElementType, cutlass::layout::RowMajor, 8, ElementType,
@@ -55,13 +55,13 @@ struct PingPong {
   };
 
   struct SharedStorage {
-    alignas(128) typename Epilogue::Storage epilogue[kConsumers];
-    alignas(128) typename Mainloop::TensorStorage operands;
+    // The swizzle that copies and products share repeats every 1024 bytes, counted from address zero.
+    alignas(1024) typename Mainloop::TensorStorage operands;
+    alignas(1024) typename Epilogue::Storage epilogue[kConsumers];
     alignas(16) typename Mainloop::PipelineStorage pipeline;
     alignas(16) typename OrderBarrier::SharedStorage order;
   };
-  static_assert(sizeof(typename Mainloop::PipelineStorage) + sizeof(typename OrderBarrier::SharedStorage) + 256 <=
-                kBarrierBytes);
+  static_assert(sizeof(SharedStorage) <= cutlass::gemm::collective::detail::sm90_smem_capacity_bytes);
 
   // The layout that fragments.h describes, checked against the instruction's own.
   static constexpr bool fragments_agree() {
@@ -179,9 +179,10 @@ struct PingPong {
 
 // The kernel. Descriptors for the copy engine are read where the argument lies, so it must not be copied.
 template <class Kernel>
-__global__ void __launch_bounds__(Kernel::kThreads, 1) pingpong_kernel(const __grid_constant__ typename Kernel::Params params) {
+__global__ void __launch_bounds__(Kernel::kThreads, 1)
+    pingpong_kernel(const __grid_constant__ typename Kernel::Params params) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  extern __shared__ __align__(128) char shared_memory[];
+  extern __shared__ __align__(1024) char shared_memory[];
   Kernel::run(params, shared_memory);
 #endif
 }

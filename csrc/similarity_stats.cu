@@ -28,7 +28,7 @@ struct StatsEpilogue {
 
   struct Storage {
     float row_terms[kTile];
-    float col_factors[kTile];
+    alignas(16) float col_factors[kTile];
     float col_sums[4][kTile];  // of each warp
   };
 
@@ -80,7 +80,8 @@ struct StatsEpilogue {
     RowMask counted[kRowsPerThread];
 #pragma unroll
     for (int r = 0; r < kRowsPerThread; ++r) {
-      counted[r] = mask.row(tile.row_start + fragment_row(thread_, r / 2, r % 2), tile.col_start + fragment_col(thread_, 0, 0));
+      counted[r] = mask.row(tile.row_start + fragment_row(thread_, r / 2, r % 2),
+                            tile.col_start + fragment_col(thread_, 0, 0));
     }
 #pragma unroll
     for (int n = 0; n < kColsPerThread / 2; ++n) {
@@ -93,7 +94,7 @@ struct StatsEpilogue {
           const float product = accumulators(cute::make_coord(b, r % 2, n), r / 2, 0);
           const float x = exponent<kBiased>(product, row_terms[r], b == 0 ? factors.x : factors.y, scale_, shift_);
           float entry = fast_exp2(x);
-          if (kMasked) entry = counted[r].counts(8 * n + b) ? entry : 0.0f;
+          if (kMasked) entry = counted[r].counts(fragment_col(0, n, b)) ? entry : 0.0f;
           row_sums[r] += entry;
           total += entry;
         }

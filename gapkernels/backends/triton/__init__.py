@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 OLDEST_TRITON = (3, 6)
 OLDEST_CAPABILITY = (8, 0)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def unusable_because(device: torch.device | None = None, dtype: torch.dtype | None = None) -> str | None:

@@ -1,0 +1,157 @@
+// Registers the kernels as operators of torch through libtorch's stable ABI: one build serves several versions of torch.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <vector>
+
+#include "similarity.h"
+
+namespace {
+
+using gapkernels::Element;
+using gapkernels::Matrix;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kLargestSide = int64_t{1} << 22;  // tiles are numbered in 32 bits
+
+Element element_of(const Tensor& t) {
+  const ScalarType type = t.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::BFloat16 || type == ScalarType::Half,
+                  "operands must be bfloat16 or float16, got type number ", static_cast<int>(type));
+  return type == ScalarType::BFloat16 ? Element::kBFloat16 : Element::kFloat16;
+}
+
+void check_copyable(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 2 && t.stride(1) == 1, name, " must have two dimensions, the second of stride 1");
+  STD_TORCH_CHECK(t.size(0) > 0 && t.size(0) <= kLargestSide && t.size(1) > 0, name, " is empty or too large");
+  // The copy engine's conditions.
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0 && t.stride(0) % 8 == 0, name,
+                  " must be aligned to 16 bytes with a stride of 8 elements' multiple, got stride ", t.stride(0));
+}
+
+const float* floats(const Tensor& t, int64_t size, const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.numel() == size && t.is_contiguous(), name, " must be ",
+                  size, " contiguous float32 numbers, got ", t.numel());
+  return static_cast<const float*>(t.const_data_ptr());
+}
+
+Matrix matrix_of(const Tensor& rows, const Tensor& row_factors, const Tensor& cols, const Tensor& col_factors,
+                 const Tensor& scale, bool biased, bool symmetric) {
+  check_copyable(rows, "rows");
+  check_copyable(cols, "cols");
+  STD_TORCH_CHECK(rows.size(1) == cols.size(1) && rows.scalar_type() == cols.scalar_type(),
+                  "rows and cols must agree in length and type, got lengths ", rows.size(1), " and ", cols.size(1));
+  const bool is_double = scale.scalar_type() == ScalarType::Double;
+  STD_TORCH_CHECK(scale.numel() == 1 && (is_double || scale.scalar_type() == ScalarType::Float),
+                  "scale must be one float32 or float64 number");
+  return {rows.const_data_ptr(),
+          rows.stride(0),
+          floats(row_factors, rows.size(0), "row_factors"),
+          cols.const_data_ptr(),
+          cols.stride(0),
+          floats(col_factors, cols.size(0), "col_factors"),
+          scale.const_data_ptr(),
+          is_double,
+          biased,
+          symmetric};
+}
+
+void* current_stream([[maybe_unused]] const Tensor& t) {
+  void* stream = nullptr;
+#ifdef USE_CUDA
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+#endif
+  return stream;
+}
+
+void check_success(const char* error, const char* kernel) {
+  STD_TORCH_CHECK(error == nullptr, kernel, " could not be launched: ", error);
+}
+
+void similarity_stats(std::vector<Tensor> rows, std::vector<Tensor> row_factors, std::vector<Tensor> cols,
+                      std::vector<Tensor> col_factors, std::vector<Tensor> scales, std::vector<bool> biased,
+                      std::vector<bool> symmetric, std::optional<Tensor> largest, int64_t diagonal, double headroom,
+                      Tensor row_sums, Tensor col_sums) {
+  const size_t count = rows.size();
+  STD_TORCH_CHECK(count >= 1 && count <= gapkernels::kMaxMatrices, "1 to ", gapkernels::kMaxMatrices,
+                  " matrices are accepted, got ", count);
+  STD_TORCH_CHECK(row_factors.size() == count && cols.size() == count && col_factors.size() == count &&
+                      scales.size() == count && biased.size() == count && symmetric.size() == count,
+                  "lists must have one entry for each of the ", count, " matrices");
+  gapkernels::StatsArguments arguments{};
+  arguments.num_matrices = static_cast<int>(count);
+  arguments.element = element_of(rows[0]);
+  arguments.num_rows = static_cast<int>(rows[0].size(0));
+  arguments.num_cols = static_cast<int>(cols[0].size(0));
+  arguments.dim = static_cast<int>(rows[0].size(1));
+  arguments.diagonal = static_cast<int>(diagonal);
+  arguments.headroom = static_cast<float>(headroom);
+  for (size_t m = 0; m < count; ++m) {
+    STD_TORCH_CHECK(rows[m].size(0) == rows[0].size(0) && cols[m].size(0) == cols[0].size(0) &&
+                        rows[m].size(1) == rows[0].size(1) && rows[m].scalar_type() == rows[0].scalar_type(),
+                    "matrices must agree in shape and type; number ", m, " differs from the first");
+    arguments.matrices[m] =
+        matrix_of(rows[m], row_factors[m], cols[m], col_factors[m], scales[m], biased[m], symmetric[m]);
+  }
+  const int64_t matrices = static_cast<int64_t>(count);
+  arguments.largest = largest.has_value() ? floats(*largest, matrices, "largest") : nullptr;
+  arguments.row_sums = const_cast<float*>(floats(row_sums, matrices * arguments.num_rows, "row_sums"));
+  arguments.col_sums = const_cast<float*>(floats(col_sums, matrices * arguments.num_cols, "col_sums"));
+  check_success(gapkernels::similarity_stats(arguments, current_stream(rows[0])), "similarity_stats");
+}
+
+void similarity_grad(Tensor rows, Tensor row_factors, Tensor cols, Tensor col_factors, Tensor scale, bool biased,
+                     std::optional<Tensor> row_log_sums, std::optional<Tensor> col_log_sums, int64_t diagonal,
+                     double unit, Tensor reference, std::optional<Tensor> scale_partials, Tensor out) {
+  gapkernels::GradArguments arguments{};
+  arguments.matrix = matrix_of(rows, row_factors, cols, col_factors, scale, biased, false);
+  arguments.element = element_of(rows);
+  arguments.num_rows = static_cast<int>(rows.size(0));
+  arguments.num_cols = static_cast<int>(cols.size(0));
+  arguments.dim = static_cast<int>(rows.size(1));
+  arguments.diagonal = static_cast<int>(diagonal);
+  arguments.unit = static_cast<float>(unit);
+  arguments.reference = floats(reference, 1, "reference");
+  STD_TORCH_CHECK(biased || (row_log_sums.has_value() && col_log_sums.has_value()), "a pair needs its log sums");
+  if (!biased) {
+    arguments.row_log_sums = floats(*row_log_sums, arguments.num_rows, "row_log_sums");
+    arguments.col_log_sums = floats(*col_log_sums, arguments.num_cols, "col_log_sums");
+  }
+  if (scale_partials.has_value()) {
+    const int64_t tiles = ((rows.size(0) + 127) / 128) * ((cols.size(0) + 127) / 128);
+    STD_TORCH_CHECK(scale_partials->scalar_type() == ScalarType::Double && scale_partials->is_contiguous() &&
+                        scale_partials->numel() >= tiles,
+                    "scale_partials must be ", tiles, " or more contiguous float64 numbers");
+    arguments.scale_partials = static_cast<double*>(scale_partials->mutable_data_ptr());
+  }
+  check_copyable(out, "out");
+  STD_TORCH_CHECK(out.scalar_type() == rows.scalar_type() && out.size(0) >= rows.size(0) && out.size(1) >= cols.size(0),
+                  "out must have the operands' type and room for the block");
+  arguments.out = out.mutable_data_ptr();
+  arguments.out_stride = out.stride(0);
+  check_success(gapkernels::similarity_grad(arguments, current_stream(rows)), "similarity_grad");
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(gapkernels_cuda, m) {
+  m.def(
+      "similarity_stats(Tensor[] rows, Tensor[] row_factors, Tensor[] cols, Tensor[] col_factors, Tensor[] scales, "
+      "bool[] biased, bool[] symmetric, Tensor? largest, int diagonal, float headroom, Tensor(a!) row_sums, "
+      "Tensor(b!) col_sums) -> ()");
+  m.def(
+      "similarity_grad(Tensor rows, Tensor row_factors, Tensor cols, Tensor col_factors, Tensor scale, bool biased, "
+      "Tensor? row_log_sums, Tensor? col_log_sums, int diagonal, float unit, Tensor reference, "
+      "Tensor(a!)? scale_partials, Tensor(b!) out) -> ()");
+}
+
+// For tensors of any device: where the kernels are missing, tests put a plain C++ version in their place.
+STABLE_TORCH_LIBRARY_IMPL(gapkernels_cuda, CompositeExplicitAutograd, m) {
+  m.impl("similarity_stats", TORCH_BOX(&similarity_stats));
+  m.impl("similarity_grad", TORCH_BOX(&similarity_grad));
+}

@@ -1,0 +1,232 @@
+// A block of the gradient with respect to the inner products, rounded to the operands' type, for library products.
+//
+// A tile leaves through shared memory and the copy engine, which also cuts it off at the edges of the block.
+#include "entries.h"
+#include "pingpong_sm90.cuh"
+
+namespace gapkernels {
+namespace {
+
+template <class ElementType>
+struct GradEpilogue {
+  using OutLayout = decltype(cute::tile_to_shape(cute::GMMA::Layout_K_SW128_Atom<ElementType>{},
+                                                 cute::Shape<cute::Int<kTile>, cute::Int<kTile>>{}));
+  using OutStride = cute::Stride<int64_t, cute::_1>;
+  using StoreOut = decltype(cute::make_tma_copy(
+      cute::SM90_TMA_STORE{},
+      cute::make_tensor(cute::make_gmem_ptr(static_cast<ElementType*>(nullptr)), cute::Shape<int, int>{}, OutStride{}),
+      OutLayout{}));
+
+  struct Params {
+    StoreOut store_out;
+    const float* row_factors;
+    const float* col_factors;
+    const float* row_log_sums;
+    const float* col_log_sums;
+    const float* reference;
+    const void* scale;
+    double* scale_partials;
+    float unit;
+    int diagonal;
+    bool scale_is_double;
+    bool biased;
+  };
+
+  struct Storage {
+    cute::array_aligned<ElementType, cute::cosize_v<OutLayout>, 1024> out;  // as large as the swizzle's pattern
+    float row_terms[kTile];    // of the exponent
+    float row_shares[kTile];   // of the soft-max weight
+    float row_factors[kTile];  // of the gradient
+    alignas(16) float2 cols[kTile];  // factor, share
+    LogSumRange ranges[4];     // of each warp
+    float moments[4];
+  };
+
+  __device__ GradEpilogue(const Params& params, const TileSpace& space, Storage& storage, int thread, int barrier)
+      : params_(params), space_(space), storage_(storage), thread_(thread), barrier_(kTile, barrier) {}
+
+  __device__ void prepare(const Item& tile) {
+    scale_ = load_scale(params_.scale, params_.scale_is_double);
+    const int i = tile.row_start + thread_, j = tile.col_start + thread_;
+    const bool i_exists = i < space_.num_rows, j_exists = j < space_.num_cols;
+    const float row_factor = i_exists ? params_.row_factors[i] : 0.0f;
+    const float col_factor = j_exists ? params_.col_factors[j] : 0.0f;
+    if (params_.biased) {
+      wait_for_store();
+      storage_.row_terms[thread_] = row_term<true>(row_factor, scale_);
+      storage_.cols[thread_] = {col_factor, 0.0f};
+      barrier_.arrive_and_wait();
+      return;
+    }
+    const float row_log = i_exists ? params_.row_log_sums[i] : INFINITY;
+    const float col_log = j_exists ? params_.col_log_sums[j] : INFINITY;
+    LogSumRange range{fminf(row_log, col_log),
+                      fmaxf(i_exists ? row_log : -INFINITY, j_exists ? col_log : -INFINITY)};
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) {
+      range.smallest = fminf(range.smallest, __shfl_xor_sync(0xffffffff, range.smallest, distance));
+      range.largest = fmaxf(range.largest, __shfl_xor_sync(0xffffffff, range.largest, distance));
+    }
+    if (thread_ % 32 == 0) storage_.ranges[thread_ / 32] = range;
+    wait_for_store();
+    barrier_.arrive_and_wait();
+    range = storage_.ranges[0];
+#pragma unroll
+    for (int warp = 1; warp < 4; ++warp) {
+      range.smallest = fminf(range.smallest, storage_.ranges[warp].smallest);
+      range.largest = fmaxf(range.largest, storage_.ranges[warp].largest);
+    }
+    middle_ = range.middle();
+    one_exponential_ = range.one_exponential();
+    storage_.row_terms[thread_] = row_term<false>(row_factor, scale_);
+    storage_.row_shares[thread_] = one_exponential_ ? share<true>(row_log, middle_) : share<false>(row_log, middle_);
+    storage_.row_factors[thread_] = row_factor * params_.unit;
+    storage_.cols[thread_] = {
+        col_factor, one_exponential_ ? share<true>(col_log, middle_) : share<false>(col_log, middle_)};
+    barrier_.arrive_and_wait();
+  }
+
+  template <class Accumulators, class TiledMma>
+  __device__ void finish(const Item& tile, const Accumulators& products, const TiledMma& tiled_mma) {
+    auto rounded = cute::make_tensor_like<ElementType>(products);
+    float total = 0.0f;
+    if (params_.biased) {
+      gradients<true, false, false>(tile, products, rounded, total);
+    } else if (params_.scale_partials == nullptr) {
+      if (one_exponential_) gradients<false, true, false>(tile, products, rounded, total);
+      else gradients<false, false, false>(tile, products, rounded, total);
+    } else {
+      if (one_exponential_) gradients<false, true, true>(tile, products, rounded, total);
+      else gradients<false, false, true>(tile, products, rounded, total);
+      add_moment(tile, total);
+    }
+    store(tile, rounded, tiled_mma);
+  }
+
+  __device__ void end() { wait_for_store(); }
+
+ private:
+  template <bool kBiased, bool kOneExponential, bool kMoment, class Accumulators, class Rounded>
+  __device__ void gradients(const Item& tile, const Accumulators& products, Rounded& rounded, float& total) const {
+    // Masked or not is one path here: two comparisons an entry are cheap beside the rest, and each variant is long.
+    const Mask mask{space_.num_rows, space_.num_cols, params_.diagonal, false};
+    const float reference = *params_.reference;
+    RowMask counted[kRowsPerThread];
+    float terms[kRowsPerThread], row_shares[kRowsPerThread], row_factors[kRowsPerThread];
+#pragma unroll
+    for (int r = 0; r < kRowsPerThread; ++r) {
+      const int row = fragment_row(thread_, r / 2, r % 2);
+      counted[r] = mask.row(tile.row_start + row, tile.col_start + fragment_col(thread_, 0, 0));
+      terms[r] = storage_.row_terms[row];
+      row_shares[r] = kBiased ? 0.0f : storage_.row_shares[row];
+      row_factors[r] = kBiased ? 0.0f : storage_.row_factors[row];
+    }
+#pragma unroll
+    for (int n = 0; n < kColsPerThread / 2; ++n) {
+      const float4 cols = *reinterpret_cast<const float4*>(&storage_.cols[fragment_col(thread_, n, 0)]);
+#pragma unroll
+      for (int r = 0; r < kRowsPerThread; ++r) {
+#pragma unroll
+        for (int b = 0; b < 2; ++b) {
+          const auto place = cute::make_coord(b, r % 2, n);
+          const float col_factor = b == 0 ? cols.x : cols.z, col_share = b == 0 ? cols.y : cols.w;
+          float x = exponent<kBiased>(products(place, r / 2, 0), terms[r], col_factor, scale_, reference);
+          x = counted[r].counts(fragment_col(0, n, b)) ? x : -INFINITY;
+          float value;
+          if (kBiased) {
+            value = fast_exp2(x);
+          } else {
+            const float gradient = pair_gradient<kOneExponential>(x, middle_, row_shares[r], col_share);
+            if (kMoment) total += moment(gradient, x);
+            value = gradient * row_factors[r] * col_factor;
+          }
+          rounded(place, r / 2, 0) = static_cast<ElementType>(value);
+        }
+      }
+    }
+  }
+
+  // Each tile has a place of its own, and launches follow one another: no atomics, always the same bits.
+  __device__ void add_moment(const Item& tile, float total) const {
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) total += __shfl_xor_sync(0xffffffff, total, distance);
+    if (thread_ % 32 == 0) storage_.moments[thread_ / 32] = total;
+    barrier_.arrive_and_wait();
+    if (thread_ == 0 && tile.row_start < space_.num_rows) {
+      const float* m = storage_.moments;
+      const int number = tile.row_start / kTile * ceil_div(space_.num_cols, kTile) + tile.col_start / kTile;
+      params_.scale_partials[number] += static_cast<double>(m[0]) + m[1] + m[2] + m[3];
+    }
+  }
+
+  template <class Rounded, class TiledMma>
+  __device__ void store(const Item& tile, const Rounded& rounded, const TiledMma& tiled_mma) const {
+    using namespace cute;
+    Tensor shared = make_tensor(make_smem_ptr(storage_.out.data()), OutLayout{});
+    auto to_shared = make_tiled_copy_C(Copy_Atom<SM90_U32x4_STSM_N, ElementType>{}, tiled_mma);
+    auto of_thread = to_shared.get_thread_slice(thread_);
+    copy(to_shared, of_thread.retile_S(rounded), of_thread.partition_D(shared));
+    tma_store_fence();
+    barrier_.arrive_and_wait();
+    // A tile past the edge, the lower one of a cluster's, has nothing to store.
+    if (thread_ == 0 && tile.row_start < space_.num_rows) {
+      auto store_out = params_.store_out.get_slice(Int<0>{});
+      Tensor whole = params_.store_out.get_tma_tensor(make_shape(space_.num_rows, space_.num_cols));
+      Tensor part = local_tile(whole, Shape<Int<kTile>, Int<kTile>>{},
+                               make_coord(tile.row_start / kTile, tile.col_start / kTile));
+      copy(params_.store_out, store_out.partition_S(shared), store_out.partition_D(part));
+      tma_store_arrive();
+    }
+  }
+
+  // Before shared memory is written again, or given back. Others learn of it at the next barrier.
+  __device__ void wait_for_store() const {
+    if (thread_ == 0) cute::tma_store_wait<0>();
+  }
+
+  const Params& params_;
+  const TileSpace& space_;
+  Storage& storage_;
+  int thread_;
+  mutable cutlass::arch::NamedBarrier barrier_;
+  float scale_;
+  float middle_ = 0.0f;
+  bool one_exponential_ = true;
+};
+
+template <class ElementType>
+const char* run(const GradArguments& arguments, void* stream) {
+  constexpr int kCluster = 2;
+  using Epilogue = GradEpilogue<ElementType>;
+  using Kernel = PingPong<ElementType, Epilogue, kCluster>;
+  const Matrix& matrix = arguments.matrix;
+  typename Kernel::Params params;
+  params.space = {arguments.num_rows, arguments.num_cols, 1, 0};
+  params.dim = arguments.dim;
+  params.operands[0] = Kernel::operand_params(matrix, arguments.num_rows, arguments.num_cols, arguments.dim);
+  auto out = cute::make_tensor(cute::make_gmem_ptr(static_cast<ElementType*>(arguments.out)),
+                               cute::make_shape(arguments.num_rows, arguments.num_cols),
+                               typename Epilogue::OutStride{arguments.out_stride, {}});
+  params.epilogue = {cute::make_tma_copy(cute::SM90_TMA_STORE{}, out, typename Epilogue::OutLayout{}),
+                     matrix.row_factors,
+                     matrix.col_factors,
+                     arguments.row_log_sums,
+                     arguments.col_log_sums,
+                     arguments.reference,
+                     matrix.scale,
+                     arguments.scale_partials,
+                     arguments.unit,
+                     arguments.diagonal,
+                     matrix.scale_is_double,
+                     matrix.biased};
+  return launch<Kernel, kCluster>(params, stream);
+}
+
+}  // namespace
+
+const char* similarity_grad(const GradArguments& arguments, void* stream) {
+  return arguments.element == Element::kBFloat16 ? run<cutlass::bfloat16_t>(arguments, stream)
+                                                 : run<cutlass::half_t>(arguments, stream);
+}
+
+}  // namespace gapkernels
