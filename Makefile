@@ -4,10 +4,10 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test bench lint format gpu clean
+.PHONY: help install train test bench lint format gpu gpu-wheels clean
 
 help:  ## list the targets
-	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP)  ## create .venv and install the package with everything development needs
 
@@ -32,11 +32,15 @@ bench: install  ## measure speed and memory against the authors' formulation on 
 # A machine lent for its GPU often brings its own torch and no network: take that one where it sees the GPU.
 GPU_OUT    ?= runs/gpu
 GPU_BUDGET ?= 1500
-gpu:  ## on a GPU machine: tests, sanitizer, tuning, speed with peers, training, kernels; results in runs/gpu
+GPU_PYTHON ?= 3.12
+gpu:  ## on a GPU machine: build, tests, speed with peers, variants, sanitizer, training, kernels; results in runs/gpu
 	@python=python3; \
 	python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null \
 		|| { $(MAKE) --no-print-directory install && python=$(BIN)/python; } && \
 	$$python -m benchmarks.gpu --out $(GPU_OUT) --budget $(GPU_BUDGET)
+
+gpu-wheels:  ## download into wheels/ what a GPU machine without a network may lack; GPU_PYTHON is its version of Python
+	$$($(PYTHON) -c 'from benchmarks.gpu import wheels_command; print(wheels_command(python="$(GPU_PYTHON)"))')
 
 lint: install  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -112,18 +112,25 @@ CPU: dict[str, list[Grid]] = {
     "large": [Grid((OURS,), width=(256,), samples=(65536,), slow=True)],
 }
 
+# Time is dear on a GPU and may end anywhere: what matters most comes first. Two sizes, as the backward pass of
+# torch.pdist wants 4N²D bytes on a GPU (34 GB at N = 4096, D = 512), so that nobody but us and matrix products can do
+# the larger one.
 GPU: dict[str, list[Grid]] = {
     "peers": [
-        Grid((OURS, *AUTHORS, *MATMUL), samples=(32768,), dtype=("bfloat16",), backward=(True, False)),
+        Grid((OURS, "authors", "matmul"), samples=(4096, 32768), dtype=("bfloat16",), backward=(True, False)),
         Grid(
-            (OURS, "authors", *LIBRARIES), loss=(INFO_NCE,), samples=(32768, 65536), width=(768,), dtype=("bfloat16",)
+            (OURS, "authors", *LIBRARIES),
+            loss=(INFO_NCE,),
+            samples=(4096, 32768, 65536),
+            width=(768,),
+            dtype=("bfloat16",),
         ),
+        Grid(("authors-compile", "matmul-compile"), samples=(4096, 32768), dtype=("bfloat16",)),
     ],
     "scaling": [
         Grid((OURS, "authors", "matmul"), samples=powers_of_two(8, 20), dtype=("bfloat16",)),
-        Grid(("authors-compile", "matmul-compile"), samples=powers_of_two(8, 16, step=2), dtype=("bfloat16",)),
-        Grid(LIBRARIES, loss=(INFO_NCE,), samples=powers_of_two(8, 20, step=2), dtype=("bfloat16",)),
-        Grid((OURS,), loss=(INFO_NCE,), samples=powers_of_two(8, 20, step=2), dtype=("bfloat16",)),
+        Grid((OURS, *LIBRARIES), loss=(INFO_NCE,), samples=powers_of_two(8, 20, step=2), dtype=("bfloat16",)),
+        Grid(("authors-compile", "matmul-compile"), samples=(256, 1024, 2048, 16384), dtype=("bfloat16",)),
     ],
     "width": [
         Grid((OURS, "matmul"), samples=(32768,), width=(64, 128, 256, 384, 512, 768, 1024, 1536), dtype=("bfloat16",))
@@ -131,6 +138,25 @@ GPU: dict[str, list[Grid]] = {
     "types": [Grid((OURS, "matmul"), samples=(16384,), dtype=("float32", "bfloat16", "float16"))],
     "modalities": [Grid((OURS, "authors"), samples=(16384,), dtype=("bfloat16",), modalities=(3, 4))],
 }
+
+VARIANTS = "variants"
+# Measured only when asked for by name: problems on which one kernel or another may win, by N, D and type.
+ON_REQUEST: dict[str, dict[str, list[Grid]]] = {
+    "cpu": {VARIANTS: [Grid((OURS,), samples=(512, 2048), width=(128, 512))]},
+    "cuda": {
+        VARIANTS: [
+            Grid((OURS,), samples=(1024, 4096, 32768), width=(128, 512), dtype=("bfloat16",)),
+            Grid((OURS,), samples=(4096, 32768), width=(64, 256, 1024), dtype=("bfloat16",)),
+            Grid((OURS,), loss=(INFO_NCE,), samples=(65536,), width=(768,), dtype=("bfloat16",)),
+            Grid((OURS,), samples=(16384,), dtype=("float16", "float32")),
+        ]
+    },
+}
+
+
+def table_of(device_type: str) -> dict[str, list[Grid]]:
+    """The suites of a kind of device."""
+    return GPU if device_type == "cuda" else CPU
 
 
 def cases(suites: Iterable[str], table: dict[str, list[Grid]], backends: Sequence[str]) -> list[Case]:

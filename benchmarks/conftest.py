@@ -38,7 +38,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     config = metafunc.config
     device = config.stash[_SESSION].device
-    table = cases.GPU if device.type == "cuda" else cases.CPU
+    table = cases.table_of(device.type)
     suite = metafunc.function.__name__.removeprefix("test_")
     # A problem that an earlier suite measures already is not measured again.
     earlier = list(table)[: list(table).index(suite)] if suite in table else []

@@ -1,6 +1,6 @@
 """Run every backend of a device forward and backward, for tools that watch: sanitizer, tuner, profiler.
 
-python -m benchmarks.exercise --sizes 2,3,129x7 --dtypes float32,bfloat16
+python -m benchmarks.exercise --sizes 2x1,3x7,129x100 --dtypes float32,bfloat16
 """
 
 from __future__ import annotations
@@ -25,23 +25,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sizes", default=ODD_SIZES, help="N×D, comma-separated, for instance 129x100")
     parser.add_argument("--dtypes", default="float32,bfloat16,float16")
     parser.add_argument("--modalities", default="2,3")
+    parser.add_argument("--losses", default=f"{GAP},{INFO_NCE}")
     parser.add_argument("--backends", default="", help="comma-separated; all that can run by default")
+    parser.add_argument("--progress", action="store_true", help="name each case before it runs")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     names = [f"gapkernels-{name}" for name in options.backends.split(",") if name] or our_backends(device)
-    count = 0
-    for name in names:
-        for size in options.sizes.split(","):
-            samples, width = map(int, size.split("x"))
-            for dtype in options.dtypes.split(","):
-                for modalities in map(int, options.modalities.split(",")):
-                    for loss in (GAP, INFO_NCE):
-                        case = Case(name, loss, samples, width, dtype, modalities)
-                        step(IMPLEMENTATIONS[name].function(case, device), embeddings(case, device), backward=True)
-                        count += 1
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    print(f"{count} cases on {', '.join(names)}")
+    cases = [
+        Case(name, loss, *map(int, size.split("x")), dtype, modalities)
+        for name in names
+        for size in options.sizes.split(",")
+        for dtype in options.dtypes.split(",")
+        for modalities in map(int, options.modalities.split(","))
+        for loss in options.losses.split(",")
+    ]
+    refused = 0
+    for case in cases:
+        if options.progress:
+            print(f"running {case.id}", flush=True)
+        try:
+            step(IMPLEMENTATIONS[case.implementation].function(case, device), embeddings(case, device), backward=True)
+        except TypeError as error:  # a type that this backend does not take
+            refused += 1
+            print(f"refused {case.id}: {error}", flush=True)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # what goes wrong shows where it happens
+    if cases and refused == len(cases):
+        raise SystemExit("every case was refused")
+    print(f"{len(cases) - refused} cases on {', '.join(names)}")
 
 
 if __name__ == "__main__":

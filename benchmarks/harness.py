@@ -56,7 +56,8 @@ _TICKS = 0.02  # seconds
 _PROC_STAT = Path("/proc/stat")
 _MOST_ROUNDS = 40
 _FEWEST_ROUNDS = 3
-_ONE_ROUND_ABOVE = 10.0  # seconds that the products alone would take at the yardstick's rate
+_ONE_ROUND_ABOVE = {"cpu": 10.0, "cuda": 1.5}  # seconds that the products alone would take at the yardstick's rate
+_EXACT_BYTES = 2**31  # of exact gradients kept for the other implementations of a problem
 _ORACLE_OPERATIONS = {"cpu": 8192**2 * 512, "cuda": 65536**2 * 768}  # N²D up to which float64 is affordable
 
 
@@ -107,7 +108,7 @@ class Session:
     _matmul_at: float = -math.inf
     _last_call: dict[Case, tuple[int, float]] = field(default_factory=dict)
     _out_of_memory: dict[Case, int] = field(default_factory=dict)
-    _exact: tuple[Case, float, list[Tensor]] | None = None
+    _exact: dict[Case, tuple[float, list[Tensor]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.cpu_time and (self.device.type != "cpu" or torch.get_num_threads() != 1):
@@ -231,8 +232,9 @@ class Session:
     def _peak_memory(self, case: Case, function: Loss) -> int | None:
         if self.device.type == "cuda":
             inputs = embeddings(case, self.device)
-            step(function, inputs, case.backward)  # compiles, tunes, creates library handles
-            _clear_gradients(inputs)
+            if not self._takes_long(case):
+                step(function, inputs, case.backward)  # compiles, tunes, creates library handles
+                _clear_gradients(inputs)
             torch.cuda.synchronize(self.device)
             before = torch.cuda.memory_allocated(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -255,17 +257,26 @@ class Session:
         if not implementation.exact or not affordable:
             return {"loss_error": None, "gradient_error": None}
         inputs = embeddings(case, self.device)
-        problem = replace(case, implementation="")
-        if self._exact is None or self._exact[0] != problem:
-            self._exact = None  # frees the memory of the last one first
-            self._exact = (problem, *oracle.loss_and_gradients(case, inputs))
-        _, exact_loss, exact_gradients = self._exact
+        exact_loss, exact_gradients = self._exact_result(case, inputs)
         loss = step(function, inputs, case.backward)
         gradients = [z.grad for z in inputs if z.grad is not None]
         return {
             "loss_error": abs(loss.double().item() - exact_loss) / abs(exact_loss),
             "gradient_error": oracle.relative_error(gradients, exact_gradients) if case.backward else None,
         }
+
+    def _exact_result(self, case: Case, inputs: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
+        """Loss and gradients in float64, kept in the computer's memory for the next implementation of the problem."""
+        problem = replace(case, implementation="")
+        if problem not in self._exact:
+            loss, gradients = oracle.loss_and_gradients(case, inputs)
+            self._exact[problem] = (loss, [gradient.cpu() for gradient in gradients])
+            while len(self._exact) > 1 and self._exact_bytes() > _EXACT_BYTES:
+                del self._exact[next(iter(self._exact))]
+        return self._exact[problem]
+
+    def _exact_bytes(self) -> int:
+        return sum(gradient.nbytes for _, gradients in self._exact.values() for gradient in gradients)
 
     # ---- time -----------------------------------------------------------------------------------------------------
 
@@ -281,10 +292,9 @@ class Session:
             _clear_gradients(inputs)
             flush()
 
-        rate = self.matmul_rate()["matmul"]
-        # The call that warms up also tells how many rounds there is time for. A call of minutes does neither.
+        # The call that warms up also tells how many rounds there is time for. A long call does neither.
         rounds = 1
-        if case.operations() / rate < _ONE_ROUND_ABOVE:
+        if not self._takes_long(case):
             warm_up = sample(
                 call, prepare, clock, 2 if implementation.compiled or self.device.type == "cuda" else 1
             ).seconds
@@ -298,6 +308,10 @@ class Session:
             "cpu_share": samples.cpu_share,
             "other_cpu_share": samples.other_cpu_share,
         }
+
+    def _takes_long(self, case: Case) -> bool:
+        """Whether a call takes so long that what the first one does beside its work hardly shows."""
+        return case.operations() / self.matmul_rate()["matmul"] > _ONE_ROUND_ABOVE[self.device.type]
 
     def _row(
         self,

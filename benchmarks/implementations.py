@@ -87,7 +87,7 @@ class Implementation:
 
 
 # An interpreter runs them on a CPU too, for tests; its speed means nothing.
-_GPU_BACKENDS = frozenset({"triton", "cuda"})
+GPU_BACKENDS = frozenset({"triton", "cuda"})
 
 
 # ---- ours -----------------------------------------------------------------------------------------------------------
@@ -104,7 +104,7 @@ def _ours(backend: str) -> Callable[[Case], Loss]:
 def our_backends(device: torch.device) -> list[str]:
     """Names of our implementations that a device can run."""
     usable = [status.name for status in available() if status.usable and status.name != "reference"]
-    return [f"gapkernels-{name}" for name in usable if device.type == "cuda" or name not in _GPU_BACKENDS]
+    return [f"gapkernels-{name}" for name in usable if device.type == "cuda" or name not in GPU_BACKENDS]
 
 
 # ---- the authors' formulation, and the same through matrix products --------------------------------------------------
@@ -120,13 +120,22 @@ def dense_cross_entropy(rows: Tensor, cols: Tensor) -> Tensor:
 def pairwise_distance_gap_loss(z: Sequence[Tensor]) -> Tensor:
     """The loss as the paper's authors compute it: distances of true pairs, and every distance of two centroids.
 
+    torch has no `pdist` for 16-bit types; as under autocast, it gets float32 there.
+
     Source: arXiv 2601.18525, equations of the two terms.
     """
     anchor, *others = [F.normalize(e, dim=1) for e in z]
     nce = torch.stack([dense_cross_entropy(m, anchor) for m in others]).mean()
     atp = torch.stack([(m - anchor).norm(dim=1).pow(2).mean() for m in others]).mean()
     centroid = F.normalize(torch.stack([anchor, *others]).mean(dim=0), dim=1)
-    cu = torch.pdist(centroid).pow(2).mul(-UNIFORMITY_T).exp().mean().log()
+    cu = (
+        torch.pdist(centroid.to(torch.promote_types(centroid.dtype, torch.float32)))
+        .pow(2)
+        .mul(-UNIFORMITY_T)
+        .exp()
+        .mean()
+        .log()
+    )
     return nce + atp + cu
 
 
@@ -243,7 +252,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
             f"gapkernels ({name})",
             _BOTH,
             _ours(name),
-            cuda_only=name in _GPU_BACKENDS,
+            cuda_only=name in GPU_BACKENDS,
             two_modalities=False,
             backend=name,
         )

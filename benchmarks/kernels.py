@@ -1,4 +1,4 @@
-"""Which kernels a step of the loss spends its time in, and what Nsight Compute says of the first two.
+"""Which kernels a step of the loss spends its time in, and what Nsight Compute says of the first ones.
 
 python -m benchmarks.kernels --out kernels.json
 """
@@ -10,7 +10,8 @@ import csv
 import io
 import json
 import re
-import subprocess
+import tempfile
+import time
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,15 +21,16 @@ import torch
 
 from benchmarks.cases import Case
 from benchmarks.harness import step
-from benchmarks.implementations import IMPLEMENTATIONS, our_backends
+from benchmarks.implementations import GPU_BACKENDS, IMPLEMENTATIONS, our_backends
 from benchmarks.inputs import embeddings
-from benchmarks.processes import ROOT, child_command, child_environment, find_tool
+from benchmarks.processes import child_command, execute, find_tool
 
-_MAIN_KERNELS = 2
+_MAIN_KERNELS = 3
 _METRICS = {
     "gpu__time_duration.sum": "duration",
     "sm__throughput.avg.pct_of_peak_sustained_elapsed": "sm_percent",
-    "sm__inst_executed_pipe_tensor.avg.pct_of_peak_sustained_active": "tensor_pipe_percent",
+    "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active": "tensor_pipe_percent",
+    "sm__inst_executed_pipe_xu.avg.pct_of_peak_sustained_active": "exponentials_pipe_percent",
     "dram__throughput.avg.pct_of_peak_sustained_elapsed": "dram_percent",
     "lts__t_sector_hit_rate.pct": "l2_hit_percent",
     "sm__warps_active.avg.pct_of_peak_sustained_active": "occupancy_percent",
@@ -70,35 +72,36 @@ def time_by_kernel(case: Case, device: torch.device, steps: int = 3) -> list[dic
     ]
 
 
-def nsight(kernels: Sequence[str], case: Case) -> dict[str, dict[str, str]]:
+def nsight(kernels: Sequence[str], case: Case, seconds: float) -> dict[str, dict[str, str]]:
     """Metrics of one launch of each kernel.
 
     Raises:
-        RuntimeError: Nsight Compute is absent or may not read the counters.
+        RuntimeError: Nsight Compute is absent, may not read the counters, or took too long.
     """
     tool = find_tool("ncu")
     if tool is None:
         raise RuntimeError("ncu not found")
-    backend = case.implementation.removeprefix("gapkernels-")
     workload = ["--sizes", f"{case.samples}x{case.width}", "--dtypes", case.dtype, "--modalities", "2"]
+    workload += ["--losses", case.loss, "--backends", case.implementation.removeprefix("gapkernels-")]
     # Function names alone: ncu's default name of a C++ kernel leaves out its parameters too.
     names = "|".join(re.escape(_base_name(kernel)) for kernel in kernels)
-    done = subprocess.run(
-        [
-            *(tool, "--csv", "--page", "raw", "--target-processes", "all", "--launch-count", "8"),
-            *("--kernel-name", f"regex:^({names})$", "--metrics", ",".join(_METRICS)),
-            *child_command("benchmarks.exercise", *workload, "--backends", backend),
-        ],
-        cwd=ROOT,
-        env=child_environment(),
-        capture_output=True,
-        text=True,
-    )
-    found = parse_nsight(done.stdout)
-    if not found:
-        lines = [line for line in (done.stdout + done.stderr).splitlines() if "ERROR" in line or "Error" in line]
-        raise RuntimeError(lines[0].strip("= ") if lines else f"ncu gave no metrics (exit status {done.returncode})")
-    return found
+    metrics, end = list(_METRICS), time.monotonic() + seconds
+    while True:
+        command = [tool, "--csv", "--page", "raw", "--target-processes", "all", "--launch-count", "8"]
+        command += ["--clock-control", "none"]  # the clocks are those of the other measurements
+        command += ["--kernel-name", f"regex:^({names})$", "--metrics", ",".join(metrics)]
+        command += child_command("benchmarks.exercise", "--device", "cuda", *workload)
+        with tempfile.TemporaryDirectory(prefix="gapkernels-") as scratch:
+            status, output = execute(command, Path(scratch) / "ncu.log", max(1.0, end - time.monotonic()), {})
+        found = parse_nsight(output)
+        if found:
+            return found
+        errors = [line.strip("= ") for line in output.splitlines() if re.search("error", line, re.IGNORECASE)]
+        # Names of metrics differ between architectures and versions: go on without those that it complains about.
+        unknown = [name for name in metrics if any(name in line for line in errors)]
+        if not unknown or len(unknown) == len(metrics) or status == "timed out":
+            raise RuntimeError(status if status == "timed out" else errors[0] if errors else "ncu gave no metrics")
+        metrics = [name for name in metrics if name not in unknown]
 
 
 def parse_nsight(output: str) -> dict[str, dict[str, str]]:
@@ -114,7 +117,7 @@ def parse_nsight(output: str) -> dict[str, dict[str, str]]:
         metrics = {
             short: f"{values[metric]} {unit_of[metric]}".strip()
             for metric, short in _METRICS.items()
-            if metric in values
+            if values.get(metric, "n/a") not in ("", "n/a")
         }
         found.setdefault(values["Kernel Name"], metrics)
     return found
@@ -122,7 +125,7 @@ def parse_nsight(output: str) -> dict[str, dict[str, str]]:
 
 def _base_name(kernel: str) -> str:
     """The name of a kernel without return type, template arguments, namespaces and parameters."""
-    plain = re.sub(r"<.*", "", kernel).split("(")[0].split()[-1]
+    plain = re.sub(r"<.*", "", kernel.replace("(anonymous namespace)::", "")).split("(")[0].split()[-1]
     return plain.split("::")[-1]
 
 
@@ -131,23 +134,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--size", default="32768x512", help="N×D")
+    parser.add_argument("--budget", type=float, default=600.0, help="seconds for everything")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     samples, width = map(int, options.size.split("x"))
     summary: dict[str, Any] = {}
-    for name in our_backends(device):
+    end = time.monotonic() + options.budget
+    names = sorted(our_backends(device), key=lambda name: IMPLEMENTATIONS[name].backend not in GPU_BACKENDS)
+    for name in names:
         case = Case(name, samples=samples, width=width, dtype="bfloat16")
         kernels = time_by_kernel(case, device)
         entry: dict[str, Any] = {"kernels": kernels[:12]}
         try:
-            entry["nsight"] = nsight([kernel["kernel"] for kernel in kernels[:_MAIN_KERNELS]], case)
+            if IMPLEMENTATIONS[name].backend not in GPU_BACKENDS:
+                raise RuntimeError("has no kernels of its own")
+            seconds = end - time.monotonic()
+            entry["nsight"] = nsight([kernel["kernel"] for kernel in kernels[:_MAIN_KERNELS]], case, seconds)
         except RuntimeError as error:
             entry["nsight"] = None
             entry["nsight_reason"] = str(error)
         summary[name] = entry
+        options.out.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
         first = ", ".join(f"{_base_name(k['kernel'])} {k['share']:.0%}" for k in kernels[:_MAIN_KERNELS])
         print(f"{name}: {first}; Nsight Compute: {entry.get('nsight_reason', 'measured')}")
-    options.out.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

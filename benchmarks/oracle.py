@@ -42,7 +42,8 @@ def loss_and_gradients(case: Case, embeddings: Sequence[Tensor]) -> tuple[float,
 
 
 def relative_error(value: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    """Norm of the difference over the norm, all tensors together."""
+    """Norm of the difference over the norm, all tensors together, on the device of the values."""
+    exact = [e.to(v.device) for v, e in zip(value, exact, strict=True)]
     difference = sum((v.detach().double() - e).square().sum().item() for v, e in zip(value, exact, strict=True))
     return math.sqrt(difference / sum(e.square().sum().item() for e in exact))
 

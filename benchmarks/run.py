@@ -58,8 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.environ["OMP_NUM_THREADS"] = str(options.threads)  # for the processes that measure memory
     if options.cpu_time and options.threads != 1:
         parser.error("--cpu-time is the duration of a call with one thread only: add --threads 1")
-    table = cases.GPU if device.type == "cuda" else cases.CPU
+    table = cases.table_of(device.type)
     suites = options.suites.split(",") if options.suites else list(table)
+    table = {**table, **cases.ON_REQUEST[device.type]}
     unknown = [suite for suite in suites if suite not in table]
     if unknown:
         parser.error(f"unknown suite {', '.join(unknown)}; there are {', '.join(table)}")

@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
+import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import exercise, gpu, kernels
+from benchmarks import exercise, gpu, kernels, sanitize, variants
 from benchmarks.cases import Case
 from benchmarks.gpu import Outcome, Run, Stage
-from benchmarks.processes import ROOT, child_command, find_tool
+from benchmarks.implementations import IMPLEMENTATIONS
+from benchmarks.processes import ROOT, child_command, execute, find_tool, unpack_wheels
 
 NO_DEVICE = "needs an NVIDIA GPU and a torch that sees it"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "scratch").mkdir()
+    return Run(tmp_path / "out", tmp_path / "scratch")
 
 
 def stage(code: str, summarise=gpu._last_line, **options) -> Stage:
@@ -40,19 +52,27 @@ def test_without_a_device_every_gpu_stage_says_so(tmp_path: Path) -> None:
         assert (stages[name]["status"], stages[name]["summary"]) == ("no device", NO_DEVICE)
     table = done.stdout.strip().splitlines()[-len(stages) - 2 : -2]
     assert [line.split()[0] for line in table] == list(stages)
+    assert {path.name for path in tmp_path.iterdir()} == {"gpu.json", "log.txt"}
 
 
-def test_a_failing_stage_is_an_outcome(tmp_path: Path) -> None:
-    run = Run(tmp_path, {})
+def test_order_of_stages() -> None:
+    names = [entry.name for entry in gpu.STAGES]
+    assert names[:4] == ["environment", "build", "correctness", "speed"]
+    assert names[4:] == ["autotune", "variants", "sanitizer", "training", "kernels"]
+
+
+def test_a_failing_stage_is_an_outcome(run: Run) -> None:
     crash = gpu.run_stage(stage("import os; print('before', flush=True); os.abort()"), run, 20)
     assert (crash.status, crash.summary) == ("failed", "before")
     absent = gpu.run_stage(stage("", tool="no-such-program"), run, 20)
     assert (absent.status, absent.summary) == ("no tool", "no-such-program not found")
+    nothing = gpu.run_stage(stage("", absent=lambda: "nothing to build"), run, 20)
+    assert (nothing.status, nothing.summary) == ("no sources", "nothing to build")
     unreadable = gpu.run_stage(stage("print('hello')", summarise=gpu._speed_summary), run, 20)
     assert (unreadable.status, unreadable.summary) == ("failed", "hello")
 
 
-def test_a_hanging_stage_is_ended_with_its_children(tmp_path: Path) -> None:
+def test_a_hanging_stage_is_ended_with_its_children(run: Run, tmp_path: Path) -> None:
     child = tmp_path / "child"
     code = f"""
 import subprocess, sys, time
@@ -60,10 +80,44 @@ subprocess.Popen([sys.executable, "-c", "import time; time.sleep(4); open({str(c
 print("started", flush=True)
 time.sleep(60)
 """
-    outcome = gpu.run_stage(stage(code), Run(tmp_path, {}), 1.5)
+    outcome = gpu.run_stage(stage(code), run, 1.5)
     assert (outcome.status, outcome.summary) == ("timed out", "started")
     assert outcome.seconds < 10
     assert not child.exists()
+
+
+def test_a_stage_that_ends_by_itself_leaves_no_children(run: Run, tmp_path: Path) -> None:
+    child = tmp_path / "child"
+    code = f"import time; time.sleep(2); open({str(child)!r}, 'w')"
+    starts = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {code!r}])"
+    assert gpu.run_stage(stage(starts), run, 20).status == "ok"
+    time.sleep(2.5)
+    assert not child.exists()
+
+
+def test_an_interrupted_parent_ends_its_child(tmp_path: Path) -> None:
+    """The tools that start processes of their own are interrupted too when their stage runs out of time."""
+    child = tmp_path / "child"
+    inner = f"import time; time.sleep(3); open({str(child)!r}, 'w')"
+    outer = f"""
+import sys
+from pathlib import Path
+from benchmarks.processes import execute
+execute([sys.executable, "-c", {inner!r}], Path({str(tmp_path / "inner.log")!r}), 60, {{}})
+"""
+    status, _ = execute([sys.executable, "-c", outer], tmp_path / "outer.log", 1.5, {})
+    assert status == "timed out"
+    time.sleep(3)
+    assert not child.exists()
+
+
+def test_long_output_is_cut_in_the_middle(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "_LOG_LIMIT", 100)
+    gpu.run_stage(stage("print('begin' + 'x' * 1000 + 'end')"), run, 20)
+    log = (run.out / "log.txt").read_text()
+    assert "begin" in log
+    assert "909 characters left out" in log
+    assert log.endswith("end\n\n")
 
 
 def test_main_goes_on_after_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,7 +130,20 @@ def test_main_goes_on_after_a_failure(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_unknown_stage_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         gpu.main(["--out", str(tmp_path), "--skip", "sped"])
-    assert "unknown stage sped; there are environment, correctness" in capsys.readouterr().err
+    assert "unknown stage sped; there are environment, build" in capsys.readouterr().err
+
+
+def test_only_some_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stages = [Stage(n, 1, lambda run, s: [sys.executable, "-c", "print(1)"], gpu._last_line) for n in "abc"]
+    monkeypatch.setattr(gpu, "STAGES", (stage("print(0)"), *stages))
+    assert gpu.main(["--out", str(tmp_path), "--only", "a,c", "--skip", "c,it"]) == 0
+    outcomes = [Outcome(**entry) for entry in json.loads((tmp_path / "gpu.json").read_text())["stages"]]
+    assert [(o.stage, o.status) for o in outcomes] == [
+        ("it", "skipped"),
+        ("a", "ok"),
+        ("b", "skipped"),
+        ("c", "skipped"),
+    ]
 
 
 def test_parent_does_not_import_torch() -> None:
@@ -84,18 +151,164 @@ def test_parent_does_not_import_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
-def test_summary_of_tests(tmp_path: Path) -> None:
-    (tmp_path / "test_it.py").write_text("def test_good(): pass\ndef test_bad(): assert 0\n")
-    command = [*child_command("pytest", "-q", "-p", "no:cacheprovider"), f"--junitxml={tmp_path / 'tests.xml'}"]
-    subprocess.run(command, cwd=tmp_path, capture_output=True)
-    summary, facts = gpu._test_summary(Run(tmp_path, {}), "")
-    assert summary == "1 passed, 1 failures, 0 errors, 0 skipped"
-    assert facts["failed"] == ["test_it::test_bad"]
+TESTS = """
+import pytest
+@pytest.fixture(params=["torch", "triton"])
+def backend(request): return request.param
+def test_good(backend): pass
+@pytest.mark.parametrize("kind", ["far - away"])
+def test_bad(kind, backend): assert backend == "torch", "wrong there"
+def test_skipped(): pytest.skip("not now")
+"""
 
 
-def test_summary_of_the_sanitizer() -> None:
-    text = "========= COMPUTE-SANITIZER\n12 cases on gapkernels-torch\n========= ERROR SUMMARY: 0 errors\n"
-    assert gpu._sanitizer_summary(Run(Path(), {}), text) == ("0 errors", {"errors": 0})
+@pytest.mark.parametrize("options", [[], ["-n", "2"]], ids=["one process", "xdist"])
+def test_summary_of_tests(run: Run, tmp_path: Path, options: list[str]) -> None:
+    (tmp_path / "test_it.py").write_text(TESTS)
+    command = [*child_command("pytest", "-v", "-ra", "--tb=short", "-p", "no:cacheprovider", "-k", gpu._NO_GPU_TESTS)]
+    done = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True)
+    summary, facts = gpu._test_summary(run, done.stdout)
+    assert summary == "1 passed, 1 failed, 0 error, 1 skipped (triton 1 of 2)"
+    assert facts["backends"] == {"triton": {"PASSED": 1, "FAILED": 1}}
+    assert len(facts["failures"]) == 1
+    assert facts["failures"][0].startswith("test_it.py::test_bad[triton-far - away] - AssertionError: wrong there")
+    # Ended half-way, without a summary of its own:
+    summary, _ = gpu._test_summary(run, done.stdout.partition("= FAILURES =")[0])
+    assert summary == "1 passed, 1 failed, 0 error, 1 skipped (triton 1 of 2)"
+    with pytest.raises(ValueError, match="no tests"):
+        gpu._test_summary(run, "ERROR: file or directory not found: python_tests")
+
+
+def test_grid_names_tests_that_exist() -> None:
+    assert all((ROOT / "python_tests" / name).exists() for name in gpu._GPU_TESTS)
+
+
+MEMCHECK = """========= COMPUTE-SANITIZER
+running gap-N2-D1-bfloat16-M2-forward+backward-gapkernels-cuda
+========= Invalid __global__ read of size 4 bytes
+=========     at gapkernels::sums<int>(float *)+0x1b0 in similarity.cu:14
+=========     by thread (31,0,0) in block (0,0,0)
+running gap-N3-D7-bfloat16-M2-forward+backward-gapkernels-cuda
+12 cases on gapkernels-cuda
+========= ERROR SUMMARY: 1 error
+"""
+RACECHECK = """running a
+========= Error: Race reported between Write access at _tile_sums_kernel+0xa0 in x.py:3
+=========     and Read access at _tile_sums_kernel+0xb0 in x.py:4 [16 hazards]
+========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)
+"""
+
+
+def test_summary_of_the_sanitizer(run: Run) -> None:
+    found = sanitize.read(MEMCHECK, "failed")
+    assert (found["errors"], found["cases"], found["summary"]) == (1, 2, "1 errors in 2 cases")
+    assert found["kernels"] == {"gapkernels::sums<int>": 1}
+    found = sanitize.read(RACECHECK, "failed")
+    assert (found["errors"], found["kernels"]) == (1, {"_tile_sums_kernel": 2})
+    ended = sanitize.read("running a\nrunning b\n", "timed out")
+    assert (ended["errors"], ended["summary"]) == (None, "no summary after 2 cases (timed out)")
+    entries = [{"backend": "cuda", "tool": "memcheck", **found}]
+    (run.scratch / "sanitizer.json").write_text(json.dumps(entries))
+    assert gpu._sanitizer_summary(run, "") == ("cuda memcheck: 1 errors in 1 cases", {"checks": entries})
+    (run.scratch / "sanitizer.json").write_text("[]")
+    assert "no backend with kernels of its own" in gpu._sanitizer_summary(run, "")[0]
+
+
+def test_exercise_goes_on_where_a_type_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--device", "cpu", "--sizes", "3x7", "--modalities", "2", "--backends", "torch", "--losses", "gap"]
+    refusing = replace(IMPLEMENTATIONS["gapkernels-torch"], build=lambda case: refuse)
+
+    def refuse(z: list[torch.Tensor]) -> torch.Tensor:
+        if z[0].dtype == torch.float32:
+            raise TypeError("no float32")
+        return z[0].sum() + z[1].sum()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(IMPLEMENTATIONS, "gapkernels-torch", refusing)
+        exercise.main([*options, "--dtypes", "float32,bfloat16", "--progress"])
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.split()[0] for line in lines] == ["running", "refused", "running", "1"]
+        with pytest.raises(SystemExit, match="refused"):
+            exercise.main([*options, "--dtypes", "float32"])
+
+
+def test_data_and_command_of_the_training(tmp_path: Path) -> None:
+    run = Run(tmp_path, tmp_path, data=tmp_path / "data")
+    assert gpu._dataset(run) == "digits"
+    assert gpu._train_command(run, 60)[4:6] == ["--dataset", "digits"]
+    for place in ("cifar10/train-0.npz", "cifar-10-batches-py/data_batch_1"):
+        file = tmp_path / "data" / place
+        file.parent.mkdir(parents=True)
+        file.touch()
+        assert gpu._dataset(run) == "cifar10"
+        file.unlink()
+    file.touch()
+    command = gpu._train_command(run, 60)
+    assert command[4:8] == ["--dataset", "cifar10-small", "--batch-sizes", "32768,4096,256"]
+    assert str(tmp_path / "data") in command
+
+
+def test_training_says_what_to_carry(run: Run) -> None:
+    error = "gapkernels: error: gapkernels reproduce needs pydantic, tqdm: pip install 'gapkernels[train]'"
+    summary, _ = gpu._train_summary(run, error)
+    assert summary.startswith("needs pydantic, tqdm; carry wheels/ here, made by: python3 -m pip download --no-deps")
+    assert summary.endswith("-r benchmarks/wheels.txt tqdm")
+    with pytest.raises(ValueError, match=r"results\.json"):
+        gpu._train_summary(run, "Traceback")
+
+
+def test_training_results_are_kept(run: Run) -> None:
+    (run.scratch / "training").mkdir()
+    experiment = {"batch_size": 1024, "methods": {"gap": {"metrics": {"gap": {"mean": 0.1234, "std": 0.0}}}}}
+    content = {"dataset": "digits", "experiments": [experiment]}
+    (run.scratch / "training" / "results.json").write_text(json.dumps(content))
+    assert gpu._train_summary(run, "")[0] == "digits; batch 1024: gap 0.123 with gap"
+    assert json.loads((run.out / "training.json").read_text()) == content
+
+
+def test_wheels_are_importable_without_pip(tmp_path: Path) -> None:
+    (tmp_path / "wheels").mkdir()
+    with zipfile.ZipFile(tmp_path / "wheels" / "carried-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("carried/__init__.py", "answer = 42")
+        wheel.writestr("carried-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: carried\nVersion: 1.0\n")
+    assert unpack_wheels(tmp_path / "wheels", tmp_path / "site") == ["carried-1.0-py3-none-any.whl"]
+    code = "import carried; from importlib.metadata import version; print(carried.answer, version('carried'))"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "42 1.0\n"
+    assert unpack_wheels(tmp_path / "absent", tmp_path / "site") == []
+
+
+def test_setting_of_a_variant() -> None:
+    assert variants.parse_setting("a:X=1,Y=b=c") == ("a", {"X": "1", "Y": "b=c"})
+    for text in ("a", "a:X", ":X=1", "a:=1"):
+        with pytest.raises(ValueError, match="NAME:VARIABLE=VALUE"):
+            variants.parse_setting(text)
+
+
+def test_variants_are_compared_by_problem(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "variants.json"
+    choice = ["--select", "N512-D128.*torch", "--case-seconds", "0.01", "--setting", "one:OMP_NUM_THREADS=1"]
+    variants.main(["--out", str(out), "--device", "cpu", "--budget", "240", *choice])
+    content = json.loads(out.read_text())
+    assert set(content["settings"]) == {*variants.SETTINGS, "one"}
+    assert {row["setting"] for row in content["rows"]} == set(content["settings"])
+    (best,) = content["fastest"]
+    assert best["median"] == min(row["median"] for row in content["rows"])
+    assert best["speedup_over_default"] >= 1
+    assert capsys.readouterr().out.splitlines()[-1].startswith("gap N=512 D=128 float32")
+
+
+def test_fastest_of_each_problem() -> None:
+    problem = {"loss": "gap", "width": 8, "dtype": "float32", "modalities": 2, "backward": True}
+    rows = [
+        {**problem, "samples": n, "implementation": "ours", "setting": s, "median": m, "iqr": 0.0, "utilisation": 0.5}
+        for n, s, m in ((64, "default", 2.0), (64, "rows", 1.0), (128, "default", 3.0), (128, "rows", 4.0))
+    ]
+    best = variants.fastest(rows)
+    found = [(b["samples"], b["setting"], b["speedup_over_default"]) for b in best]
+    assert found == [(64, "rows", 2.0), (128, "default", 1.0)]
+    assert variants.fastest(rows[1:2])[0]["speedup_over_default"] is None
 
 
 def test_exercise_runs_odd_sizes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -134,6 +347,7 @@ def test_nsight_output() -> None:
             "vectorized_elementwise_kernel",
         ),
         ("sm90_xmma_gemm_bf16", "sm90_xmma_gemm_bf16"),
+        ("void gapkernels::(anonymous namespace)::pingpong<gapkernels::(anonymous namespace)::S>(int)", "pingpong"),
     ],
 )
 def test_base_name_of_a_kernel(name: str, base: str) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -83,7 +84,13 @@ def test_missing_and_failing_peers_are_results(session: Session, monkeypatch: py
     monkeypatch.setattr(memory, "measure", lambda *_, **__: 0)
     with pytest.raises(Skipped, match=r"not installed|NVIDIA"):
         session.measure(Case("inf-cl", "info_nce", samples=64))
-    with pytest.raises(Skipped, match="pdist"):
+
+    def fail(case: Case) -> None:
+        raise RuntimeError("not implemented for 'Half'")
+
+    failing = replace(harness.IMPLEMENTATIONS["authors"], build=lambda case: fail)
+    monkeypatch.setitem(harness.IMPLEMENTATIONS, "authors", failing)
+    with pytest.raises(Skipped, match="RuntimeError: not implemented for 'Half'"):
         session.measure(Case("authors", samples=64, dtype="float16"))
     assert [entry["kind"] for entry in session.skipped] == ["missing", "unsupported"]
 
@@ -94,6 +101,26 @@ def test_calls_expected_to_take_too_long_are_left_out(session: Session, monkeypa
     session.call_seconds = 1e-9
     with pytest.raises(Skipped, match="a call would take about"):
         session.measure(Case("matmul", samples=512, width=8))
+
+
+def test_the_exact_result_is_computed_once_for_all_implementations(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = Session(CPU, matmul_size=64)
+    monkeypatch.setattr(memory, "measure", lambda *_, **__: 0)
+    computed: list[int] = []
+    exact = oracle.loss_and_gradients
+
+    def counted(case: Case, inputs: list[torch.Tensor]) -> tuple[float, list[torch.Tensor]]:
+        computed.append(case.samples)
+        return exact(case, inputs)
+
+    monkeypatch.setattr(oracle, "loss_and_gradients", counted)
+    for name in ("matmul", "authors"):
+        for samples in (32, 64):
+            assert session.measure(Case(name, samples=samples, width=8))["gradient_error"] < 1e-5
+    assert computed == [32, 64]
+    monkeypatch.setattr(harness, "_EXACT_BYTES", 1)
+    session.measure(Case("matmul", samples=96, width=8))
+    assert [case.samples for case in session._exact] == [96]
 
 
 def test_samples_are_prepared_for() -> None:

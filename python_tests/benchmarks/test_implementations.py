@@ -50,6 +50,16 @@ def test_same_loss_and_gradients(case: Case) -> None:
     assert oracle.relative_error([z.grad for z in inputs], exact_gradients) < 1e-5
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_authors_formulation_takes_sixteen_bit_types(dtype: str) -> None:
+    case = Case("authors", samples=64, width=16, dtype=dtype)
+    inputs = embeddings(case, CPU)
+    value = step(IMPLEMENTATIONS["authors"].function(case, CPU), inputs, backward=True)
+    exact_loss, exact_gradients = oracle.loss_and_gradients(case, inputs)
+    assert value.item() == pytest.approx(exact_loss, rel=2e-2)
+    assert oracle.relative_error([z.grad for z in inputs], exact_gradients) < 5e-2
+
+
 def test_forward_leaves_no_gradients() -> None:
     case = Case("authors", samples=8, width=4, backward=False)
     inputs = embeddings(case, CPU)
