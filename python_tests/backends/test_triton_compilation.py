@@ -27,9 +27,10 @@ def check(source, arch, tensor_cores=True):
     compiled = resources.compile_for(source, arch)
     assert compiled.spilled <= SPILLED_BYTES, f"{source.name} {source.config}: {compiled.spilled} bytes spilled"
     assert compiled.shared <= resources.SHARED_MEMORY_LIMIT[arch], f"{source.name}: {compiled.shared} bytes shared"
-    if source.config is not None and tensor_cores:
+    multiplies = source.config is not None and source.config.tile_m > 0
+    if multiplies and tensor_cores:
         assert MATRIX_INSTRUCTION[arch] in compiled.assembly, f"{source.name} uses no {MATRIX_INSTRUCTION[arch]}"
-    if source.config is not None and not tensor_cores:
+    if multiplies and not tensor_cores:
         assert "tf32" not in compiled.assembly, f"{source.name} rounds float32 operands"
 
 
@@ -53,6 +54,16 @@ def test_matrix_kernels_in_true_float32(arch):
 
 
 @pytest.mark.parametrize("arch", list(resources.TARGETS))
+def test_kernels_that_keep_whole_rows(arch):
+    """Where rows are too long to fit the registers, the table must not have an entry."""
+    for source in resources.whole_row_kernels(arch, torch.bfloat16):
+        check(source, arch)
+    for source in resources.whole_row_kernels(arch, torch.float32):
+        check(source, arch, tensor_cores=False)
+    assert not tuning.candidates("gradient_rows", arch, torch.bfloat16, 512)
+
+
+@pytest.mark.parametrize("arch", list(resources.TARGETS))
 def test_row_kernels(arch):
     for source in resources.row_kernels(torch.bfloat16):
         check(source, arch)
@@ -63,6 +74,7 @@ def test_rows_of_other_lengths(dim):
     """Steps that do not divide the rows, and rows longer than one step by far."""
     for source in [
         *resources.matrix_kernels("sm_90", dim=dim),
+        *resources.whole_row_kernels("sm_90", dims=(dim,)),
         *resources.row_kernels(dim=1 << (dim - 1).bit_length()),
     ]:
         check(source, "sm_90")
@@ -84,8 +96,13 @@ def test_table_has_an_entry_for_any_architecture():
 
 def test_batch_size_is_never_specialised():
     """A new batch size must not compile anything: neither its divisibility nor the value one is looked at."""
-    for source in [*resources.matrix_kernels("sm_90"), *resources.row_kernels()]:
+    sources = [
+        *resources.matrix_kernels("sm_90"),
+        *resources.whole_row_kernels("sm_90"),
+        *resources.row_kernels(),
+    ]
+    for source in sources:
         free = {p.name for p in source.kernel.params if p.do_not_specialize}
         sizes = {"num_rows", "num_cols", "total_rows", "all_rows", "first_row", "first_own", "diagonal", "depth"}
-        sizes |= {"num_partials"}
+        sizes |= {"num_partials", "stacked_rows", "stop_row", "num_splits", "num_centroid_splits"}
         assert sizes & set(source.kernel.arg_names) <= free, source.name

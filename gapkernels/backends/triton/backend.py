@@ -22,11 +22,12 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from gapkernels.backends.triton import device
+from gapkernels.backends.triton import backward_plan, device
 from gapkernels.backends.triton.gradient_tiles import gradient_tiles
 from gapkernels.backends.triton.log_sums import log_sums
-from gapkernels.backends.triton.matrix import NO_DIAGONAL, Matrix
+from gapkernels.backends.triton.matrix import HALF_UNIT, NO_DIAGONAL, Matrix
 from gapkernels.backends.triton.products import add_product
+from gapkernels.backends.triton.row_backward import backward_by_rows
 from gapkernels.backends.triton.row_gradients import row_gradients
 from gapkernels.backends.triton.row_statistics import (
     Centroids,
@@ -48,8 +49,6 @@ BLOCK = 4096
 
 SMALLEST_TILE, LARGEST_TILE = 16, 256
 LARGEST_EXPONENT = 126
-HALF_UNIT = 2.0**14
-"""Float16 gradients are scaled such that a soft-max weight of one becomes this; twice it is still in range."""
 
 
 class TritonBackend:
@@ -114,6 +113,8 @@ def _backward(
     *embedding_needs_grad, scale_needs_grad = needs_grad
     num_rows, dim = embeddings[0].shape
     statistics = _statistics(embeddings, spec, world)
+    if backward_plan.by_rows(embeddings, spec, world):
+        return backward_by_rows(upstream, embeddings, statistics, logit_scale, saved, spec, needs_grad)
     unit = HALF_UNIT if embeddings[0].dtype == torch.float16 else 1.0
     gradients = [
         e.new_empty(e.shape) if needed else None for e, needed in zip(embeddings, embedding_needs_grad, strict=True)

@@ -9,6 +9,9 @@ from torch import Tensor
 NO_DIAGONAL = -(1 << 30)
 """A diagonal that no entry lies on: column = row + this."""
 
+HALF_UNIT = 2.0**14
+"""Float16 gradients are scaled such that a soft-max weight of one becomes this; twice it is still in range."""
+
 
 class Matrix(NamedTuple):
     """A matrix of exponentials, or a block of one; see :mod:`.tiles` for its entries.

@@ -22,8 +22,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from gapkernels.backends.triton import tuning
+from gapkernels.backends.triton.gradient_rows import Partner, gradient_rows_kernel, row_length
 from gapkernels.backends.triton.gradient_tiles import gradient_tiles_kernel
 from gapkernels.backends.triton.log_sums import log_sums_kernel
+from gapkernels.backends.triton.pair_weights import BLOCK as WEIGHTS_BLOCK
+from gapkernels.backends.triton.pair_weights import NUM_WARPS as WEIGHTS_WARPS
+from gapkernels.backends.triton.pair_weights import pair_weights_kernel, scale_gradient_kernel
 from gapkernels.backends.triton.products import add_product_kernel
 from gapkernels.backends.triton.row_gradients import row_gradients_kernel
 from gapkernels.backends.triton.row_statistics import centroids_kernel, operands_kernel, row_statistics_kernel
@@ -50,7 +54,7 @@ class Source(NamedTuple):
         kernel: the kernel.
         types: per argument its type ("*bf16", "i32", …), a tuple of them, or None for an absent tensor.
         constants: the compile-time arguments.
-        config: warps and stages; None for the compiler's defaults.
+        config: warps and stages, and tiles if it has any; None for the compiler's defaults.
     """
 
     name: str
@@ -173,6 +177,57 @@ def matrix_kernels(arch: str, dtype: torch.dtype = torch.bfloat16, dim: int = 51
         )
 
 
+def whole_row_kernels(
+    arch: str, dtype: torch.dtype = torch.bfloat16, dims: tuple[int, ...] = (64, 128, 256)
+) -> Iterator[Source]:
+    """Every configuration of the kernel that keeps rows of the gradient in registers."""
+    operand, centroid = _TYPES[dtype], _TYPES[torch.float32 if dtype == torch.float32 else torch.float16]
+    for dim in dims:
+        for config in tuning.candidates("gradient_rows", arch, dtype, dim):
+            yield Source(
+                f"gradient_rows, D = {dim}",
+                gradient_rows_kernel,
+                {
+                    "operands": operand,
+                    "factors": "*fp32",
+                    "factor_stride": "i32",
+                    "logs": "*fp32",
+                    "shares": "*fp32",
+                    "log_stride": "i32",
+                    "ranges": "*fp32",
+                    "scale_pointer": "*fp32",
+                    "log_reference": "*fp32",
+                    "centroids": centroid,
+                    "biases": "*fp32",
+                    "centroid_scale": "*fp32",
+                    "centroid_reference": "*fp32",
+                    "products": "*fp32",
+                    "centroid_products": "*fp32",
+                    "scale_partials": "*fp64",
+                    "num_rows": "i32",
+                    "stacked_rows": "i32",
+                    "num_splits": "i32",
+                    "first_row": "i32",
+                    "stop_row": "i32",
+                    "dim": "i32",
+                    "unit": "fp32",
+                },
+                {
+                    "NUM_TARGETS": 2,
+                    "PARTNERS": (tuple(Partner(0, 0, 1, 1, 0)), tuple(Partner(1, 1, 0, 0, 1))),
+                    "CENTROIDS": True,
+                    "NEEDS_SCALE": True,
+                    "TILE_M": config.tile_m,
+                    "TILE_N": config.tile_n,
+                    "BLOCK_D": row_length(dim),
+                    "EVEN_D": dim == row_length(dim),
+                    "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+                    "USE_TMA": config.tma,
+                },
+                config,
+            )
+
+
 def row_kernels(dtype: torch.dtype = torch.bfloat16, dim: int = 512) -> Iterator[Source]:
     """The kernels that pass over rows, for two modalities."""
     z, centroid = _TYPES[dtype], _TYPES[torch.float32 if dtype == torch.float32 else torch.float16]
@@ -273,12 +328,52 @@ def row_kernels(dtype: torch.dtype = torch.bfloat16, dim: int = 512) -> Iterator
         },
     )
     yield Source(
+        "pair_weights",
+        pair_weights_kernel,
+        {
+            "row_log_sum": "*fp64",
+            "col_log_sum": "*fp64",
+            "wrong_share": "*fp64",
+            "cosines": "*fp32",
+            "logit_scale": "*fp32",
+            "centroid_logs": "*fp64",
+            "logs": "*fp32",
+            "shares": "*fp32",
+            "log_stride": "i32",
+            "ranges": "*fp32",
+            "positive_moments": "*fp64",
+            "log_reference": "*fp32",
+            "centroid_reference": "*fp32",
+            "num_rows": "i32",
+            "unit": "fp32",
+            "centroid_headroom": "fp32",
+        },
+        {"NUM_PAIRS": 1, "CENTROIDS": True, "BLOCK": WEIGHTS_BLOCK},
+        tuning.Config(0, 0, 0, WEIGHTS_WARPS, 1),
+    )
+    yield Source(
+        "scale_gradient",
+        scale_gradient_kernel,
+        {
+            "partials": "*fp64",
+            "positive_moments": "*fp64",
+            "upstream": "*fp64",
+            "logit_scale": "*fp32",
+            "out": "*fp32",
+            "num_partials": "i32",
+            "num_rows": "i32",
+        },
+        {"NUM_PAIRS": 1, "BLOCK": 1024},
+    )
+    yield Source(
         "row_gradients",
         row_gradients_kernel,
         {
             **rows,
             "factors": "*fp32",
             "products": "*fp32",
+            "num_splits": "i32",
+            "num_centroid_splits": "i32",
             "centroid_products": "*bf16" if dtype == torch.bfloat16 else "*fp32",
             "wrong_share": "*fp64",
             "centroid_logs": "*fp64",
@@ -367,10 +462,14 @@ def main(archs: list[str]) -> None:
     print("|---|---|---|---|---|---|---|---|---|---|")
     for arch in archs or list(TARGETS):
         for dtype in (torch.bfloat16, torch.float32):
-            sources = [*matrix_kernels(arch, dtype), *row_kernels(dtype)]
+            sources = [*matrix_kernels(arch, dtype), *whole_row_kernels(arch, dtype), *row_kernels(dtype)]
             for source in sources:
                 c = source.config
-                tile = "" if c is None else f"{c.tile_m}×{c.tile_n}×{c.tile_k} | {c.num_warps} | {c.num_stages}"
+                tile = (
+                    ""
+                    if c is None or not c.tile_m
+                    else f"{c.tile_m}×{c.tile_n}×{c.tile_k} | {c.num_warps} | {c.num_stages}"
+                )
                 variant = "" if c is None else " ".join(name for name in ("tma", "flatten") if getattr(c, name))
                 kind = str(dtype).removeprefix("torch.")
                 try:

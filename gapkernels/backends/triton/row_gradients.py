@@ -34,7 +34,7 @@ def through_normalization(gradient, unit, inverse, clamped):
 
 
 @triton.jit(
-    do_not_specialize=["num_rows", "all_rows", "first_row", "total_rows"],
+    do_not_specialize=["num_rows", "all_rows", "first_row", "total_rows", "num_splits", "num_centroid_splits"],
     do_not_specialize_on_alignment=["log_total", "out"],
 )
 def row_gradients_kernel(
@@ -42,7 +42,9 @@ def row_gradients_kernel(
     strides,
     factors,
     products,
+    num_splits,
     centroid_products,
+    num_centroid_splits,
     wrong_share,
     centroid_logs,
     log_total,
@@ -93,6 +95,9 @@ def row_gradients_kernel(
         if NCE:
             factor = tl.load(factors + local, mask=exists, other=1.0)
             product = load_rows(products, padded_dim, local, num_rows, dim, BLOCK_D)
+            for s in tl.range(1, num_splits):
+                part = products + tl.cast(s, tl.int64) * num_rows * padded_dim
+                product += load_rows(part, padded_dim, local, num_rows, dim, BLOCK_D)
             gradient += product * (weight / unit / factor)[:, None]
             for p in tl.static_range(len(POSITIVES)):
                 partner, _, _ = unit_rows(
@@ -111,7 +116,11 @@ def row_gradients_kernel(
             )
             share = tl.exp2(tl.load(centroid_logs + i, mask=exists, other=0.0) - total)
             own_weight = (cu_weight * share).to(tl.float32)
-            through = load_rows(centroid_products, padded_dim, i, all_rows, dim, BLOCK_D) * product_weight
+            through = load_rows(centroid_products, padded_dim, i, all_rows, dim, BLOCK_D)
+            for s in tl.range(1, num_centroid_splits):
+                part = centroid_products + tl.cast(s, tl.int64) * all_rows * padded_dim
+                through += load_rows(part, padded_dim, i, all_rows, dim, BLOCK_D)
+            through *= product_weight
             through -= own_weight[:, None] * tl.where(
                 inside, centred(c, sums, len(embeddings), dim, total_rows, BLOCK_D), 0.0
             )
@@ -150,8 +159,8 @@ def row_gradients(
         embeddings: M tensors ``[n, D]``.
         statistics: of this process's rows, ``sums`` of all rows.
         factors: ``[R]`` float32, what the operand's rows are multiplied by, of the block.
-        products: ``[R, D']`` float32, Σ H y over all pairs, of the block; None without InfoNCE.
-        centroid_products: ``[n, D']``; None without CU.
+        products: ``[R, D']`` or ``[splits, R, D']`` float32, Σ H y over all pairs, of the block; None without InfoNCE.
+        centroid_products: ``[n, D']`` or ``[splits, n, D']``; None without CU.
         wrong_share: ``[P, n]`` float64.
         centroid_logs: ``[n + 1]`` float64, see :func:`.terms.terms`.
         reference: 0-dim float32, that of the centroid products.
@@ -173,7 +182,9 @@ def row_gradients(
         tuple(e.stride(0) for e in embeddings),
         factors,
         products,
+        _splits(products),
         centroid_products,
+        _splits(centroid_products),
         wrong_share,
         centroid_logs,
         centroid_logs[-1:] if centroid_products is not None else None,
@@ -202,3 +213,7 @@ def row_gradients(
         BLOCK_N=block_rows,
         BLOCK_D=block_dim,
     )
+
+
+def _splits(products: Tensor | None) -> int:
+    return products.shape[0] if products is not None and products.dim() == 3 else 1

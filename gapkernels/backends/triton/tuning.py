@@ -76,8 +76,44 @@ _FLOAT32 = [Config(64, 64, 32, 4, 3, programs_per_processor=4), Config(64, 64, 3
 _FLOAT32_TENSOR = [Config(128, 128, 32, 8, 3), Config(128, 64, 32, 4, 3, programs_per_processor=2)]
 
 
+# Whole rows of the gradient in registers, by their length; where they do not fit, the length is not listed. A program's
+# warps meet at every tile, so more than one program per processor where registers allow; but 128 rows rather than 64
+# where the tiles of the other operand would otherwise take more than L2 delivers. tile_k means nothing here.
+_SIXTEEN_BIT_ROWS = {
+    "sm_80": {
+        64: [Config(128, 64, 64, 8, 3), Config(64, 64, 64, 4, 2, programs_per_processor=2)],
+        128: [Config(128, 64, 64, 8, 2), Config(64, 64, 64, 4, 2, programs_per_processor=2)],
+    },
+    "sm_90": {
+        64: [
+            Config(64, 64, 64, 4, 3, programs_per_processor=3),
+            Config(128, 64, 64, 8, 3),
+            Config(128, 64, 64, 8, 3, tma=True),
+            Config(128, 128, 64, 8, 3),
+        ],
+        128: [
+            Config(128, 64, 64, 8, 3),
+            Config(128, 64, 64, 8, 3, tma=True),
+            Config(128, 128, 64, 8, 2),
+            Config(64, 64, 64, 4, 3, programs_per_processor=2),
+        ],
+        256: [Config(128, 64, 64, 8, 2), Config(128, 32, 64, 8, 3)],
+    },
+    "sm_100": {
+        64: [Config(128, 64, 64, 8, 3), Config(128, 64, 64, 8, 3, tma=True)],
+        128: [Config(128, 64, 64, 8, 2), Config(128, 64, 64, 8, 2, tma=True)],
+    },
+    "gfx942": {
+        64: [Config(64, 64, 64, 4, 2)],
+        128: [Config(64, 64, 64, 4, 2)],
+    },
+}
+_FLOAT32_ROWS = {length: [Config(32, 32, 64, 8, 2, programs_per_processor=2)] for length in (64, 128)}
+_FLOAT32_TENSOR_ROWS = {length: [Config(64, 32, 64, 4, 2, programs_per_processor=2)] for length in (64, 128)}
+
+
 def candidates(kernel: str, arch: str, dtype: torch.dtype, dim: int) -> tuple[Config, ...]:
-    """The configurations to choose from; the first is the default."""
+    """The configurations to choose from; the first is the default. None where a kernel does not fit."""
     if arch == "interpreter":
         return (INTERPRETER,)
     return _candidates(kernel, arch, dtype, dim, torch.get_float32_matmul_precision() == "highest")
@@ -85,8 +121,10 @@ def candidates(kernel: str, arch: str, dtype: torch.dtype, dim: int) -> tuple[Co
 
 @functools.cache
 def _candidates(kernel: str, arch: str, dtype: torch.dtype, dim: int, true_float32: bool) -> tuple[Config, ...]:
+    if kernel == "gradient_rows":
+        return _row_candidates(nearest(arch), dtype, dim, true_float32)
     float32 = _FLOAT32 if true_float32 else _FLOAT32_TENSOR
-    table = float32 if dtype == torch.float32 else _SIXTEEN_BIT[_nearest(arch)]
+    table = float32 if dtype == torch.float32 else _SIXTEEN_BIT[nearest(arch)]
     if kernel == "log_sums":  # runs rarely; the running maxima and sums leave no room for wide tiles
         table = [c._replace(tile_n=c.tile_n // 2, tma=False, flatten=False) for c in table[:1]]
         table = [
@@ -101,7 +139,16 @@ def _candidates(kernel: str, arch: str, dtype: torch.dtype, dim: int, true_float
     return tuple(dict.fromkeys(c._replace(tile_k=min(c.tile_k, shortest)) for c in table))
 
 
-def _nearest(arch: str) -> str:
+def _row_candidates(arch: str, dtype: torch.dtype, dim: int, true_float32: bool) -> tuple[Config, ...]:
+    """Those of the kernel that keeps whole rows, none if they do not fit."""
+    float32 = _FLOAT32_ROWS if true_float32 else _FLOAT32_TENSOR_ROWS
+    table = float32 if dtype == torch.float32 else _SIXTEEN_BIT_ROWS[arch]
+    if dtype == torch.float32 and arch.startswith("gfx"):
+        table = {64: table[64]}  # 39 spilled with the next length
+    return tuple(table.get(max(64, triton.next_power_of_2(dim)), ()))
+
+
+def nearest(arch: str) -> str:
     """The key of the table for an architecture it does not list: the latest older one of its kind."""
     if arch in _SIXTEEN_BIT:
         return arch
@@ -117,7 +164,7 @@ def _number(arch: str) -> int:
     return int(arch.removeprefix("sm_"))
 
 
-def choose(kernel: str, like: Tensor, launch: Callable[[Config], None], reset: Tensor | None = None) -> Config:
+def choose(kernel: str, like: Tensor, launch: Callable[[Config], object], reset: Tensor | None = None) -> Config:
     """The configuration of a kernel for operands like these.
 
     Args:
@@ -143,7 +190,7 @@ def choose(kernel: str, like: Tensor, launch: Callable[[Config], None], reset: T
     return found
 
 
-def _time(launch: Callable[[Config], None], config: Config) -> float:
+def _time(launch: Callable[[Config], object], config: Config) -> float:
     """Median milliseconds; infinite where a smaller part of the architecture cannot hold the configuration."""
     try:
         return triton.testing.do_bench(lambda: launch(config), warmup=5, rep=30, return_mode="median")
