@@ -35,7 +35,7 @@ _TUNED_WIDTHS = (512, 1024, 256, 128)
 _GPU_TESTS = ("backends", "test_loss.py", "test_functional.py", "test_modules.py", "test_ops.py")
 _NO_GPU_TESTS = "not interpreted and not compilation and not [torch- and not [torch]"
 _TEST_WORKERS = 6
-_BATCH_SIZES = {"cifar10": (32768, 4096, 256), "digits": (1024, 128)}
+_BATCH_SIZES = {"cifar10": (32768, 4096, 256), "digits": (512, 128)}
 _LOG_LIMIT = 1_000_000  # characters of one stage
 
 
@@ -203,7 +203,8 @@ def _speed_summary(run: Run, output: str) -> tuple[str, dict[str, Any]]:
 def _variants_command(run: Run, seconds: float) -> list[str]:
     settings = [word for setting in run.variants for word in ("--setting", setting)]
     out = ["--out", str(run.out / "variants.json"), "--budget", str(0.9 * seconds)]
-    return child_command("benchmarks.variants", "--device", "cuda", *out, *settings)
+    own_kernels = ["--select", "gapkernels-(triton|cuda)"]
+    return child_command("benchmarks.variants", "--device", "cuda", *out, *own_kernels, *settings)
 
 
 def _variants_summary(run: Run, output: str) -> tuple[str, dict[str, Any]]:
@@ -240,8 +241,8 @@ def _train_command(run: Run, seconds: float) -> list[str]:
     choice += ["--run.deterministic", "false", "--run.eval_every", "1000", "--run.checkpoint_every", "100000"]
     if name == "digits":
         return child_command("gapkernels.cli", "reproduce", "--dataset", "digits", *choice)
-    # All 50,000 images, a network that is small enough for the largest batch to see them often enough.
-    choice += ["--data-dir", str(run.data), "--data.train_samples", "null", "--data.test_samples", "null"]
+    # All 50,000 images, and a network small enough to see them often in the time there is.
+    choice += ["--data-dir", str(run.data), "--data.train_samples", "null", "--run.threads", "8"]
     choice += ["--model.encoders.image.width", "32", "--model.embed_dim", "512", "--optim.epochs", "20"]
     choice += ["--optim.micro_batch_size", "8192"]
     return child_command("gapkernels.cli", "reproduce", "--dataset", "cifar10-small", *choice)
@@ -301,7 +302,7 @@ STAGES = (
     Stage("environment", 1, lambda run, seconds: child_command("benchmarks.describe"), _describe, needs_device=False),
     Stage(
         "build",
-        8,
+        12,
         lambda run, seconds: child_command("gapkernels.backends.cuda.build"),
         _last_line,
         tool="nvcc",
@@ -310,9 +311,9 @@ STAGES = (
     Stage("correctness", 10, _test_command, _test_summary),
     Stage("speed", 16, _speed_command, _speed_summary),
     Stage("autotune", 4, _tune_command, _tune_summary, variables=lambda run: {**_tuning(run), "GAPKERNELS_TUNE": "1"}),
-    Stage("variants", 5, _variants_command, _variants_summary, variables=_tuning),
-    Stage("sanitizer", 6, _sanitizer_command, _sanitizer_summary, tool="compute-sanitizer"),
-    Stage("training", 6, _train_command, _train_summary),
+    Stage("variants", 10, _variants_command, _variants_summary, variables=_tuning),
+    Stage("sanitizer", 8, _sanitizer_command, _sanitizer_summary, tool="compute-sanitizer"),
+    Stage("training", 8, _train_command, _train_summary),
     Stage("kernels", 4, _kernels_command, _kernels_summary),
 )
 

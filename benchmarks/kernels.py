@@ -140,8 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     samples, width = map(int, options.size.split("x"))
     summary: dict[str, Any] = {}
     end = time.monotonic() + options.budget
-    names = sorted(our_backends(device), key=lambda name: IMPLEMENTATIONS[name].backend not in GPU_BACKENDS)
-    for name in names:
+    for name in our_backends(device):
         case = Case(name, samples=samples, width=width, dtype="bfloat16")
         kernels = time_by_kernel(case, device)
         entry: dict[str, Any] = {"kernels": kernels[:12]}

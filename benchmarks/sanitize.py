@@ -65,8 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tools", default=",".join(TOOLS), help="of compute-sanitizer, comma-separated")
     options = parser.parse_args(arguments)
     usable = [IMPLEMENTATIONS[name].backend for name in our_backends(torch.device("cuda"))]
-    # The newest kernels first: time may run out.
-    backends = options.backends.split(",") if options.backends else [n for n in usable[::-1] if n in GPU_BACKENDS]
+    backends = options.backends.split(",") if options.backends else [n for n in usable if n in GPU_BACKENDS]
     checks = [(backend, tool) for tool in options.tools.split(",") for backend in backends]
     end = time.monotonic() + options.budget
     found: list[dict[str, Any]] = []

@@ -29,6 +29,8 @@ SETTINGS: dict[str, dict[str, str]] = {
     "blocks": {"GAPKERNELS_BACKWARD": "blocks"},
     "tuned": {"GAPKERNELS_TUNE": "1"},
 }
+# Where a variable means something to one backend only, the others are not measured again.
+_READ_BY = {"GAPKERNELS_BACKWARD": "triton", "GAPKERNELS_TUNE": "triton"}
 _PROBLEM = ("loss", "samples", "width", "dtype", "modalities", "backward")
 _MEASURED = ("median", "iqr", "tflops", "utilisation", "peak_extra_bytes", "loss_error", "gradient_error")
 
@@ -44,6 +46,13 @@ def parse_setting(text: str) -> tuple[str, dict[str, str]]:
     if not name or not colon or not all(variable and equals for variable, equals, _ in pairs):
         raise ValueError(f"a setting is NAME:VARIABLE=VALUE,…, got {text!r}")
     return name, {variable: value for variable, _, value in pairs}
+
+
+def select(pattern: str, variables: Mapping[str, str]) -> str:
+    """A pattern for the names of cases, narrowed to the backend that reads all of the variables."""
+    readers = {_READ_BY.get(variable, "") for variable in variables}
+    backend = readers.pop() if len(readers) == 1 else ""
+    return f"^(?=.*(?:{pattern})).*-gapkernels-{backend}$" if backend else pattern
 
 
 def fastest(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -86,7 +95,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             seconds = max(1.0, (end - time.monotonic()) / (len(settings) - number))
             file = Path(scratch) / f"{number}.json"
             command = child_command("benchmarks.run", "--device", options.device, "--out", str(file))
-            command += ["--suites", VARIANTS, "--select", options.select, "--case-seconds", str(options.case_seconds)]
+            command += [
+                "--suites",
+                VARIANTS,
+                "--select",
+                select(options.select, variables),
+                "--case-seconds",
+                str(options.case_seconds),
+            ]
             command += ["--budget", str(0.8 * seconds)]
             status, output = execute(command, file.with_suffix(".log"), seconds, variables)
             print(f"---- {name} {json.dumps(variables)} {status}\n{output}", flush=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -286,13 +287,24 @@ def test_setting_of_a_variant() -> None:
             variants.parse_setting(text)
 
 
-def test_variants_are_compared_by_problem(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_setting_is_measured_where_it_means_something() -> None:
+    assert variants.select("N512", {}) == "N512"
+    assert variants.select("N512", {"OTHER": "1"}) == "N512"
+    pattern = variants.select("gapkernels-(triton|cuda)|torch", variants.SETTINGS["rows"])
+    names = [Case(f"gapkernels-{name}").id for name in ("torch", "triton", "cuda")]
+    assert [bool(re.search(pattern, name)) for name in names] == [False, True, False]
+
+
+def test_variants_are_compared_by_problem(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "variants.json"
+    monkeypatch.setattr(variants, "SETTINGS", {name: variants.SETTINGS[name] for name in ("default", "tuned")})
     choice = ["--select", "N512-D128.*torch", "--case-seconds", "0.01", "--setting", "one:OMP_NUM_THREADS=1"]
     variants.main(["--out", str(out), "--device", "cpu", "--budget", "240", *choice])
     content = json.loads(out.read_text())
     assert set(content["settings"]) == {*variants.SETTINGS, "one"}
-    assert {row["setting"] for row in content["rows"]} == set(content["settings"])
+    assert {row["setting"] for row in content["rows"]} == set(content["settings"]) - {"tuned"}
     (best,) = content["fastest"]
     assert best["median"] == min(row["median"] for row in content["rows"])
     assert best["speedup_over_default"] >= 1
