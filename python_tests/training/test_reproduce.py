@@ -48,7 +48,7 @@ def test_every_data_set_of_the_paper_has_its_results_and_presets() -> None:
         published = paper_results(dataset)
         presets = [load_config(name) for name in preset_names()]
         for config in (config for config in presets if config.data.dataset == dataset):
-            assert list(config.methods) == list(published) == ["clip-lt", "clip-ft", "gap"]
+            assert list(config.methods)[:3] == list(published) == ["clip-lt", "clip-ft", "gap"]
         assert published["gap"]["gap"] < min(published["clip-lt"]["gap"], published["clip-ft"]["gap"])
         assert published["gap"]["v_measure"] > max(published[clip]["v_measure"] for clip in ("clip-lt", "clip-ft"))
     assert paper_results("digits") == {}
