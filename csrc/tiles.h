@@ -6,8 +6,10 @@
 //     item numbers   | matrix 0 | matrix 1 | … | triangle |
 //     in a matrix    groups of kGroup items walk along the columns together, so that what runs at one time shares
 //                    operands in the L2 cache
-//     in a triangle  the group g from above and the one g from below make one full width together, so that a number
-//                    becomes a tile by a division; a few items near the diagonal hold no entry and are skipped
+//     in a triangle  as many columns as a group is high meet the diagonal: there a column from the left and the one as
+//                    far from the right hold kGroup + 1 items together; what is right of them is whole. The group g
+//                    from above and the one g from below together have one length, so that a number becomes a tile by
+//                    divisions. The last group, perhaps incomplete, comes at the end; its missing items are skipped.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -42,11 +44,13 @@ struct TileOrder {
   static constexpr int kHeight = kCluster * kTile;             // rows of an item
   static constexpr int kColsPerGroup = kGroup * kCluster;      // column tiles as wide as a group is high
 
+  static constexpr int kDiagonalItems = (kGroup + 1) * kColsPerGroup / 2;  // of a group, where it meets the diagonal
+
   GAPKERNELS_HOST_DEVICE static int items_of_matrix(const TileSpace& space, int matrix) {
     const int cols = ceil_div(space.num_cols, kTile);
     if (!(space.symmetric >> matrix & 1)) return ceil_div(space.num_rows, kHeight) * cols;
     const int groups = ceil_div(space.num_rows, kHeight * kGroup);
-    return kGroup * (cols * groups - kColsPerGroup * (groups * (groups - 1) / 2));
+    return groups * kDiagonalItems + kGroup * ((groups - 1) * cols - kColsPerGroup * (groups * (groups - 1) / 2));
   }
 
   GAPKERNELS_HOST_DEVICE static int num_items(const TileSpace& space) {
@@ -65,21 +69,34 @@ struct TileOrder {
 
   GAPKERNELS_HOST_DEVICE static Item triangle(const TileSpace& space, int matrix, int number) {
     const int cols = ceil_div(space.num_rows, kTile), groups = ceil_div(space.num_rows, kHeight * kGroup);
-    const int per_fold = kGroup * (2 * cols - kColsPerGroup * (groups - 1));
-    const int fold = number / per_fold;
-    int inside = number - fold * per_fold, group = fold;
-    const int in_first = kGroup * (cols - kColsPerGroup * fold);
-    if (inside >= in_first) {
-      inside -= in_first;
-      group = groups - 1 - fold;
+    const int full = groups - 1;
+    const int per_fold = 2 * kDiagonalItems + kGroup * (2 * cols - kColsPerGroup * groups);
+    const int in_folds = full * kDiagonalItems + kGroup * (full * cols - kColsPerGroup * (groups * full / 2));
+    int group = full, inside = number - in_folds;
+    if (number < in_folds) {
+      group = number / per_fold;
+      inside = number - group * per_fold;
+      const int in_first = kDiagonalItems + kGroup * (cols - kColsPerGroup * (group + 1));
+      if (inside >= in_first) {
+        inside -= in_first;
+        group = full - 1 - group;
+      }
     }
-    return {matrix, (group * kGroup + inside % kGroup) * kHeight, (kColsPerGroup * group + inside / kGroup) * kTile};
+    int row, col;  // in items and tiles, from the group's place on the diagonal
+    if (inside < kDiagonalItems) {
+      const int pair = inside / (kGroup + 1), position = inside % (kGroup + 1), in_left = pair / kCluster + 1;
+      row = position < in_left ? position : position - in_left;
+      col = position < in_left ? pair : kColsPerGroup - 1 - pair;
+    } else {
+      row = (inside - kDiagonalItems) % kGroup;
+      col = kColsPerGroup + (inside - kDiagonalItems) / kGroup;
+    }
+    return {matrix, (group * kGroup + row) * kHeight, (kColsPerGroup * group + col) * kTile};
   }
 
-  // Whether any entry of the item counts.
+  // Only the last group of a triangle has items that do not.
   GAPKERNELS_HOST_DEVICE static bool exists(const TileSpace& space, const Item& item) {
-    return item.row_start < space.num_rows &&
-           (!(space.symmetric >> item.matrix & 1) || item.col_start + kTile - 1 > item.row_start);
+    return item.row_start < space.num_rows && item.col_start < space.num_cols;
   }
 };
 

@@ -114,7 +114,8 @@ def missing_tool() -> str | None:
 def nvcc_command(source: Path, output: Path) -> list[str]:
     """The command that compiles one kernel source, as the build does but for what torch adds."""
     compiler, include = nvcc(), cutlass_include()
-    assert compiler is not None and include is not None
+    assert compiler is not None
+    assert include is not None
     return [str(compiler), "-c", str(source), "-o", str(output), f"-I{include}", "-Xcompiler", "-fPIC", *NVCC_FLAGS]
 
 
@@ -180,7 +181,9 @@ def _compile(target: Path) -> None:
             is_python_module=False,
         )
     except (RuntimeError, OSError, subprocess.SubprocessError) as error:
-        raise BuildError(f"the CUDA kernels could not be compiled; backend='triton' needs no compiler\n{error}") from error
+        raise BuildError(
+            f"the CUDA kernels could not be compiled; backend='triton' needs no compiler\n{error}"
+        ) from error
     (scratch / f"{NAME}.so").replace(target)
     print(f"gapkernels: compiled in {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
 

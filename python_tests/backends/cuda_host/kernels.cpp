@@ -1,0 +1,236 @@
+// The two kernels in plain C++: what runs around the tensor cores, on the CPU. Order of tiles, masks, formulas of the
+// entries, fragments of a warpgroup and the reduction of columns are the kernels' own code; only inner products are
+// plain loops, and the threads of a block take turns.
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+#include "entries.h"
+#include "fragments.h"
+#include "similarity.h"
+
+namespace gapkernels {
+namespace {
+
+constexpr int kCluster = 2, kThreads = 128;
+
+float bits_to_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+uint32_t float_to_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
+// float16 by the compiler's own type, bfloat16 as the upper half of a float32, rounded to nearest even.
+float load(const void* data, int64_t index, Element element) {
+  if (element == Element::kFloat16) return static_cast<float>(static_cast<const _Float16*>(data)[index]);
+  return bits_to_float(static_cast<uint32_t>(static_cast<const uint16_t*>(data)[index]) << 16);
+}
+
+void store(void* data, int64_t index, Element element, float value) {
+  if (element == Element::kFloat16) {
+    static_cast<_Float16*>(data)[index] = static_cast<_Float16>(value);
+  } else {
+    const uint32_t bits = float_to_bits(value);
+    const uint16_t rounded = value != value ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    static_cast<uint16_t*>(data)[index] = rounded;
+  }
+}
+
+// ⟨a_i, b_j⟩ of a tile, zero past the edges, as the copy engine fills operands there.
+struct Products {
+  std::vector<float> values;
+
+  Products(const Matrix& matrix, Element element, int num_rows, int num_cols, int dim, int row_start, int col_start)
+      : values(kTile * kTile) {
+    std::vector<float> a(static_cast<size_t>(kTile) * dim), b(static_cast<size_t>(kTile) * dim);
+    for (int i = 0; i < kTile; ++i) {
+      for (int k = 0; k < dim; ++k) {
+        const int row = row_start + i, col = col_start + i;
+        a[i * dim + k] = row < num_rows ? load(matrix.rows, row * matrix.row_stride + k, element) : 0.0f;
+        b[i * dim + k] = col < num_cols ? load(matrix.cols, col * matrix.col_stride + k, element) : 0.0f;
+      }
+    }
+    for (int i = 0; i < kTile; ++i) {
+      for (int j = 0; j < kTile; ++j) {
+        float sum = 0.0f;
+        for (int k = 0; k < dim; ++k) sum += a[i * dim + k] * b[j * dim + k];
+        values[i * kTile + j] = sum;
+      }
+    }
+  }
+
+  float operator()(int i, int j) const { return values[i * kTile + j]; }
+};
+
+// Sums of the columns of a tile, from what each of a warp's lanes holds.
+void reduce_columns(float (&sums)[32][kColsPerThread], float* out) {
+  auto exchange = [&](auto half, int distance) {
+    constexpr int kHalf = decltype(half)::value;
+    float sent[32][kHalf];
+    for (int lane = 0; lane < 32; ++lane) ColumnReduction::split(sums[lane], sent[lane], lane, distance);
+    for (int lane = 0; lane < 32; ++lane) {
+      for (int q = 0; q < kHalf; ++q) sums[lane][q] += sent[lane ^ distance][q];
+    }
+  };
+  exchange(std::integral_constant<int, 16>{}, 16);
+  exchange(std::integral_constant<int, 8>{}, 8);
+  exchange(std::integral_constant<int, 4>{}, 4);
+  for (int lane = 0; lane < 32; ++lane) {
+    for (int q = 0; q < 4; ++q) out[ColumnReduction::col(lane, q)] += sums[lane][q];
+  }
+}
+
+template <bool kBiased>
+void stats_tile(const StatsArguments& arguments, const Matrix& matrix, int m, int row_start, int col_start) {
+  const Products products(matrix, arguments.element, arguments.num_rows, arguments.num_cols, arguments.dim, row_start,
+                          col_start);
+  const float scale = load_scale(matrix.scale, matrix.scale_is_double);
+  const float* largest = arguments.largest == nullptr ? nullptr : arguments.largest + m;
+  const float shift = constant_shift(scale, largest, kBiased, arguments.headroom);
+  const Mask mask{arguments.num_rows, arguments.num_cols, arguments.diagonal, matrix.symmetric};
+  const bool masked = mask.needed(row_start, col_start);
+  float row_sums[kTile] = {}, col_sums[kTile] = {};
+  for (int warp = 0; warp < kThreads / 32; ++warp) {
+    float of_lanes[32][kColsPerThread] = {};
+    for (int lane = 0; lane < 32; ++lane) {
+      const int thread = 32 * warp + lane;
+      for (int r = 0; r < kRowsPerThread; ++r) {
+        const int row = fragment_row(thread, r / 2, r % 2), i = row_start + row;
+        const float term = row_term<kBiased>(i < arguments.num_rows ? matrix.row_factors[i] : 0.0f, scale);
+        const RowMask counted = mask.row(i, col_start + fragment_col(thread, 0, 0));
+        for (int n = 0; n < kColsPerThread / 2; ++n) {
+          for (int b = 0; b < 2; ++b) {
+            const int col = fragment_col(thread, n, b), j = col_start + col;
+            const float factor = j < arguments.num_cols ? matrix.col_factors[j] : 0.0f;
+            float entry = fast_exp2(exponent<kBiased>(products(row, col), term, factor, scale, shift));
+            if (masked && !counted.counts(fragment_col(0, n, b))) entry = 0.0f;
+            row_sums[row] += entry;
+            of_lanes[lane][2 * n + b] += entry;
+          }
+        }
+      }
+    }
+    reduce_columns(of_lanes, col_sums);
+  }
+  float* rows = arguments.row_sums + static_cast<int64_t>(m) * arguments.num_rows;
+  float* cols = matrix.symmetric ? rows : arguments.col_sums + static_cast<int64_t>(m) * arguments.num_cols;
+  for (int i = 0; i < kTile; ++i) {
+    if (row_start + i < arguments.num_rows) rows[row_start + i] += row_sums[i];
+    if (col_start + i < arguments.num_cols) cols[col_start + i] += col_sums[i];
+  }
+}
+
+template <bool kBiased>
+void grad_tile(const GradArguments& arguments, int row_start, int col_start) {
+  const Matrix& matrix = arguments.matrix;
+  const Products products(matrix, arguments.element, arguments.num_rows, arguments.num_cols, arguments.dim, row_start,
+                          col_start);
+  const float scale = load_scale(matrix.scale, matrix.scale_is_double), reference = *arguments.reference;
+  const Mask mask{arguments.num_rows, arguments.num_cols, arguments.diagonal, false};
+  const int rows = std::min(kTile, arguments.num_rows - row_start);
+  const int cols = std::min(kTile, arguments.num_cols - col_start);
+  LogSumRange range{INFINITY, -INFINITY};
+  for (int i = 0; !kBiased && i < rows; ++i) {
+    range.smallest = std::fmin(range.smallest, arguments.row_log_sums[row_start + i]);
+    range.largest = std::fmax(range.largest, arguments.row_log_sums[row_start + i]);
+  }
+  for (int j = 0; !kBiased && j < cols; ++j) {
+    range.smallest = std::fmin(range.smallest, arguments.col_log_sums[col_start + j]);
+    range.largest = std::fmax(range.largest, arguments.col_log_sums[col_start + j]);
+  }
+  const float middle = range.middle();
+  double total = 0.0;
+  for (int row = 0; row < rows; ++row) {
+    const int i = row_start + row;
+    const RowMask counted = mask.row(i, col_start);
+    const float term = row_term<kBiased>(matrix.row_factors[i], scale);
+    for (int col = 0; col < cols; ++col) {
+      const int j = col_start + col;
+      float x = exponent<kBiased>(products(row, col), term, matrix.col_factors[j], scale, reference);
+      if (!counted.counts(col)) x = -INFINITY;
+      float value;
+      if (kBiased) {
+        value = fast_exp2(x);
+      } else {
+        const float row_log = arguments.row_log_sums[i], col_log = arguments.col_log_sums[j];
+        const float gradient =
+            range.one_exponential()
+                ? pair_gradient<true>(x, middle, share<true>(row_log, middle), share<true>(col_log, middle))
+                : pair_gradient<false>(x, middle, share<false>(row_log, middle), share<false>(col_log, middle));
+        total += moment(gradient, x);
+        value = gradient * (matrix.row_factors[i] * arguments.unit) * matrix.col_factors[j];
+      }
+      store(arguments.out, i * arguments.out_stride + j, arguments.element, value);
+    }
+  }
+  if (arguments.scale_partials != nullptr) {
+    const int number = row_start / kTile * ceil_div(arguments.num_cols, kTile) + col_start / kTile;
+    arguments.scale_partials[number] += total;
+  }
+}
+
+// All tiles as `num_clusters` clusters on the device would walk them, one cluster after the other.
+template <class Visit>
+void walk_all(const TileSpace& space, Visit visit) {
+  constexpr int kClusters = 3;
+  for (int cluster = 0; cluster < kClusters; ++cluster) {
+    for (TileWalk<kCluster> walk(space, cluster, kClusters); walk.valid(); walk.advance()) {
+      for (int block = 0; block < kCluster; ++block) {
+        const Item& item = walk.item();
+        visit(item.matrix, item.row_start + block * kTile, item.col_start);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+const char* similarity_stats(const StatsArguments& arguments, void*) {
+  TileSpace space{arguments.num_rows, arguments.num_cols, arguments.num_matrices, 0};
+  for (int m = 0; m < arguments.num_matrices; ++m) {
+    space.symmetric |= static_cast<unsigned>(arguments.matrices[m].symmetric) << m;
+  }
+  walk_all(space, [&](int m, int row_start, int col_start) {
+    const Matrix& matrix = arguments.matrices[m];
+    (matrix.biased ? stats_tile<true> : stats_tile<false>)(arguments, matrix, m, row_start, col_start);
+  });
+  return nullptr;
+}
+
+const char* similarity_grad(const GradArguments& arguments, void*) {
+  walk_all({arguments.num_rows, arguments.num_cols, 1, 0}, [&](int, int row_start, int col_start) {
+    if (row_start >= arguments.num_rows) return;
+    (arguments.matrix.biased ? grad_tile<true> : grad_tile<false>)(arguments, row_start, col_start);
+  });
+  return nullptr;
+}
+
+}  // namespace gapkernels
+
+// ---- for the test of the order of tiles alone -----------------------------------------------------------------------
+
+// Writes the (matrix, row_start, col_start) of one cluster's items, at most `room`; returns how many there are.
+extern "C" int gapkernels_walk(int num_rows, int num_cols, int num_matrices, unsigned symmetric, int cluster,
+                               int num_clusters, int height, int* out, int room) {
+  const gapkernels::TileSpace space{num_rows, num_cols, num_matrices, symmetric};
+  int count = 0;
+  auto take = [&](auto walk) {
+    for (; walk.valid(); walk.advance(), ++count) {
+      if (count >= room) continue;
+      const gapkernels::Item& item = walk.item();
+      const int values[3] = {item.matrix, item.row_start, item.col_start};
+      std::memcpy(out + 3 * count, values, sizeof(values));
+    }
+  };
+  if (height == 1) take(gapkernels::TileWalk<1>(space, cluster, num_clusters));
+  else take(gapkernels::TileWalk<2>(space, cluster, num_clusters));
+  return count;
+}

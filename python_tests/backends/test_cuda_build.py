@@ -1,0 +1,138 @@
+"""Compiling on the user's machine: what is found, what is said when something is missing, who waits for whom."""
+
+import multiprocessing
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from gapkernels import backends, gap_loss
+from gapkernels.backends import cuda
+from gapkernels.backends.cuda import build
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_library_is_named_after_what_it_depends_on(cache, monkeypatch, tmp_path):
+    first = build.library()
+    assert first == build.library()
+    assert first.is_relative_to(cache)
+    copied = tmp_path / "csrc"
+    copied.mkdir()
+    for file in build.source_folder().iterdir():
+        (copied / file.name).write_bytes(file.read_bytes())
+    monkeypatch.setattr(build, "source_folder", lambda: copied)
+    assert build.library() == first  # where they lie does not matter
+    (copied / "entries.h").write_text("// changed")
+    assert build.library() != first
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("nvcc", None, "nvcc, which was not found"),
+        ("cutlass_include", None, r"pip install 'gapkernels\[cuda\]'"),
+        ("kernel_sources", [], "its sources are missing"),
+    ],
+)
+def test_missing_tools_are_named(monkeypatch, name, value, said):
+    monkeypatch.setattr(build, "nvcc", lambda: Path("nvcc"))
+    monkeypatch.setattr(build, "nvcc_version", lambda program: (13, 0))
+    monkeypatch.setattr(build, "cutlass_include", lambda: Path("include"))
+    monkeypatch.setattr(build, name, lambda: value)
+    assert build.missing_tool() is not None
+    with pytest.raises(build.BuildError, match=rf"cannot be compiled: .*{said}.*backend='triton' needs no compiler"):
+        build.build()
+
+
+def test_old_compiler_is_named(monkeypatch):
+    monkeypatch.setattr(build, "nvcc", lambda: Path("nvcc"))
+    monkeypatch.setattr(build, "nvcc_version", lambda program: (11, 8))
+    assert "need nvcc 12.4 or newer, found 11.8" in (build.missing_tool() or "")
+
+
+def test_headers_in_a_folder_of_ones_own(monkeypatch, tmp_path):
+    monkeypatch.setenv(build.CUTLASS_VARIABLE, str(tmp_path))
+    assert build.cutlass_include() is None
+    header = tmp_path / "include" / "cutlass" / "cutlass.h"
+    header.parent.mkdir(parents=True)
+    header.touch()
+    assert build.cutlass_include() == tmp_path / "include"
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
+def test_command_says_why_it_cannot_compile():
+    run = subprocess.run([sys.executable, "-m", "gapkernels.backends.cuda.build"], capture_output=True, text=True)
+    assert run.returncode == 1
+    assert run.stdout == ""
+    assert run.stderr.startswith("the CUDA kernels cannot be compiled: ")
+    assert "Warning" not in run.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_backend_says_why_it_cannot_be_used():
+    x = torch.zeros(4, 8, dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match=r"backend='cuda' cannot be used here: .*; choose backend='triton'"):
+        gap_loss(x, x, backend="cuda")
+    with pytest.raises(TypeError, match=r"takes bfloat16, float16 embeddings, got float32; choose backend='triton'"):
+        gap_loss(x.float(), x.float(), backend="cuda")
+    status = {s.name: s for s in backends.available()}["cuda"]
+    assert not status.usable
+    assert status.reason
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0)])
+def test_only_hopper_is_taken(monkeypatch, capability):
+    monkeypatch.setattr(cuda.triton_backend, "unusable_because", lambda device=None: None)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    reason = cuda.unusable_because(torch.device("cuda"), torch.bfloat16)
+    assert reason == "its kernels are for compute capability 9.0 (Hopper), not {}.{}".format(*capability)
+
+
+def build_slowly(starts, results):
+    """In a process of its own: a build whose compiler takes a while."""
+
+    def compile_(target):
+        starts.put(time.monotonic())
+        time.sleep(0.5)
+        target.write_bytes(b"library")
+
+    build._compile = compile_
+    results.put(build.build().read_bytes())
+
+
+def test_processes_that_build_at_one_time_compile_once(cache):
+    context = multiprocessing.get_context("spawn")
+    starts, results = context.Queue(), context.Queue()
+    workers = [context.Process(target=build_slowly, args=(starts, results)) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    assert [results.get(timeout=60) for _ in workers] == [b"library"] * 3
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+    starts.get(timeout=5)
+    assert starts.empty()
+
+
+def test_interrupted_compilation_leaves_no_library(monkeypatch):
+    def interrupted(target):
+        (target.parent / "build").mkdir()
+        (target.parent / "build" / target.name).write_bytes(b"half a library")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(build, "_compile", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build.build()
+    assert not build.library().exists()
+    monkeypatch.setattr(build, "_compile", lambda target: target.write_bytes(b"library"))
+    assert build.build().read_bytes() == b"library"
