@@ -15,9 +15,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 def natively_tested_backends() -> list[str]:
-    """The backends that compute the loss by other means than the definition and run on the device at hand."""
+    """The backends that compute the loss by other means than the definition and run on the device at hand.
+
+    The CUDA backend takes 16-bit types only and has a grid of its own (``backends/test_cuda_on_gpu.py``).
+    """
     usable = {status.name for status in backends.available() if status.usable}
-    return [name for name in backends.NAMES if name in usable and name != "reference"]
+    return [name for name in backends.NAMES if name in usable and name not in ("reference", "cuda")]
 
 
 @pytest.fixture(params=natively_tested_backends())

@@ -5,8 +5,7 @@ Sizes that the shared tests run over all backends are not repeated here.
 
 import pytest
 import torch
-import torch.nn.functional as F
-from oracle import TOLERANCE, assert_matches_oracle, random_embeddings
+from oracle import assert_matches_chunked_oracle, assert_matches_oracle, random_embeddings
 
 from gapkernels import backends, gap_loss
 
@@ -18,65 +17,10 @@ pytestmark = pytest.mark.skipif(
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
-def chunked_oracle(x, y, scale, chunk=2048):
-    """Loss and gradients of two modalities in float64, a block of rows of each N×N matrix at a time."""
-    n = len(x)
-    x, y = (e.detach().double().requires_grad_() for e in (x, y))
-    u, v = F.normalize(x, dim=1), F.normalize(y, dim=1)
-    c = F.normalize((u + v) / 2, dim=1)
-    # Leaves of their own, so that every block can be differentiated and freed by itself.
-    u_leaf, v_leaf, c_leaf = (e.detach().requires_grad_() for e in (u, v, c))
-    with torch.no_grad():
-        rows = [slice(i, min(i + chunk, n)) for i in range(0, n, chunk)]
-        col_log = torch.full((n,), -torch.inf, dtype=torch.float64, device=x.device)
-        total = torch.zeros((), dtype=torch.float64, device=x.device)
-        for row in rows:
-            col_log = torch.logaddexp(col_log, torch.logsumexp(scale * u[row] @ v.T, dim=0))
-            squared = (2 - 2 * c[row] @ c.T).clamp_min(0)
-            total += torch.exp(-2 * squared).sum()
-        total -= n
-    loss = (2 - 2 * (u * v).sum(1)).mean().detach() + torch.log(total / (n * (n - 1)))
-    loss += (col_log - scale * (u * v).sum(1)).mean().detach() / 2
-    for row in rows:
-        logits = scale * u_leaf[row] @ v_leaf.T
-        index = torch.arange(row.start, row.stop, device=x.device)
-        by_row = F.cross_entropy(logits, index, reduction="sum") / (2 * n)
-        loss += by_row.detach()
-        weights = torch.exp(logits.detach() - col_log)
-        by_col = (weights * logits).sum() / (2 * n) - logits.diagonal(row.start).sum() / (2 * n)
-        potential = torch.exp(-2 * (2 - 2 * c_leaf[row] @ c_leaf.T))
-        potential = potential.sum() - potential.diagonal(row.start).sum()
-        (by_row + by_col + potential / total).backward()
-    ((2 - 2 * (u_leaf * v_leaf).sum(1)).mean()).backward()
-    # |c|² = 1: the potential above leaves the norms out, whose gradient is radial and vanishes in the normalisation.
-    torch.autograd.backward([u, v, c], [u_leaf.grad, v_leaf.grad, c_leaf.grad])
-    return loss.item(), x.grad, y.grad
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("n", "dim"), [(4097, 512), (16384, 768), (65536, 128)])
 def test_large_batches(n, dim, dtype):
-    embeddings = random_embeddings(n, dim, dtype=dtype)
-    loss_scale = float(n) if dtype == torch.float16 else 1.0
-    ours = [e.clone().requires_grad_() for e in embeddings]
-    loss = gap_loss(*ours, logit_scale=20.0, backend="triton")
-    (loss * loss_scale).backward()
-    expected, *gradients = chunked_oracle(*embeddings, 20.0)
-    assert abs(loss.item() - expected) <= TOLERANCE[dtype].loss * abs(expected)
-    for e, gradient in zip(ours, gradients, strict=True):
-        error = (e.grad.double() / loss_scale - gradient).norm() / gradient.norm()
-        assert error <= TOLERANCE[dtype].gradient, error
-
-
-def test_chunked_oracle_is_the_definition():
-    x, y = random_embeddings(70, 16, dtype=torch.float64)
-    leaves = [x.clone().requires_grad_(), y.clone().requires_grad_()]
-    loss = gap_loss(*leaves, logit_scale=20.0, backend="reference")
-    loss.backward()
-    value, gradient_x, gradient_y = chunked_oracle(x, y, 20.0, chunk=32)
-    assert abs(value - loss.item()) < 1e-10
-    torch.testing.assert_close(gradient_x, leaves[0].grad, rtol=1e-8, atol=1e-12)
-    torch.testing.assert_close(gradient_y, leaves[1].grad, rtol=1e-8, atol=1e-12)
+    assert_matches_chunked_oracle(random_embeddings(n, dim, dtype=dtype), 20.0, "triton")
 
 
 @pytest.mark.parametrize(("n", "dim"), [(32768, 512), (65536, 768)])

@@ -1,0 +1,138 @@
+"""The CUDA kernels on a Hopper GPU: the shared grid in the types they take, large batches, what they promise."""
+
+import itertools
+
+import pytest
+import torch
+from oracle import (
+    TOLERANCE,
+    Tolerance,
+    assert_matches_chunked_oracle,
+    assert_matches_oracle,
+    random_embeddings,
+)
+
+from gapkernels import backends, gap_loss
+
+pytestmark = pytest.mark.skipif(
+    not {s.name: s.usable for s in backends.available()}["cuda"],
+    reason="needs a Hopper GPU, nvcc and CUTLASS's headers",
+)
+DTYPES = [torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def by_blocks(monkeypatch):
+    """The backward pass that uses these kernels, whatever the count of operations says of a size."""
+    monkeypatch.setenv("GAPKERNELS_BACKWARD", "blocks")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scale", [1.0, 14.3, 100.0])
+@pytest.mark.parametrize("dim", [1, 7, 64, 100, 512, 768, 1024])
+@pytest.mark.parametrize("n", [2, 3, 127, 128, 129, 1000, 4097])
+def test_sizes_scales_and_types(n, dim, scale, dtype):
+    assert_matches_oracle(random_embeddings(n, dim, dtype=dtype), scale, "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("pairs", ["anchor", "all"])
+@pytest.mark.parametrize(("modalities", "anchor"), [(2, 1), (3, 1), (6, 0)])
+def test_modalities_and_options(modalities, anchor, pairs, dtype):
+    for normalize, normalize_centroids in itertools.product([True, False], repeat=2):
+        assert_matches_oracle(
+            [e if normalize else e / 4 for e in random_embeddings(300, 40, modalities, dtype=dtype)],
+            9.0,
+            "cuda",
+            anchor=anchor,
+            pairs=pairs,
+            normalize=normalize,
+            normalize_centroids=normalize_centroids,
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "dim"), [(16384, 768), (65536, 128)])
+def test_large_batches(n, dim, dtype):
+    assert_matches_chunked_oracle(random_embeddings(n, dim, dtype=dtype), 20.0, "cuda")
+
+
+@pytest.mark.parametrize("scale", [100.0, 1000.0])
+def test_sums_below_the_range_of_the_constant_exponent(scale):
+    x, y = random_embeddings(600, 8)
+    x, y = x[:1] + 0.04 * x, -x[:1] + 0.04 * y
+    loss = max(TOLERANCE[torch.float16].loss, 4 * scale * torch.finfo(torch.float32).eps)
+    assert_matches_oracle([x.half(), y.half()], scale, "cuda", Tolerance(loss, 4e-3))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_not_a_number_in_not_a_number_out(bad):
+    x, y = random_embeddings(700, 64, dtype=torch.bfloat16)
+    x[333, 5] = bad
+    x.requires_grad_()
+    loss = gap_loss(x, y, backend="cuda")
+    loss.backward()
+    assert not torch.isfinite(loss)
+    assert not torch.isfinite(x.grad).all()
+
+
+def test_agrees_with_triton_closely():
+    """Both round the same operands and weights; only the order of sums differs."""
+    x, y = (e.requires_grad_() for e in random_embeddings(5000, 512, dtype=torch.bfloat16))
+    results = []
+    for backend in ("cuda", "triton"):
+        loss = gap_loss(x, y, backend=backend)
+        results.append((loss, *torch.autograd.grad(loss, (x, y))))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-6, atol=1e-6)
+    for ours, others in zip(results[0][1:], results[1][1:], strict=True):
+        assert (ours.double() - others.double()).norm() <= 1e-3 * others.double().norm()
+
+
+def test_cuda_graph():
+    """Captured once, replayed on other data."""
+    x, y = (e.requires_grad_() for e in random_embeddings(3000, 128, dtype=torch.bfloat16))
+
+    def step():
+        loss = gap_loss(x, y, backend="cuda")
+        return loss, *torch.autograd.grad(loss, (x, y))
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for value, new in zip((x, y), random_embeddings(3000, 128, dtype=torch.bfloat16, seed=5), strict=True):
+            value.copy_(new)
+    graph.replay()
+    for ours, eager in zip(captured, step(), strict=True):
+        torch.testing.assert_close(ours, eager, rtol=1e-2, atol=1e-6)
+
+
+def test_deterministic_mode(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    x, y = (e.requires_grad_() for e in random_embeddings(5000, 64, dtype=torch.bfloat16))
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = (torch.autograd.grad(gap_loss(x, y, backend="cuda"), (x, y)) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_on_another_stream():
+    """Kernels run on torch's current stream: work queued there before them is waited for."""
+    x, y = random_embeddings(4000, 256, dtype=torch.bfloat16)
+    expected = gap_loss(x, y, backend="cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        late = torch.zeros_like(x)
+        torch.cuda._sleep(20_000_000)
+        late.copy_(x)
+        loss = gap_loss(late, y, backend="cuda")
+    stream.synchronize()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
