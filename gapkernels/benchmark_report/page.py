@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from gapkernels.benchmark_report import plots, tables
 from gapkernels.benchmark_report.plots import Plot
-from gapkernels.benchmark_report.results import Results, load
+from gapkernels.benchmark_report.results import Results, commit_note, load
 
 LOSSES = ("gap", "info_nce")
 
@@ -70,7 +70,7 @@ def scaling_sections(results: Results) -> list[tuple[str, tables.Table]]:
 
 def _facts(results: Results) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
-    facts = [f"Measured on {results.date}, commit {results.commit}.", f"Versions: {versions}."]
+    facts = [f"Measured on {results.date}, {commit_note(results.commits)}.", f"Versions: {versions}."]
     return facts + [note for note in [tables.clock_note(results)] if note]
 
 

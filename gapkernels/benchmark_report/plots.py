@@ -17,11 +17,12 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette, made to be told apart with every common form of colour blindness.
 _BLUE, _VERMILION, _GREEN, _PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 _ORANGE, _SKY, _BLACK, _GREY = "#E69F00", "#56B4E9", "#000000", "#767676"
+_DARK_BLUE, _LIGHT_BLUE = "#003A5D", "#4C9ED9"  # lightness tells our backends apart
 # (colour, marker, line) of every implementation that has a place of its own; the same in every figure.
 _STYLES = {
     "gapkernels-torch": (_BLUE, "o", "-"),
-    "gapkernels-triton": (_BLUE, "s", "-"),
-    "gapkernels-cuda": (_BLUE, "D", "-"),
+    "gapkernels-triton": (_LIGHT_BLUE, "s", "-"),
+    "gapkernels-cuda": (_DARK_BLUE, "D", "-"),
     "authors": (_VERMILION, "^", "-"),
     "authors-compile": (_VERMILION, "v", "--"),
     "matmul": (_GREEN, "P", "-"),
@@ -32,7 +33,7 @@ _STYLES = {
     "pytorch-metric-learning": (_BLACK, "d", "-"),
 }
 _DEVICE_STYLES = tuple(zip((_BLUE, _VERMILION, _GREEN, _PURPLE, _ORANGE, _SKY), "o^PXDs", strict=True))
-_WIDTH, _HEIGHT, _DPI = 5.2, 4.0, 150
+_WIDTH, _HEIGHT, _DPI = 5.2, 3.6, 150
 _GPU_MEMORY = 80e9  # of the GPU that most readers have in mind
 
 
@@ -71,6 +72,7 @@ def draw_time(results: Results, family: Problem) -> Plot:
     series = results.series(family, "samples")
     for implementation, rows in series.items():
         _line(axes, implementation, rows[0].label, [(row.samples, row.median) for row in rows])
+    stopped = _mark_stops(axes, results, family, {name: (r[-1].samples, r[-1].median) for name, r in series.items()})
     reference = max((rows for rows in series.values() if rows[0].ours), key=len)
     floor = [(row.samples, row.operations / (row.matmul_tflops * 1e12)) for row in reference]
     axes.plot(*zip(*floor, strict=True), color=_GREY, linestyle=":", linewidth=1.5, label="products at matmul speed")
@@ -85,7 +87,7 @@ def draw_time(results: Results, family: Problem) -> Plot:
         figure,
         f"time-{results.name}-{family.loss}",
         f"{results.device}: time against the batch size ({_without_samples(family)}). The grey lines are the times "
-        "of the matrix products alone, at the speed of one large product.",
+        f"of the matrix products alone, at the speed of one large product.{stopped}",
     )
 
 
@@ -93,13 +95,16 @@ def draw_memory(results: Results, family: Problem) -> Plot | None:
     """Peak memory beyond the inputs against N."""
     figure, axes = _new_figure()
     drawn: list[int] = []
+    last: dict[str, tuple[int, float]] = {}
     for implementation, rows in results.series(family, "samples").items():
         points = [(row.samples, row.peak_extra_bytes) for row in rows if row.peak_extra_bytes]
         if points:
             _line(axes, implementation, rows[0].label, points)
             drawn += [samples for samples, _ in points]
+            last[implementation] = points[-1]
     if not drawn:
         return None
+    stopped = _mark_stops(axes, results, family, last)
     gradients = sorted(
         {
             (row.samples, row.gradient_bytes)
@@ -120,7 +125,7 @@ def draw_memory(results: Results, family: Problem) -> Plot | None:
         figure,
         f"memory-{results.name}-{family.loss}",
         f"{results.device}: peak memory beyond the inputs, gradients included, against the batch size "
-        f"({_without_samples(family)}).",
+        f"({_without_samples(family)}).{stopped}",
     )
 
 
@@ -168,12 +173,12 @@ def draw_speedup(results: Results, problem: Problem) -> Plot | None:
     axes.set_yticks([-position for position in range(len(rows))], [row.label.replace(", ", ",\n") for row in rows])
     axes.axvline(1, color=_GREY, linewidth=1, linestyle=":")
     axes.set_xlim(0, 1.6 * base.median / rows[0].median)
-    axes.set_xlabel("speed relative to the authors' formulation")
+    axes.set_xlabel("speed relative to the authors' formulation", loc="right")
     axes.grid(visible=False)
     scope = "both" if problem.backward else "forward"
     return _finish(
         figure,
-        f"speedup-{results.name}-{problem.loss}-{scope}",
+        f"speedup-{results.name}-{problem.loss}-{scope}-N{problem.samples}-D{problem.width}",
         f"{results.device}: {problem.title}. Longer is faster.",
     )
 
@@ -197,9 +202,23 @@ def compare_devices(files: Sequence[Results]) -> list[Plot]:
     _logarithmic(axes, [row.samples for _, rows in sweeps for row in rows])
     axes.set_ylabel("time (median)")
     axes.yaxis.set_major_formatter(lambda value, _: _short_seconds(value))
-    _legend(axes)
+    _legend(axes, columns=1)
     caption = "Our fastest backend on each device, forward + backward of the whole loss."
     return [_finish(figure, "devices", caption)]
+
+
+def _mark_stops(axes: Axes, results: Results, family: Problem, last: dict[str, tuple[int, float]]) -> str:
+    """Cross out the last point of everybody who ran out of memory beyond it; what the caption has to say of it."""
+    failed = {
+        (skip.implementation, skip.samples)
+        for skip in results.skips
+        if skip.kind == "memory" and skip.problem.at("samples", family.samples) == family
+    }
+    points = [point for name, point in last.items() if any(n == name and size > point[0] for n, size in failed)]
+    if not points:
+        return ""
+    axes.plot(*zip(*points, strict=True), color=_BLACK, linestyle="", marker="x", markersize=11, mew=1.8, zorder=5)
+    return " A cross: the next size ran out of memory."
 
 
 def _line(axes: Axes, implementation: str, label: str, points: Sequence[tuple[float, float]]) -> None:
@@ -227,8 +246,14 @@ def _logarithmic(axes: Axes, samples: Sequence[int]) -> None:
     axes.set_xlabel("batch size N")
 
 
-def _legend(axes: Axes) -> None:
-    axes.legend(fontsize=8, framealpha=0.9, edgecolor="none")
+def _legend(axes: Axes, columns: int = 2) -> None:
+    """A legend under the axes, where it hides no line however many there are."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
+    lines = -(-len(labels) // columns)
+    figure.set_figheight(figure.get_figheight() + 0.18 * lines)
 
 
 def _short_count(value: float) -> str:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+_DIRTY = "+dirty"
+
 
 class Problem(NamedTuple):
     """What was computed, without who computed it."""
@@ -103,7 +105,7 @@ class Results:
         device: GPU or CPU model.
         is_gpu: whether the times are those of a GPU.
         date: of the run, YYYY-MM-DD.
-        commit: of the measured code.
+        commits: of the measured code, "+dirty" where files had changed since.
         versions: of what took part.
         rows, skips: in the order of measurement.
     """
@@ -112,7 +114,7 @@ class Results:
     device: str
     is_gpu: bool
     date: str
-    commit: str
+    commits: list[str]
     versions: dict[str, str]
     rows: list[Row]
     skips: list[Skip]
@@ -140,13 +142,33 @@ class Results:
         return family if count > 1 else None
 
     def peer_problems(self) -> list[Problem]:
-        """For each loss and pass the problem that the most implementations were measured on; the largest of equals."""
-        best: dict[tuple[str, bool], tuple[int, int, Problem]] = {}
-        for problem, count in Counter(row.problem for row in self.rows).items():
-            key = (problem.loss, problem.backward)
-            if count > 1:
-                best[key] = max(best.get(key, (0, 0, problem)), (count, problem.samples, problem))
-        return [problem for _, _, problem in sorted(best.values(), key=lambda entry: (entry[2].loss, -entry[0]))]
+        """The problems to compare everybody on, for each loss and pass.
+
+        First the one that the most implementations were measured on; then, where it is another, the one that the most
+        were tried on, which shows who fails where others go on. Among equals the largest.
+        """
+        measured = Counter(row.problem for row in self.rows)
+        tried = measured + Counter(skip.problem for skip in self.skips)
+        found: dict[Problem, None] = {}
+        for scope in sorted({(p.loss, not p.backward) for p, count in measured.items() if count > 1}):
+            group = [p for p, count in measured.items() if count > 1 and (p.loss, not p.backward) == scope]
+            for counts in (measured, tried):
+                found[max(group, key=lambda p: (counts[p], p.samples, p))] = None
+        return list(found)
+
+
+def commit_note(commits: Sequence[str]) -> str:
+    """Which code was measured, and whether it is all in the repository."""
+    clean = sorted({commit.removesuffix(_DIRTY) for commit in commits})
+    if len(clean) == 1:
+        text = f"commit {clean[0]}"
+    else:
+        text = f"commits {', '.join(clean)} (one run, continued after the code had changed)"
+    changed = [commit.removesuffix(_DIRTY) for commit in commits if commit.endswith(_DIRTY)]
+    if not changed:
+        return text
+    scope = "all rows" if len(changed) == len(commits) else "some rows"
+    return f"{text}; {scope} with changes to the measured code that were not committed yet"
 
 
 def load(path: Path) -> Results:
@@ -168,7 +190,7 @@ def load(path: Path) -> Results:
         device=facts[0]["device"],
         is_gpu=facts[0]["device_type"] != "cpu",
         date=content["datetime"][:10],
-        commit=", ".join(sorted({entry["commit"] for entry in facts})),
+        commits=sorted({entry["commit"] for entry in facts}),
         versions={name: version for entry in facts for name, version in entry["versions"].items()},
         rows=rows,
         skips=[_build(Skip, {"label": entry["implementation"], **entry}) for entry in content.get("skipped", [])],

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gapkernels.benchmark_report import render, tables
-from gapkernels.benchmark_report.results import Problem, exponent, load
+from gapkernels.benchmark_report import plots, render, tables
+from gapkernels.benchmark_report.results import Problem, commit_note, exponent, load
 from gapkernels.cli import main
 
 pytest.importorskip("matplotlib")
@@ -105,6 +106,61 @@ def test_tables(path: Path) -> None:
     assert authors == ["authors' formulation", "N^2.00", "N^2.00", "2048", "N = 4096: out of memory (limit 1.0 GiB)"]
 
 
+def test_peers_are_compared_where_most_succeed_and_where_most_were_tried(tmp_path: Path) -> None:
+    content = document()
+    stop = {**FAMILY, "samples": 4096, "kind": "memory", "reason": "out of memory"}
+    content["skipped"] += [{**stop, "implementation": name, "label": name} for name in ("a", "b")]
+    file = tmp_path / "two.json"
+    file.write_text(json.dumps(content))
+    # One row at 4096 is no comparison, two are.
+    results = load(file)
+    assert [problem.samples for problem in results.peer_problems()] == [2048]
+    for samples in (2048, 4096):
+        other = row("gapkernels-triton", "gapkernels (triton)", 1.0, 2**20, samples=samples)
+        content["benchmarks"].append({"extra_info": other})
+    file.write_text(json.dumps(content))
+    results = load(file)
+    problems = results.peer_problems()
+    assert [problem.samples for problem in problems] == [2048, 4096]
+    table = tables.peer_table(results, problems[1])
+    assert [line[1] for line in table[-3:]] == ["out of memory (limit 1.0 GiB)", "out of memory", "out of memory"]
+    assert len({plot.name for plot in plots.draw(results)}) == len(plots.draw(results))
+
+
+def test_who_runs_out_of_memory_is_crossed_out(path: Path) -> None:
+    results = load(path)
+    family = results.main_family("samples", "gap")
+    assert family is not None
+    captions = [plots.draw_time(results, family).caption, plots.draw_memory(results, family).caption]
+    assert all(caption.endswith("A cross: the next size ran out of memory.") for caption in captions)
+    without = replace(results, skips=[replace(skip, kind="time") for skip in results.skips])
+    assert "cross" not in plots.draw_time(without, family).caption
+
+
+@pytest.mark.parametrize(
+    ("commits", "note"),
+    [
+        (["a"], "commit a"),
+        (["a+dirty"], "commit a; all rows with changes to the measured code that were not committed yet"),
+        (["a", "a+dirty"], "commit a; some rows with changes to the measured code that were not committed yet"),
+        (["a", "b"], "commits a, b (one run, continued after the code had changed)"),
+    ],
+)
+def test_commit_note(commits: list[str], note: str) -> None:
+    assert commit_note(commits) == note
+
+
+def test_commits_are_on_the_page(tmp_path: Path) -> None:
+    content = document()
+    content["benchmarks"][0]["extra_info"]["commit"] = "0123456789ab+dirty"
+    file = tmp_path / "cpu.json"
+    file.write_text(json.dumps(content))
+    report = render([file], tmp_path / "report.html")
+    expected = "commit 0123456789ab; some rows with changes to the measured code that were not committed yet"
+    assert expected in report.html.read_text()
+    assert expected in report.markdown.read_text()
+
+
 @pytest.mark.parametrize(
     ("value", "text"), [(2.5, "2.50 s"), (0.0123, "12.3 ms"), (4.56e-5, "45.6 µs"), (123.4, "123 s")]
 )
@@ -170,7 +226,7 @@ def test_report_of_two_devices_is_self_contained(path: Path, tmp_path: Path) -> 
                 ("time", "-gap"),
                 ("memory", "-gap"),
                 ("utilisation", ""),
-                ("speedup", "-gap-both"),
+                ("speedup", "-gap-both-N2048-D512"),
             )
         ),
     }
