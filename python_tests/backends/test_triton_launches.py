@@ -80,7 +80,7 @@ def test_number_of_launches_by_blocks(launches, monkeypatch):
     evaluate(4000)
     names = [name for name, _, _ in launches]
     assert names.count("product") == 3
-    assert len(names) == 7 + 8 + 3, names
+    assert len(names) == 7 + 10 + 3, names
     assert names.count("tile_sums_kernel") == 1  # the pair and the triangle
 
 

@@ -2,9 +2,11 @@
 
     forward     operands, row_statistics ─► centroids ─► tile_sums (all pairs and the triangle, one launch)
                                                     └─► log_sums (redoes what left the range) ─► row_terms ─► combine
-    backward    row_statistics ─► centroids ─► per block of the triangle: gradient_tiles, one or two products
-                operands       ─► per block of each pair:    gradient_tiles, two products
-                                       └─► row_gradients, per modality
+    backward    row_statistics ─► centroids ─┬─► per block of the triangle: gradient_tiles, one or two products
+                pair_weights ────────────────┤
+                operands ────────────────────┴─► per block of each pair: gradient_tiles, two products
+                                                     └─► row_gradients, per modality; scale_gradient
+                or by whole rows, see :mod:`.row_backward`
 
 No host synchronisation, no N×N memory, nothing depends on values on the host: all of it can be captured in a CUDA
 graph. Memory beyond inputs and gradients for two bf16 modalities, in units of N·D bytes: forward 2·2 (operands) + 2
@@ -15,7 +17,6 @@ operand and products of BLOCK rows of the modality that is not the anchor.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from itertools import groupby
 
@@ -25,13 +26,15 @@ from torch import Tensor
 from gapkernels.backends.triton import backward_plan, device
 from gapkernels.backends.triton.gradient_tiles import gradient_tiles
 from gapkernels.backends.triton.log_sums import log_sums
-from gapkernels.backends.triton.matrix import HALF_UNIT, NO_DIAGONAL, Matrix
+from gapkernels.backends.triton.matrix import HALF_UNIT, NO_DIAGONAL, Matrix, MatrixKernels
+from gapkernels.backends.triton.pair_weights import pair_weights, scale_gradient
 from gapkernels.backends.triton.products import add_product
 from gapkernels.backends.triton.row_backward import backward_by_rows
 from gapkernels.backends.triton.row_gradients import row_gradients
 from gapkernels.backends.triton.row_statistics import (
     Centroids,
     RowStatistics,
+    centroid_headroom,
     centroids,
     operands,
     padded,
@@ -39,7 +42,6 @@ from gapkernels.backends.triton.row_statistics import (
 )
 from gapkernels.backends.triton.terms import terms
 from gapkernels.backends.triton.tile_sums import tile_sums
-from gapkernels.backends.triton.tiles import LOG2_E
 from gapkernels.distributed import World, triangle_blocks
 from gapkernels.plan import Forward, Saved, log_sum_over_processes
 from gapkernels.spec import LossSpec
@@ -51,12 +53,22 @@ SMALLEST_TILE, LARGEST_TILE = 16, 256
 LARGEST_EXPONENT = 126
 
 
+TRITON_KERNELS = MatrixKernels(tile_sums, gradient_tiles)
+
+
 class TritonBackend:
-    """The whole evaluation in Triton kernels; see :class:`gapkernels.plan.FusedBackend`."""
+    """The whole evaluation in Triton kernels; see :class:`gapkernels.plan.FusedBackend`.
+
+    Args:
+        kernels: what computes sums and gradients of whole matrices; all else is done here.
+    """
+
+    def __init__(self, kernels: MatrixKernels = TRITON_KERNELS) -> None:
+        self._kernels = kernels
 
     def forward(self, embeddings: list[Tensor], logit_scale: Tensor, spec: LossSpec, world: World) -> Forward:
         with device.on(embeddings[0].device):
-            return _forward(_readable(embeddings), logit_scale, spec, world)
+            return _forward(_readable(embeddings), logit_scale, spec, world, self._kernels)
 
     def backward(
         self,
@@ -69,13 +81,17 @@ class TritonBackend:
         needs_grad: list[bool],
     ) -> tuple[list[Tensor | None], Tensor | None]:
         with device.on(embeddings[0].device):
-            return _backward(upstream, _readable(embeddings), logit_scale, saved, spec, world, needs_grad)
+            return _backward(
+                upstream, _readable(embeddings), logit_scale, saved, spec, world, needs_grad, self._kernels
+            )
 
 
 # ---- passes -------------------------------------------------------------------------------------------------------
 
 
-def _forward(embeddings: list[Tensor], logit_scale: Tensor, spec: LossSpec, world: World) -> Forward:
+def _forward(
+    embeddings: list[Tensor], logit_scale: Tensor, spec: LossSpec, world: World, kernels: MatrixKernels
+) -> Forward:
     num_rows = embeddings[0].shape[0]
     statistics = _statistics(embeddings, spec, world)
     matrices = _pair_matrices(embeddings, logit_scale, spec, world) if spec.nce_weight else []
@@ -87,11 +103,11 @@ def _forward(embeddings: list[Tensor], logit_scale: Tensor, spec: LossSpec, worl
         if matrices and c.rows.dtype.itemsize == embeddings[0].dtype.itemsize:
             matrices.append(triangle)  # tiles of one size: one launch
         else:
-            centroid_logs = _log_sums([triangle], None)[0][0]
+            centroid_logs = _log_sums([triangle], None, kernels)[0][0]
     elif spec.cu_weight:
-        centroid_logs = _centroid_log_sums(embeddings, statistics, spec, world)
+        centroid_logs = _centroid_log_sums(embeddings, statistics, spec, world, kernels)
     if matrices:
-        row_logs, col_logs = _log_sums(matrices, largest)
+        row_logs, col_logs = _log_sums(matrices, largest, kernels)
         if matrices[-1].symmetric:
             centroid_logs = row_logs[-1]
         pair_logs = row_logs, log_sum_over_processes(col_logs, world)
@@ -109,6 +125,7 @@ def _backward(
     spec: LossSpec,
     world: World,
     needs_grad: list[bool],
+    kernels: MatrixKernels,
 ) -> tuple[list[Tensor | None], Tensor | None]:
     *embedding_needs_grad, scale_needs_grad = needs_grad
     num_rows, dim = embeddings[0].shape
@@ -119,16 +136,20 @@ def _backward(
     gradients = [
         e.new_empty(e.shape) if needed else None for e, needed in zip(embeddings, embedding_needs_grad, strict=True)
     ]
-    centroid_products = reference = None
-    if spec.cu_weight and any(embedding_needs_grad):
-        centroid_products, reference = _centroid_products(embeddings, statistics, saved.centroid, spec, world)
+    with_centroids = bool(spec.cu_weight) and any(embedding_needs_grad)
+    headroom = centroid_headroom(embeddings[0], num_rows * world.size) if with_centroids else None
+    weights = pair_weights(saved, statistics.cosines, logit_scale, world, headroom)
+    centroid_products = None
+    if with_centroids:
+        reference = weights.centroid_reference
+        centroid_products = _centroid_products(embeddings, statistics, reference, spec, world, kernels)
 
     def finish(m: int, row: slice, factors: Tensor | None, products: Tensor | None) -> None:
         out = gradients[m]
         assert out is not None
         row_gradients(
             m, row.start, embeddings, statistics, factors, products, centroid_products, saved.wrong_share,
-            saved.centroid, reference, upstream, logit_scale, unit, spec, world.size, out[row],
+            saved.centroid, weights.centroid_reference, upstream, logit_scale, unit, spec, world.size, out[row],
         )  # fmt: skip
 
     pairs = spec.nce_pairs(len(embeddings)) if spec.nce_weight and any(needs_grad) else []
@@ -147,13 +168,8 @@ def _backward(
         for k in cols
         if embedding_needs_grad[k]
     }
-    # Exponents relative to that of a positive (on every process the same): Σ G_ij·x_ij then loses no digits to what
-    # positives and negatives have in common.
-    positive = world.sum(statistics.cosines[0, 0]) / world.size
-    log_reference = (positive * (logit_scale.double() * LOG2_E.value)).float()
-    row_log_sum = (saved.row_log_sum - log_reference).float()
-    col_log_sum = (saved.col_log_sum - log_reference).float()
-    blocks = _GradientBlocks(min(BLOCK, num_rows), min(BLOCK, num_rows * world.size), scale_needs_grad)
+    row_logs, col_logs = weights.logs[0::2], weights.logs[1::2]
+    blocks = _GradientBlocks(kernels, min(BLOCK, num_rows), min(BLOCK, num_rows * world.size), scale_needs_grad)
     for m, group in groupby(enumerate(pairs), key=lambda item: item[1][0]):
         members = [(p, k) for p, (_, k) in group]
         for row in _blocks(num_rows):
@@ -171,7 +187,7 @@ def _backward(
                 for col in _blocks(y.shape[0]):
                     diagonal = world.rank * num_rows + row.start - col.start
                     matrix = Matrix(z, factors, y[col], col_factors[col], logit_scale, diagonal)
-                    h = blocks.pair(matrix, row_log_sum[p, row], col_log_sum[p, col], log_reference, unit)
+                    h = blocks.pair(matrix, row_logs[p, row], col_logs[p, col], weights.log_reference, unit)
                     if products is not None:
                         add_product(products, h, y[col])
                     if k in col_products:
@@ -183,9 +199,8 @@ def _backward(
             finish(k, slice(0, num_rows), o.factors[0], world.sum_own_rows(col_products.pop(k)))
     if not scale_needs_grad:
         return gradients, None
-    return gradients, _scale_gradient(
-        upstream, logit_scale, statistics, saved, blocks.scale_partials, log_reference, world
-    )
+    assert blocks.scale_partials is not None
+    return gradients, scale_gradient(blocks.scale_partials, weights, upstream, logit_scale, num_rows, world)
 
 
 # ---- operands -----------------------------------------------------------------------------------------------------
@@ -256,22 +271,24 @@ def _own_rows(x: Tensor, world: World) -> Tensor:
 # ---- sums ---------------------------------------------------------------------------------------------------------
 
 
-def _log_sums(matrices: list[Matrix], largest: Tensor | None) -> tuple[Tensor, Tensor]:
+def _log_sums(matrices: list[Matrix], largest: Tensor | None, kernels: MatrixKernels) -> tuple[Tensor, Tensor]:
     num_rows, num_cols = matrices[0].rows.shape[0], matrices[0].cols.shape[0]
     headroom = LARGEST_EXPONENT - max(num_rows, num_cols).bit_length()
     sums = None
     if not torch.are_deterministic_algorithms_enabled():
-        sums = tile_sums(matrices, largest, headroom)
+        sums = kernels.tile_sums(matrices, largest, headroom)
     return log_sums(matrices, sums, largest, headroom)
 
 
-def _centroid_log_sums(embeddings: list[Tensor], statistics: RowStatistics, spec: LossSpec, world: World) -> Tensor:
+def _centroid_log_sums(
+    embeddings: list[Tensor], statistics: RowStatistics, spec: LossSpec, world: World, kernels: MatrixKernels
+) -> Tensor:
     """log2 Σ_{j≠i} e_ij for the rows of all processes, each of which computes a part of the triangle."""
     c = _gathered_centroids(embeddings, statistics.sums, spec, world)
     log_sum = c.biases.new_full(c.biases.shape, -torch.inf, dtype=torch.float64)
     for row, col in _triangle(world, embeddings[0].shape[0]):
         matrix = _centroid_matrix(c, row, col)
-        row_logs, col_logs = _log_sums([matrix], None)
+        row_logs, col_logs = _log_sums([matrix], None, kernels)
         log_sum[row] = torch.logaddexp2(log_sum[row], row_logs[0])
         if not matrix.symmetric:
             log_sum[col] = torch.logaddexp2(log_sum[col], col_logs[0])
@@ -284,7 +301,8 @@ def _centroid_log_sums(embeddings: list[Tensor], statistics: RowStatistics, spec
 class _GradientBlocks:
     """Writes blocks of H, all into one buffer, and collects what the logit scale needs of them."""
 
-    def __init__(self, rows: int, cols: int, scale_needs_grad: bool = False) -> None:
+    def __init__(self, kernels: MatrixKernels, rows: int, cols: int, scale_needs_grad: bool = False) -> None:
+        self._kernels = kernels
         self._shape = tuple(-(-side // LARGEST_TILE) * LARGEST_TILE for side in (rows, cols))
         self._buffer: Tensor | None = None
         self._scale_needs_grad = scale_needs_grad
@@ -295,12 +313,13 @@ class _GradientBlocks:
         if self._scale_needs_grad and self.scale_partials is None:
             places = -(-self._shape[0] // SMALLEST_TILE) * -(-self._shape[1] // SMALLEST_TILE)
             self.scale_partials = block.rows.new_zeros(places, dtype=torch.float64)
-        gradient_tiles(block, row_log_sum, col_log_sum, reference, unit, self.scale_partials, self._out(block))
+        partials = self.scale_partials
+        self._kernels.gradient_tiles(block, row_log_sum, col_log_sum, reference, unit, partials, self._out(block))
         return self._out(block)[: block.rows.shape[0], : block.cols.shape[0]]
 
     def centroids(self, block: Matrix, reference: Tensor) -> Tensor:
         """H of a block of the centroid matrix; overwritten by the next one."""
-        gradient_tiles(block, None, None, reference, 1.0, None, self._out(block))
+        self._kernels.gradient_tiles(block, None, None, reference, 1.0, None, self._out(block))
         return self._out(block)[: block.rows.shape[0], : block.cols.shape[0]]
 
     def _out(self, block: Matrix) -> Tensor:
@@ -310,19 +329,21 @@ class _GradientBlocks:
 
 
 def _centroid_products(
-    embeddings: list[Tensor], statistics: RowStatistics, saved: Tensor, spec: LossSpec, world: World
-) -> tuple[Tensor, Tensor]:
-    """``(Σ_{j≠i} 2^(x_ij − reference) c_j [n, D'], reference)``, c as stored by the centroid kernel.
+    embeddings: list[Tensor],
+    statistics: RowStatistics,
+    reference: Tensor,
+    spec: LossSpec,
+    world: World,
+    kernels: MatrixKernels,
+) -> Tensor:
+    """``Σ_{j≠i} 2^(x_ij − reference) c_j``, ``[n, D']``, c as stored by the centroid kernel.
 
     For bf16 embeddings the sums are rounded to bf16 in the end: their gradients will be, and it saves a copy.
     """
     c = _gathered_centroids(embeddings, statistics.sums, spec, world)
-    reference = world.max(saved[:-1].max().float())
-    if c.rows.dtype == torch.float16:
-        reference = reference - math.log2(HALF_UNIT)  # no entry exceeds its row sum, so none exceeds this
     total = torch.zeros_like(c.rows, dtype=torch.float32)
     side = min(BLOCK, c.rows.shape[0])
-    blocks = _GradientBlocks(side, side)
+    blocks = _GradientBlocks(kernels, side, side)
     for shard_row, shard_col in _triangle(world, embeddings[0].shape[0]):
         matrix = _centroid_matrix(c, shard_row, shard_col)
         row_total, col_total = total[shard_row], total[shard_col]
@@ -335,7 +356,7 @@ def _centroid_products(
                 if not (matrix.symmetric and row == col):
                     add_product(col_total[col], h.T, matrix.rows[row])
     own = world.sum_own_rows(total)
-    return own.to(torch.bfloat16) if embeddings[0].dtype == torch.bfloat16 else own, reference
+    return own.to(torch.bfloat16) if embeddings[0].dtype == torch.bfloat16 else own
 
 
 def _block(matrix: Matrix, row: slice, col: slice) -> Matrix:
@@ -347,21 +368,3 @@ def _block(matrix: Matrix, row: slice, col: slice) -> Matrix:
         col_factor=matrix.col_factor[col],
         diagonal=diagonal if diagonal == NO_DIAGONAL else diagonal + row.start - col.start,
     )
-
-
-def _scale_gradient(
-    upstream: Tensor,
-    logit_scale: Tensor,
-    statistics: RowStatistics,
-    saved: Saved,
-    partials: Tensor | None,
-    log_reference: Tensor,
-    world: World,
-) -> Tensor:
-    """Σ_ij G_ij·cos_ij of all pairs, from Σ G_ij·(x_ij − reference) off the diagonal; there Σ G_ij = Σ wrong_share."""
-    assert partials is not None
-    num_pairs, num_rows = statistics.cosines.shape
-    exponent_per_cosine = logit_scale.double() * LOG2_E.value
-    to_positive = saved.wrong_share * (statistics.cosines - log_reference / exponent_per_cosine)
-    total = world.sum(partials.sum() / exponent_per_cosine - to_positive.sum())
-    return (upstream[0] / (2 * num_rows * world.size * num_pairs) * total).to(logit_scale.dtype)

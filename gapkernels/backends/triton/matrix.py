@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -35,3 +36,15 @@ class Matrix(NamedTuple):
     diagonal: int = 0
     biased: bool = False
     symmetric: bool = False
+
+
+class MatrixKernels(NamedTuple):
+    """What computes on whole matrices, in all an evaluation's N² work but the library's products.
+
+    Attributes:
+        tile_sums: see :func:`gapkernels.backends.triton.tile_sums.tile_sums`.
+        gradient_tiles: see :func:`gapkernels.backends.triton.gradient_tiles.gradient_tiles`.
+    """
+
+    tile_sums: Callable[[list[Matrix], Tensor | None, int], tuple[Tensor, Tensor]]
+    gradient_tiles: Callable[[Matrix, Tensor | None, Tensor | None, Tensor, float, Tensor | None, Tensor], None]

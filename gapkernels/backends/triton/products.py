@@ -2,9 +2,10 @@
 
     total[R, D] += H[R, C] · y[C, D]         total[C, D] += H[R, C]ᵀ · z[R, D]
 
-torch multiplies 16-bit operands into a float32 accumulator on NVIDIA GPUs only (``torch.addmm(out_dtype=…)``).
-Elsewhere (AMD, Triton's interpreter) the kernel below does: a program per tile of ``total``, steps along C (or R).
-2·R·C·D operations; reads R·C·b bytes of H, from the L2 cache if it was just written there.
+torch multiplies 16-bit operands into a float32 accumulator on NVIDIA GPUs only (``torch.addmm(out_dtype=…)``, with a
+float32 addend since 2.10), and in deterministic mode refuses to unless CUBLAS_WORKSPACE_CONFIG was set when it started.
+There and elsewhere (AMD, Triton's interpreter) the kernel below does: a program per tile of ``total``, steps along C or
+R. 2·R·C·D operations; reads R·C·b bytes of H, from the L2 cache if it was just written there.
 """
 
 import torch
@@ -53,7 +54,7 @@ def add_product_kernel(
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """``total += left @ right`` with ``total`` float32; ``left`` may be a transposed view."""
-    if INTERPRETED or torch.version.hip:
+    if INTERPRETED or torch.version.hip or torch.are_deterministic_algorithms_enabled():
         _add_product_here(total, left, right)
     elif left.dtype == torch.float32:
         total.addmm_(left, right)

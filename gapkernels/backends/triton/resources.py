@@ -286,7 +286,6 @@ def row_kernels(dtype: torch.dtype = torch.bfloat16, dim: int = 512) -> Iterator
                 (
                     "row_logs",
                     "col_logs",
-                    "positives",
                     "centroid_logs",
                     "row_log_sum",
                     "col_log_sum",
@@ -296,6 +295,8 @@ def row_kernels(dtype: torch.dtype = torch.bfloat16, dim: int = 512) -> Iterator
                 ),
                 "*fp64",
             ),
+            "cosines": "*fp32",
+            "logit_scale": "*fp32",
             "num_rows": "i32",
             "num_cols": "i32",
             "first_own": "i32",
@@ -335,6 +336,7 @@ def row_kernels(dtype: torch.dtype = torch.bfloat16, dim: int = 512) -> Iterator
             "col_log_sum": "*fp64",
             "wrong_share": "*fp64",
             "cosines": "*fp32",
+            "positive": "*fp32",
             "logit_scale": "*fp32",
             "centroid_logs": "*fp64",
             "logs": "*fp32",
@@ -345,10 +347,11 @@ def row_kernels(dtype: torch.dtype = torch.bfloat16, dim: int = 512) -> Iterator
             "log_reference": "*fp32",
             "centroid_reference": "*fp32",
             "num_rows": "i32",
+            "num_cols": "i32",
             "unit": "fp32",
             "centroid_headroom": "fp32",
         },
-        {"NUM_PAIRS": 1, "CENTROIDS": True, "BLOCK": WEIGHTS_BLOCK},
+        {"NUM_PAIRS": 1, "CENTROIDS": True, "SHARES": True, "BLOCK": WEIGHTS_BLOCK},
         tuning.Config(0, 0, 0, WEIGHTS_WARPS, 1),
     )
     yield Source(

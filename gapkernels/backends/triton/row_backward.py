@@ -12,8 +12,6 @@ bytes beyond inputs and gradients: 2 (centroids) + 2 (their products) first, the
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -21,7 +19,14 @@ from gapkernels.backends.triton.gradient_rows import Partner, gradient_rows
 from gapkernels.backends.triton.matrix import HALF_UNIT
 from gapkernels.backends.triton.pair_weights import pair_weights, scale_gradient
 from gapkernels.backends.triton.row_gradients import row_gradients
-from gapkernels.backends.triton.row_statistics import RowStatistics, centroids, operands, padded
+from gapkernels.backends.triton.row_statistics import (
+    RowStatistics,
+    centroid_headroom,
+    centroids,
+    operands,
+    padded,
+)
+from gapkernels.distributed import World
 from gapkernels.plan import Saved
 from gapkernels.spec import LossSpec
 
@@ -49,9 +54,8 @@ def backward_by_rows(
     pairs = spec.nce_pairs(len(embeddings)) if spec.nce_weight else []
     partners = walks(pairs, embedding_needs_grad, scale_needs_grad)
     c = centroids(embeddings, statistics.sums, num_rows, spec) if spec.cu_weight and any(embedding_needs_grad) else None
-    # No entry exceeds its row's sum, and the largest of these becomes HALF_UNIT where a larger number would overflow.
-    headroom = None if c is None else math.log2(HALF_UNIT) if c.rows.dtype == torch.float16 else 0.0
-    weights = pair_weights(saved, statistics.cosines, logit_scale, unit, headroom)
+    headroom = None if c is None else centroid_headroom(embeddings[0], num_rows)
+    weights = pair_weights(saved, statistics.cosines, logit_scale, World(), headroom, whole_rows=True, unit=unit)
 
     row_bytes = 4 * padded(dim)
     modalities = sorted({partner.modality for partner in partners})
@@ -93,7 +97,7 @@ def backward_by_rows(
     if not scale_partials:
         return gradients, torch.zeros_like(logit_scale)
     partials = scale_partials[0] if len(scale_partials) == 1 else torch.cat(scale_partials)
-    return gradients, scale_gradient(partials, weights, upstream, logit_scale, num_rows)
+    return gradients, scale_gradient(partials, weights, upstream, logit_scale, num_rows, World())
 
 
 def walks(pairs: list[tuple[int, int]], embedding_needs_grad: list[bool], scale_needs_grad: bool) -> list[Partner]:

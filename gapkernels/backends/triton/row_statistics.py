@@ -20,6 +20,7 @@ for each of the three kernels (matching rows meet again in L2), writes of M·N·
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gapkernels.backends.triton.device import num_processors, row_block
+from gapkernels.backends.triton.matrix import HALF_UNIT
 from gapkernels.backends.triton.tiles import LOG2_E
 from gapkernels.rows import NORM_EPS
 from gapkernels.spec import LossSpec, unordered_pairs
@@ -371,6 +373,14 @@ def _centroid_dtype(embedding: Tensor, total_rows: int) -> torch.dtype:
     """
     small = total_rows * embedding.shape[1] <= 2**16 and total_rows <= 4096
     return torch.float32 if small or embedding.dtype == torch.float32 else torch.float16
+
+
+def centroid_headroom(embedding: Tensor, total_rows: int) -> float:
+    """Base-2 logarithm of the largest gradient with respect to an inner product of centroids, for their type.
+
+    No entry exceeds its row's sum, so relative to the largest of these none exceeds one; float16 is used to its end.
+    """
+    return math.log2(HALF_UNIT) if _centroid_dtype(embedding, total_rows) == torch.float16 else 0.0
 
 
 def centroids(embeddings: list[Tensor], sums: Tensor, total_rows: int, spec: LossSpec) -> Centroids:

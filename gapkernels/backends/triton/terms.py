@@ -53,7 +53,8 @@ def logaddexp2(a, b):
 def row_terms_kernel(
     row_logs,
     col_logs,
-    positives,
+    cosines,
+    logit_scale,
     centroid_logs,
     row_log_sum,
     col_log_sum,
@@ -75,7 +76,8 @@ def row_terms_kernel(
     cross_entropy = tl.zeros((BLOCK,), tl.float64)
     for p in tl.static_range(NUM_PAIRS):
         row_base, col_base = p * num_rows.to(tl.int64), p * num_cols.to(tl.int64)
-        positive = tl.load(positives + col_base + j, mask=exists, other=0.0)
+        cosine = tl.load(cosines + col_base + j, mask=exists, other=0.0)
+        positive = cosine.to(tl.float64) * (tl.load(logit_scale).to(tl.float64) * LOG2_E)
         row_log = tl.load(row_logs + row_base + i, mask=own, other=0.0)
         col_log = tl.load(col_logs + col_base + j, mask=exists, other=0.0)
         row_log_odds, col_log_odds = (row_log - positive) * LN_2, (col_log - positive) * LN_2
@@ -190,15 +192,15 @@ def terms(
         wrong_share=new((num_pairs, num_rows)),
         centroid=new(0 if centroid_logs is None else num_rows + 1),
     )
-    positives = None
-    if num_pairs:
-        own = statistics.cosines * (logit_scale.double() * LOG2_E.value)
-        positives = world.gather_rows(own.T.contiguous()).T.contiguous() if world.size > 1 else own
+    cosines = statistics.cosines
+    if world.size > 1:
+        cosines = world.gather_rows(cosines.T.contiguous()).T.contiguous()
     grid = (triton.cdiv(num_cols, BLOCK),)
     partials = new((*grid, 3))
     row_terms_kernel[grid](
         *(pair_logs or (None, None)),
-        positives,
+        cosines,
+        logit_scale,
         centroid_logs,
         saved.row_log_sum,
         saved.col_log_sum,

@@ -86,22 +86,20 @@ _SIXTEEN_BIT_ROWS = {
     },
     "sm_90": {
         64: [
-            Config(64, 64, 64, 4, 3, programs_per_processor=3),
+            Config(64, 64, 64, 4, 3, programs_per_processor=2),
             Config(128, 64, 64, 8, 3),
             Config(128, 64, 64, 8, 3, tma=True),
-            Config(128, 128, 64, 8, 3),
         ],
         128: [
             Config(128, 64, 64, 8, 3),
             Config(128, 64, 64, 8, 3, tma=True),
-            Config(128, 128, 64, 8, 2),
             Config(64, 64, 64, 4, 3, programs_per_processor=2),
         ],
         256: [Config(128, 64, 64, 8, 2), Config(128, 32, 64, 8, 3)],
     },
     "sm_100": {
-        64: [Config(128, 64, 64, 8, 3), Config(128, 64, 64, 8, 3, tma=True)],
-        128: [Config(128, 64, 64, 8, 2), Config(128, 64, 64, 8, 2, tma=True)],
+        64: [Config(128, 32, 64, 8, 2), Config(128, 32, 64, 8, 2, tma=True)],
+        128: [Config(128, 32, 64, 8, 2), Config(128, 32, 64, 8, 2, tma=True)],
     },
     "gfx942": {
         64: [Config(64, 64, 64, 4, 2)],
