@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gapkernels.training.checkpoint import atomic_write
 from gapkernels.training.errors import UserError
+from gapkernels.training.npz import open_npz
 
 SUFFIXES = (".safetensors", ".npz")
 _NOT_A_MODALITY = ("labels", "ids")
@@ -65,7 +66,9 @@ def read_features(path: Path) -> Embeddings:
         UserError: if the file is missing, damaged, or does not hold two or more modalities of as many samples.
     """
     if not path.is_file():
-        raise UserError(f"no embeddings at {path}")
+        raise UserError(
+            f"no embeddings at {path}: expected a {' or '.join(SUFFIXES)} file with one array [N, D] per modality"
+        )
     if path.suffix not in SUFFIXES:
         raise UserError(f"{path} must end in {' or '.join(SUFFIXES)}")
     try:
@@ -88,7 +91,7 @@ def read_features(path: Path) -> Embeddings:
 
 
 def _read_npz(path: Path) -> dict[str, Tensor]:
-    with np.load(path, allow_pickle=False) as file:
+    with open_npz(path) as file:
         return {name: torch.from_numpy(_numbers(file[name])) for name in file.files}
 
 

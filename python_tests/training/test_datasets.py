@@ -111,6 +111,9 @@ def test_damaged_cifar10_files_are_named(tmp_path: Path) -> None:
     np.savez(tmp_path / "data" / "train-1.npz", **arrays)
     with pytest.raises(UserError, match=r"train-1\.npz.*cannot decode an image"):
         load_dataset(CIFAR10Data(), tmp_path / "data")
+    (tmp_path / "data" / "train-1.npz").write_bytes(b"an error page")
+    with pytest.raises(UserError, match=r"train-1\.npz, expected .*\(it is no \.npz archive\)"):
+        load_dataset(CIFAR10Data(), tmp_path / "data")
     (tmp_path / "data" / "test.npz").unlink()
     (tmp_path / "data" / "train-1.npz").unlink()
     with pytest.raises(UserError, match=r"train-1\.npz"):

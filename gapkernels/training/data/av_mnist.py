@@ -30,6 +30,7 @@ from gapkernels.training.data.files import find_first, read_file, require_folder
 from gapkernels.training.data.tokenizer import Tokenizer
 from gapkernels.training.data.transforms import Lookup
 from gapkernels.training.errors import UserError
+from gapkernels.training.npz import open_npz
 
 _MNIST_FOLDERS = ("mnist/", "MNIST/raw/", "")
 _IDX_UINT8 = 0x08
@@ -176,7 +177,7 @@ def _read_recordings(folder: Path) -> _Recordings:
 
 
 def _read_npz(path: Path) -> _Recordings:
-    with np.load(path, allow_pickle=False) as file:
+    with open_npz(path) as file:
         audio, offsets = file["audio"], file["offsets"].tolist()
         labels, is_test, rate = file["labels"], file["is_test"], int(file["sample_rate"])
     if not len(offsets) - 1 == len(labels) == len(is_test) or offsets[-1] != len(audio):

@@ -19,6 +19,7 @@ from gapkernels.training.data.dataset import Dataset, ImageSpec, Split, TextSpec
 from gapkernels.training.data.files import decode_images, find_first, read_file, require_folder
 from gapkernels.training.data.tokenizer import Tokenizer
 from gapkernels.training.data.transforms import Normalize, RandomCropFlip
+from gapkernels.training.npz import open_npz
 
 CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _SIDE = 32
@@ -82,7 +83,7 @@ def load(config: CIFAR10Data, data_dir: Path | None) -> Dataset:
 
 
 def _read_jpeg_file(path: Path) -> _Images:
-    with np.load(path, allow_pickle=False) as file:
+    with open_npz(path) as file:
         stream, offsets, labels = file["jpeg"].tobytes(), file["offsets"].tolist(), file["labels"]
     if len(offsets) != len(labels) + 1 or offsets[-1] != len(stream):
         raise ValueError(f"{len(labels)} labels, {len(offsets)} offsets and {len(stream)} bytes do not fit together")
