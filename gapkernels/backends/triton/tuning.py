@@ -189,10 +189,11 @@ def choose(kernel: str, like: Tensor, launch: Callable[[Config], object], reset:
 
 
 def _time(launch: Callable[[Config], object], config: Config) -> float:
-    """Median milliseconds; infinite where a smaller part of the architecture cannot hold the configuration."""
+    """Median milliseconds; infinite where the device cannot hold the configuration or the compiler cannot make it."""
+    errors = triton.runtime.errors
     try:
         return triton.testing.do_bench(lambda: launch(config), warmup=5, rep=30, return_mode="median")
-    except triton.runtime.errors.OutOfResources:
+    except (errors.OutOfResources, errors.PTXASError, triton.CompilationError):
         return math.inf
 
 
