@@ -3,12 +3,15 @@
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from gapkernels.backends.cuda import build
+
+pytestmark = pytest.mark.xdist_group("nvcc")  # one worker: what it compiled serves all of them
 
 SPILLED_BYTES = 0
 # One column tile per cluster is multicast; the other operand is each block's own.
@@ -38,15 +41,30 @@ def test_sources_are_the_two_kernels():
     assert [path.stem for path in build.kernel_sources()] == sorted(EXPECTED)
 
 
-@pytest.mark.parametrize("name", sorted(EXPECTED))
-def test_kernels_for_hopper(name, tmp_path):
-    """One test: compiling is what takes the time."""
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """``{name: (object file, what ptxas reported)}``, compiled side by side."""
     if build.nvcc() is None or build.cutlass_include() is None:
         pytest.skip("nvcc or CUTLASS's headers are not installed")
-    source, target = build.source_folder() / f"{name}.cu", tmp_path / f"{name}.o"
-    run = subprocess.run([*build.nvcc_command(source, target), "-Xptxas", "-v"], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-4000:]
-    assert_nothing_is_lost(run.stderr)
+    folder = tmp_path_factory.mktemp("cuda")
+    running = {
+        source.stem: subprocess.Popen(
+            [*build.nvcc_command(source, folder / f"{source.stem}.o"), "-Xptxas", "-v"],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for source in build.kernel_sources()
+    }
+    reports = {name: process.communicate()[1] for name, process in running.items()}
+    for name, process in running.items():
+        assert process.returncode == 0, reports[name][-4000:]
+    return {name: (folder / f"{name}.o", report) for name, report in reports.items()}
+
+
+@pytest.mark.parametrize("name", sorted(EXPECTED))
+def test_kernels_for_hopper(name, compiled):
+    target, report = compiled[name]
+    assert_nothing_is_lost(report)
     tool = cuobjdump()
     if tool is None:
         pytest.skip("there is no cuobjdump")
@@ -79,18 +97,56 @@ def assert_instructions(function, expected):
     assert sum("USETMAXREG" in line for line in code) == 2
 
 
-def test_binding_compiles_for_cuda(tmp_path):
-    """With the stream of torch's CUDA build, which the tests that run it on the CPU leave out."""
-    include = Path(torch.__file__).parent / "include"
-    if shutil.which("g++") is None or not include.exists():
-        pytest.skip("there is no C++ compiler or no header of torch")
-    source, target = build.source_folder() / "binding.cpp", tmp_path / "binding.o"
+def compile_binding(target):
+    """With the stream of torch's CUDA build, which the tests that run the binding on the CPU leave out."""
     flags = ["-std=c++17", "-fPIC", "-Wall", "-Wextra", "-Werror", *build.BINDING_FLAGS]
+    source = build.source_folder() / "binding.cpp"
+    include = Path(torch.__file__).parent / "include"
     run = subprocess.run(
         ["g++", "-c", str(source), "-o", str(target), "-isystem", str(include), *flags], capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr[-4000:]
-    symbols = subprocess.run(["nm", "-C", str(target)], capture_output=True, text=True, check=True).stdout
-    assert "aoti_torch_get_current_cuda_stream" in symbols
-    assert "U gapkernels::similarity_stats(gapkernels::StatsArguments const&, void*)" in symbols
-    assert not re.search(r" U (at|c10)::", symbols)  # the unstable part of torch's interface
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
+def test_binding_uses_the_stable_interface_only(tmp_path):
+    compile_binding(tmp_path / "binding.o")
+    listing = subprocess.run(["nm", "-C", str(tmp_path / "binding.o")], capture_output=True, text=True, check=True)
+    assert "aoti_torch_get_current_cuda_stream" in listing.stdout
+    assert "U gapkernels::similarity_stats(gapkernels::StatsArguments const&, void*)" in listing.stdout
+    assert not re.search(r" U (at|c10)::", listing.stdout)
+
+
+# What the test below runs: the operators are there, and a launch that fails says so.
+CALL = """
+import sys, torch
+torch.ops.load_library(sys.argv[1])
+x, ones = torch.randn(300, 64).half(), torch.ones(300)
+sums = torch.zeros(300), torch.zeros(300)
+try:
+    torch.ops.gapkernels_cuda.similarity_stats(
+        [x], [ones], [x], [ones], [torch.ones(())], [False], [False], None, 0, 100.0, *sums
+    )
+except RuntimeError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
+def test_library_links_loads_and_reports_a_failed_launch(compiled, tmp_path):
+    """The library as users get it, but for torch's CUDA part: a stand-in names the stream."""
+    compile_binding(tmp_path / "binding.o")
+    (tmp_path / "stream.c").write_text(
+        "int aoti_torch_get_current_cuda_stream(int d, void** s) { *s = 0; return d * 0; }"
+    )
+    libraries = Path(torch.__file__).parent / "lib"
+    target = tmp_path / "library.so"
+    link = [str(build.nvcc()), "-shared", "-Xcompiler", "-fPIC", "-o", str(target)]
+    link += [str(tmp_path / "stream.c"), str(tmp_path / "binding.o"), *(str(o) for o, _ in compiled.values())]
+    link += [f"-L{libraries}", "-ltorch", "-ltorch_cpu", "-lc10", "-Xlinker", "--no-undefined"]
+    run = subprocess.run(link, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-4000:]
+    run = subprocess.run([sys.executable, "-c", CALL, str(target)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert re.search(r"similarity_stats could not be launched: .*(driver|device)", run.stdout)
