@@ -128,8 +128,9 @@ GPU: dict[str, list[Grid]] = {
         Grid(("authors-compile", "matmul-compile"), samples=(4096, 32768), dtype=("bfloat16",)),
     ],
     "scaling": [
-        Grid((OURS, "authors", "matmul"), samples=powers_of_two(8, 20), dtype=("bfloat16",)),
-        Grid((OURS, *LIBRARIES), loss=(INFO_NCE,), samples=powers_of_two(8, 20, step=2), dtype=("bfloat16",)),
+        Grid((OURS, "authors", "matmul"), samples=powers_of_two(8, 18), dtype=("bfloat16",)),
+        Grid((OURS, *LIBRARIES), loss=(INFO_NCE,), samples=powers_of_two(8, 18, step=2), dtype=("bfloat16",)),
+        Grid((OURS,), samples=powers_of_two(19, 20), dtype=("bfloat16",)),
         Grid(("authors-compile", "matmul-compile"), samples=(256, 1024, 2048, 16384), dtype=("bfloat16",)),
     ],
     "width": [

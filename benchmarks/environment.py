@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import platform
 import subprocess
 from importlib import metadata
@@ -44,12 +45,15 @@ def _version(package: str) -> str | None:
 
 @functools.cache
 def commit() -> str:
-    """The abbreviated commit, "+dirty" if measured code differs from it; "unknown" outside a repository."""
+    """The abbreviated commit, "+dirty" if measured code differs from it.
+
+    Outside a repository it is what the variable GAPKERNELS_COMMIT says, or "unknown".
+    """
     try:
         head = _git("rev-parse", "--short=12", "HEAD")
         return head + ("+dirty" if _git("status", "--porcelain", "--untracked-files=no", "--", *_MEASURED) else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("GAPKERNELS_COMMIT") or "unknown"
 
 
 def _git(*arguments: str) -> str:

@@ -184,7 +184,7 @@ def _tune_summary(run: Run, output: str) -> tuple[str, dict[str, Any]]:
 
 def _speed_command(run: Run, seconds: float) -> list[str]:
     # The last case may run over; the process itself should end the run, not its time limit.
-    budget = ["--budget", str(0.85 * seconds), "--case-seconds", "0.5", "--call-seconds", str(seconds / 15)]
+    budget = ["--budget", str(0.85 * seconds), "--case-seconds", "0.5", "--call-seconds", str(max(20.0, seconds / 15))]
     return child_command("benchmarks.run", "--device", "cuda", "--out", str(run.out / "speed.json"), *budget)
 
 

@@ -104,7 +104,9 @@ def measure(case: Case, limit_bytes: int, timeout: float) -> int:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception of torch or Python means that memory ran out."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return any(text in str(error) for text in ("can't allocate memory", "out of memory", "ALLOC_FAILED"))
 
 
 def _main() -> None:

@@ -34,3 +34,16 @@ def test_our_name_stands_for_every_backend() -> None:
     found = cases(["large"], CPU, ["gapkernels-a", "gapkernels-b"])
     assert [case.implementation for case in found] == ["gapkernels-a", "gapkernels-b"]
     assert all(case.slow for case in found)
+
+
+def test_sweep_on_a_gpu_reaches_a_million() -> None:
+    found = cases(["scaling"], GPU, ["gapkernels-cuda"])
+    ours = {c.samples for c in found if c.implementation == "gapkernels-cuda" and c.loss == GAP and c.backward}
+    assert ours == {2**exponent for exponent in range(8, 21)}
+
+
+def test_everybody_is_compared_where_all_fit_and_where_only_some_do() -> None:
+    found = cases(["peers"], GPU, ["gapkernels-cuda"])
+    for samples in (4096, 32768):
+        names = {c.implementation for c in found if (c.loss, c.samples, c.backward) == (GAP, samples, True)}
+        assert names == {"gapkernels-cuda", "authors", "authors-compile", "matmul", "matmul-compile"}

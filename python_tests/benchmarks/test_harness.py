@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import harness, memory, oracle, run
+from benchmarks import environment, harness, memory, oracle, run
 from benchmarks.cases import CPU as CPU_TABLE
 from benchmarks.cases import Case, Grid
 from benchmarks.harness import CpuUse, Samples, Session, Skipped, sample
@@ -78,6 +78,21 @@ def test_out_of_memory_is_a_result_and_larger_cases_are_not_tried(session: Sessi
         session.measure(Case("authors", samples=32768, width=8))
     assert [entry["kind"] for entry in session.skipped] == ["memory", "memory"]
     assert [entry["samples"] for entry in session.skipped] == [16384, 32768]
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 34 GiB"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (ValueError("no"), False),
+    ],
+)
+def test_errors_that_mean_out_of_memory(error: Exception, expected: bool) -> None:
+    assert memory.is_out_of_memory(error) is expected
 
 
 def test_missing_and_failing_peers_are_results(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,6 +168,15 @@ def test_disturbed_calls_are_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     samples = sample(lambda: None, lambda: None, lambda: next(ticks), 2, patience=3, wait=lambda: waits.append(1))
     assert samples == Samples([1, 1], cpu_share=0.5, other_cpu_share=0.0, discarded=2)
     assert len(waits) == 2
+
+
+def test_commit_outside_a_repository(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.delenv("GAPKERNELS_COMMIT", raising=False)
+    assert environment.commit.__wrapped__() == "unknown"
+    monkeypatch.setenv("GAPKERNELS_COMMIT", "0123456789ab")
+    assert environment.commit.__wrapped__() == "0123456789ab"
 
 
 def test_relative_error() -> None:
