@@ -80,7 +80,7 @@ def test_log_sums_too_far_apart_for_one_exponential(plan):
 @pytest.mark.parametrize("dim", [64, 128, 200])
 @pytest.mark.parametrize("place", range(5))
 def test_every_configuration_of_the_table(plan, place, dim, monkeypatch):
-    """What tuning may choose has to be right as well: tensor copy engine, flattened loops, other tiles."""
+    """What tuning may choose has to be right as well: tensor copy engine, other tiles."""
     from gapkernels.backends.triton import tuning
 
     original = tuning.candidates

@@ -190,7 +190,7 @@ def test_blocks_of_gradients(monkeypatch, block, dtype):
         tuning.Config(16, 32, 16, 4, 1, group=4),
         tuning.Config(32, 16, 16, 4, 1, group=3, programs_per_processor=3),
         tuning.Config(32, 32, 32, 4, 1, group=2, tma=True),
-        tuning.Config(32, 32, 32, 4, 1, group=2, tma=True, flatten=True),
+        tuning.Config(32, 32, 32, 4, 1, group=2, tma=True, programs_per_processor=3),
     ],
     ids=str,
 )

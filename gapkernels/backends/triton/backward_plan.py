@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gapkernels.backends.triton import device, tuning
+from gapkernels.backends.triton.gradient_rows import row_length
 from gapkernels.backends.triton.row_statistics import padded
 from gapkernels.distributed import World
 from gapkernels.spec import LossSpec
@@ -28,11 +29,11 @@ LAUNCH_SECONDS = 3e-6  # from one small kernel to the next when Python launches 
 
 
 class Rates(NamedTuple):
-    """What one processor does in a clock, from the vendors' documentation.
+    """What one processor does in a clock.
 
     Attributes:
-        operations: of dense 16-bit matrix products.
-        bytes: that it gets from the L2 cache when all processors do.
+        operations: of dense 16-bit matrix products, from the vendors' documentation.
+        bytes: that it gets from the L2 cache when all processors do; an estimate, half of what is documented for sm_80.
     """
 
     operations: float
@@ -73,14 +74,14 @@ def seconds_lost(arch: str, dtype: torch.dtype, num_rows: int, dim: int, matrice
 def clocks_per_entry(arch: str, dtype: torch.dtype, dim: int) -> tuple[float, float]:
     """The counted floor per entry of a pair's matrix, in clocks of one processor: ``(by rows, by blocks)``.
 
-    By rows: 8·D operations beside two exponentials. By blocks: 2·D operations beside one exponential and a number
-    written; then two products, 4·D operations beside reading it twice.
+    By rows: 8·D operations beside two exponentials, D rounded up to what registers hold. By blocks: 2·D operations
+    beside one exponential and a number written; then two products, 4·D operations beside reading it twice.
     """
     rates = RATES[tuning.nearest(arch)]
     operations = rates.operations
     if dtype == torch.float32:
         operations = FLOAT32_OPERATIONS if device.input_precision(dtype) == "ieee" else operations / 2
-    rows = max(8 * dim / operations, 2 / EXPONENTIALS)
+    rows = max(8 * row_length(dim) / operations, 2 / EXPONENTIALS)
     tiles = max(2 * dim / operations, 1 / EXPONENTIALS, dtype.itemsize / rates.bytes)
     products = max(4 * dim / operations, 2 * dtype.itemsize / rates.bytes)
     return rows, tiles + products

@@ -106,7 +106,7 @@ def matrix_kernels(arch: str, dtype: torch.dtype = torch.bfloat16, dim: int = 51
             "tile_sums",
             tile_sums_kernel,
             {**pair_and_triangle, **sizes, "headroom": "fp32"},
-            {**kinds, **common(config), "GROUP": config.group, "USE_TMA": config.tma, "FLATTEN": config.flatten},
+            {**kinds, **common(config), "GROUP": config.group, "USE_TMA": config.tma},
             config,
         )
     for config in tuning.candidates("log_sums", arch, dtype, dim):
@@ -473,7 +473,7 @@ def main(archs: list[str]) -> None:
                     if c is None or not c.tile_m
                     else f"{c.tile_m}×{c.tile_n}×{c.tile_k} | {c.num_warps} | {c.num_stages}"
                 )
-                variant = "" if c is None else " ".join(name for name in ("tma", "flatten") if getattr(c, name))
+                variant = "" if c is None else "tma" * c.tma
                 kind = str(dtype).removeprefix("torch.")
                 try:
                     r = compile_for(source, arch)

@@ -77,7 +77,6 @@ def tile_sums_kernel(
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
     USE_TMA: tl.constexpr,
-    FLATTEN: tl.constexpr,
 ):
     program, programs = tl.program_id(0), tl.num_programs(0)
     num_row_tiles, num_col_tiles = tl.cdiv(num_rows, TILE_M), tl.cdiv(num_cols, TILE_N)
@@ -93,7 +92,7 @@ def tile_sums_kernel(
             num_tiles = num_row_tiles * num_col_tiles
         # The first of this program's tile numbers that belongs to this matrix: tiles are dealt out over all matrices.
         mine = (program + programs - first_tile % programs) % programs
-        for t in tl.range(mine, num_tiles, programs, flatten=FLATTEN):
+        for t in tl.range(mine, num_tiles, programs):
             if SYMMETRIC[m]:
                 row_tile, col_tile = triangle_tile(t, num_rows, TILE_M, TILE_N, GROUP)
             else:
@@ -171,7 +170,6 @@ def tile_sums(matrices: list[Matrix], largest: torch.Tensor | None, headroom: in
             EVEN_K=dim % config.tile_k == 0,
             PRECISION=input_precision(first.rows.dtype),
             USE_TMA=config.tma,
-            FLATTEN=config.flatten,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )

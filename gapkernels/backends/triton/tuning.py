@@ -33,7 +33,6 @@ class Config(NamedTuple):
             another's products.
         group: row tiles walked together.
         tma: read operands through the tensor copy engine where their alignment allows it.
-        flatten: one loop over tiles and steps, so that the next tile's loads start under the epilogue.
     """
 
     tile_m: int
@@ -44,7 +43,6 @@ class Config(NamedTuple):
     programs_per_processor: int = 1
     group: int = 8
     tma: bool = False
-    flatten: bool = False
 
 
 INTERPRETER = Config(32, 64, 64, 4, 1, group=2)
@@ -61,7 +59,7 @@ _SIXTEEN_BIT = {
         Config(128, 256, 64, 8, 3),
         Config(128, 256, 64, 8, 3, tma=True),
         Config(128, 128, 64, 4, 3, programs_per_processor=2, tma=True),
-        Config(128, 128, 64, 8, 4, tma=True, flatten=True),
+        Config(128, 128, 64, 8, 4, tma=True),
     ],
     "sm_100": [
         Config(128, 128, 64, 8, 3, programs_per_processor=2),
@@ -124,14 +122,14 @@ def _candidates(kernel: str, arch: str, dtype: torch.dtype, dim: int, true_float
     float32 = _FLOAT32 if true_float32 else _FLOAT32_TENSOR
     table = float32 if dtype == torch.float32 else _SIXTEEN_BIT[nearest(arch)]
     if kernel == "log_sums":  # runs rarely; the running maxima and sums leave no room for wide tiles
-        table = [c._replace(tile_n=c.tile_n // 2, tma=False, flatten=False) for c in table[:1]]
+        table = [c._replace(tile_n=c.tile_n // 2, tma=False) for c in table[:1]]
         table = [
             c._replace(tile_m=32, num_warps=4) if dtype == torch.float32 else c._replace(num_warps=8) for c in table
         ]
     if kernel == "gradient_tiles":  # two factors per column and the gradient: a wider tile spills
         table = [c for c in table if c.tile_n <= 128]
     if kernel == "add_product":
-        table = [c._replace(num_warps=8, tma=False, flatten=False) for c in table if c.tile_n <= 128]
+        table = [c._replace(num_warps=8, tma=False) for c in table if c.tile_n <= 128]
     # A step of the K loop longer than a row would be padding.
     shortest = max(16, triton.next_power_of_2(dim))
     return tuple(dict.fromkeys(c._replace(tile_k=min(c.tile_k, shortest)) for c in table))
