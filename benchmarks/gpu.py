@@ -33,7 +33,7 @@ _TUNING_FILE = "GAPKERNELS_TUNING_FILE"
 _TUNED_WIDTHS = (512, 1024, 256, 128)
 # The grid over the backends that have kernels; what needs no GPU, or takes its time on compilers, is left to CI.
 _GPU_TESTS = ("backends", "test_loss.py", "test_functional.py", "test_modules.py", "test_ops.py")
-_NO_GPU_TESTS = "not interpreted and not compilation and not [torch- and not [torch]"
+_NO_GPU_TESTS = "not interpreted and not compilation and not on_cpu and not [torch- and not [torch]"
 _TEST_WORKERS = 6
 _BATCH_SIZES = {"cifar10": (32768, 4096, 256), "digits": (512, 128)}
 _LOG_LIMIT = 1_000_000  # characters of one stage
@@ -157,7 +157,7 @@ def _test_summary(run: Run, output: str) -> tuple[str, dict[str, Any]]:
     for status, test in found:
         parameters = re.split(r"[\[\]-]", test)
         for name in ("triton", "cuda"):
-            if name in parameters:
+            if name in parameters or f"test_{name}_on_gpu" in test:
                 of_backend.setdefault(name, Counter())[status] += 1
     totals = {word.lower(): counts[word] for word in ("PASSED", "FAILED", "ERROR", "SKIPPED")}
     summary = ", ".join(f"{count} {word}" for word, count in totals.items())

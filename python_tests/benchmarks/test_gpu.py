@@ -176,6 +176,8 @@ def test_summary_of_tests(run: Run, tmp_path: Path, options: list[str]) -> None:
     # Ended half-way, without a summary of its own:
     summary, _ = gpu._test_summary(run, done.stdout.partition("= FAILURES =")[0])
     assert summary == "1 passed, 1 failed, 0 error, 1 skipped (triton 1 of 2)"
+    summary, _ = gpu._test_summary(run, "python_tests/backends/test_cuda_on_gpu.py::test_cuda_graph PASSED [ 50%]")
+    assert summary == "1 passed, 0 failed, 0 error, 0 skipped (cuda 1 of 1)"
     with pytest.raises(ValueError, match="no tests"):
         gpu._test_summary(run, "ERROR: file or directory not found: python_tests")
 
