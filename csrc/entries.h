@@ -91,18 +91,35 @@ struct LogSumRange {
   GAPKERNELS_HOST_DEVICE float middle() const { return (smallest + largest) * 0.5f; }
 };
 
-// Per row and per column: 2^(ref − log sum), or the log sum itself where an entry takes two exponentials.
-template <bool kOneExponential>
-GAPKERNELS_HOST_DEVICE float share(float log_sum, float middle) {
-  return kOneExponential ? fast_exp2(middle - log_sum) : log_sum;
+// How an entry of a pair's gradient is put together. With one exponential e = 2^(x − ref) and inverse norms f, g:
+//
+//     kFactored   H = e·(r·g + f·c)      r = 2^(ref − L)·f, c = 2^(ref − M)·g
+//     kMoment     H = (e·(r + c))·f·g    r = 2^(ref − L),   c = 2^(ref − M), and Σ e·(r + c)·x is wanted as well
+//     kTwo        H = (2^(x − L) + 2^(x − M))·f·g, likewise
+enum class Form { kFactored, kMoment, kTwo };
+
+// r of a row or c of a column; the log sum itself for two exponentials.
+template <Form kForm>
+GAPKERNELS_HOST_DEVICE float share(float log_sum, float middle, float factor) {
+  if (kForm == Form::kTwo) return log_sum;
+  const float share = fast_exp2(middle - log_sum);
+  return kForm == Form::kFactored ? share * factor : share;
 }
 
-template <bool kOneExponential>
-GAPKERNELS_HOST_DEVICE float pair_gradient(float x, float middle, float row_share, float col_share) {
-  if (kOneExponential) return fast_exp2(x - middle) * (row_share + col_share);
-  return fast_exp2(x - row_share) + fast_exp2(x - col_share);
+// H_ij from x − ref (from x for two exponentials); adds to the moment.
+template <Form kForm>
+GAPKERNELS_HOST_DEVICE float pair_gradient(float x, float middle, float row_share, float row_factor, float col_share,
+                                           float col_factor, float& moment) {
+  if (kForm == Form::kFactored) return fast_exp2(x) * fmaf(row_share, col_factor, row_factor * col_share);
+  float gradient;
+  if (kForm == Form::kMoment) {
+    gradient = fast_exp2(x) * (row_share + col_share);
+    x += middle;
+  } else {
+    gradient = fast_exp2(x - row_share) + fast_exp2(x - col_share);
+  }
+  moment += gradient * (x > kLowest ? x : kLowest);
+  return gradient * row_factor * col_factor;
 }
-
-GAPKERNELS_HOST_DEVICE float moment(float gradient, float x) { return gradient * (x > kLowest ? x : kLowest); }
 
 }  // namespace gapkernels

@@ -35,7 +35,7 @@ struct GradEpilogue {
   struct Storage {
     cute::array_aligned<ElementType, cute::cosize_v<OutLayout>, 1024> out;  // as large as the swizzle's pattern
     float row_terms[kTile];    // of the exponent
-    float row_shares[kTile];   // of the soft-max weight
+    float row_shares[kTile];   // of the soft-max weight, see Form
     float row_factors[kTile];  // of the gradient
     alignas(16) float2 cols[kTile];  // factor, share
     LogSumRange ranges[4];     // of each warp
@@ -77,28 +77,35 @@ struct GradEpilogue {
       range.largest = fmaxf(range.largest, storage_.ranges[warp].largest);
     }
     middle_ = range.middle();
-    one_exponential_ = range.one_exponential();
+    form_ = !range.one_exponential() ? Form::kTwo : params_.scale_partials ? Form::kMoment : Form::kFactored;
+    const float weight = row_factor * params_.unit;
     storage_.row_terms[thread_] = row_term<false>(row_factor, scale_);
-    storage_.row_shares[thread_] = one_exponential_ ? share<true>(row_log, middle_) : share<false>(row_log, middle_);
-    storage_.row_factors[thread_] = row_factor * params_.unit;
-    storage_.cols[thread_] = {
-        col_factor, one_exponential_ ? share<true>(col_log, middle_) : share<false>(col_log, middle_)};
+    storage_.row_factors[thread_] = weight;
+    storage_.row_shares[thread_] = share(row_log, weight);
+    storage_.cols[thread_] = {col_factor, share(col_log, col_factor)};
     barrier_.arrive_and_wait();
   }
 
   template <class Accumulators, class TiledMma>
   __device__ void finish(const Item& tile, const Accumulators& products, const TiledMma& tiled_mma) {
+    const Mask mask{space_.num_rows, space_.num_cols, params_.diagonal, false};
+    const bool masked = mask.needed(tile.row_start, tile.col_start);
     auto rounded = cute::make_tensor_like<ElementType>(products);
-    float total = 0.0f;
     if (params_.biased) {
-      gradients<true, false, false>(tile, products, rounded, total);
-    } else if (params_.scale_partials == nullptr) {
-      if (one_exponential_) gradients<false, true, false>(tile, products, rounded, total);
-      else gradients<false, false, false>(tile, products, rounded, total);
+      if (masked) centroid_gradients<true>(tile, products, rounded, mask);
+      else centroid_gradients<false>(tile, products, rounded, mask);
     } else {
-      if (one_exponential_) gradients<false, true, true>(tile, products, rounded, total);
-      else gradients<false, false, true>(tile, products, rounded, total);
-      add_moment(tile, total);
+      float moment = 0.0f;
+      if (form_ == Form::kTwo) {
+        pair_gradients<Form::kTwo, true>(tile, products, rounded, mask, moment);
+      } else if (form_ == Form::kMoment) {
+        if (masked) pair_gradients<Form::kMoment, true>(tile, products, rounded, mask, moment);
+        else pair_gradients<Form::kMoment, false>(tile, products, rounded, mask, moment);
+      } else {
+        if (masked) pair_gradients<Form::kFactored, true>(tile, products, rounded, mask, moment);
+        else pair_gradients<Form::kFactored, false>(tile, products, rounded, mask, moment);
+      }
+      if (params_.scale_partials != nullptr) add_moment(tile, moment);
     }
     store(tile, rounded, tiled_mma);
   }
@@ -106,41 +113,82 @@ struct GradEpilogue {
   __device__ void end() { wait_for_store(); }
 
  private:
-  template <bool kBiased, bool kOneExponential, bool kMoment, class Accumulators, class Rounded>
-  __device__ void gradients(const Item& tile, const Accumulators& products, Rounded& rounded, float& total) const {
-    // Masked or not is one path here: two comparisons an entry are cheap beside the rest, and each variant is long.
-    const Mask mask{space_.num_rows, space_.num_cols, params_.diagonal, false};
-    const float reference = *params_.reference;
+  __device__ float share(float log_sum, float factor) const {
+    switch (form_) {
+      case Form::kFactored: return gapkernels::share<Form::kFactored>(log_sum, middle_, factor);
+      case Form::kMoment: return gapkernels::share<Form::kMoment>(log_sum, middle_, factor);
+      default: return gapkernels::share<Form::kTwo>(log_sum, middle_, factor);
+    }
+  }
+
+  // What a thread needs of its four rows, in registers.
+  struct Rows {
     RowMask counted[kRowsPerThread];
-    float terms[kRowsPerThread], row_shares[kRowsPerThread], row_factors[kRowsPerThread];
+    float terms[kRowsPerThread];
+  };
+
+  __device__ Rows load_rows(const Item& tile, const Mask& mask) const {
+    Rows rows;
 #pragma unroll
     for (int r = 0; r < kRowsPerThread; ++r) {
       const int row = fragment_row(thread_, r / 2, r % 2);
-      counted[r] = mask.row(tile.row_start + row, tile.col_start + fragment_col(thread_, 0, 0));
-      terms[r] = storage_.row_terms[row];
-      row_shares[r] = kBiased ? 0.0f : storage_.row_shares[row];
-      row_factors[r] = kBiased ? 0.0f : storage_.row_factors[row];
+      rows.counted[r] = mask.row(tile.row_start + row, tile.col_start + fragment_col(thread_, 0, 0));
+      rows.terms[r] = storage_.row_terms[row];
+    }
+    return rows;
+  }
+
+  // The factors and shares of two neighbouring columns.
+  __device__ float4 load_cols(int n) const {
+    return *reinterpret_cast<const float4*>(&storage_.cols[fragment_col(thread_, n, 0)]);
+  }
+
+  template <bool kMasked, class Products, class Rounded>
+  __device__ void centroid_gradients(const Item& tile, const Products& products, Rounded& rounded,
+                                     const Mask& mask) const {
+    const float reference = *params_.reference;
+    const Rows rows = load_rows(tile, mask);
+#pragma unroll
+    for (int n = 0; n < kColsPerThread / 2; ++n) {
+      const float4 cols = load_cols(n);
+#pragma unroll
+      for (int r = 0; r < kRowsPerThread; ++r) {
+#pragma unroll
+        for (int b = 0; b < 2; ++b) {
+          const auto place = cute::make_coord(b, r % 2, n);
+          const float bias = b == 0 ? cols.x : cols.z;
+          const float x = exponent<true>(products(place, r / 2, 0), rows.terms[r], bias, scale_, reference);
+          const bool counts = !kMasked || rows.counted[r].counts(fragment_col(0, n, b));
+          rounded(place, r / 2, 0) = static_cast<ElementType>(counts ? fast_exp2(x) : 0.0f);
+        }
+      }
+    }
+  }
+
+  template <Form kForm, bool kMasked, class Products, class Rounded>
+  __device__ void pair_gradients(const Item& tile, const Products& products, Rounded& rounded, const Mask& mask,
+                                 float& moment) const {
+    const float shift = *params_.reference + (kForm == Form::kTwo ? 0.0f : middle_);
+    const Rows rows = load_rows(tile, mask);
+    float row_shares[kRowsPerThread], row_factors[kRowsPerThread];
+#pragma unroll
+    for (int r = 0; r < kRowsPerThread; ++r) {
+      row_shares[r] = storage_.row_shares[fragment_row(thread_, r / 2, r % 2)];
+      row_factors[r] = storage_.row_factors[fragment_row(thread_, r / 2, r % 2)];
     }
 #pragma unroll
     for (int n = 0; n < kColsPerThread / 2; ++n) {
-      const float4 cols = *reinterpret_cast<const float4*>(&storage_.cols[fragment_col(thread_, n, 0)]);
+      const float4 cols = load_cols(n);
 #pragma unroll
       for (int r = 0; r < kRowsPerThread; ++r) {
 #pragma unroll
         for (int b = 0; b < 2; ++b) {
           const auto place = cute::make_coord(b, r % 2, n);
           const float col_factor = b == 0 ? cols.x : cols.z, col_share = b == 0 ? cols.y : cols.w;
-          float x = exponent<kBiased>(products(place, r / 2, 0), terms[r], col_factor, scale_, reference);
-          x = counted[r].counts(fragment_col(0, n, b)) ? x : -INFINITY;
-          float value;
-          if (kBiased) {
-            value = fast_exp2(x);
-          } else {
-            const float gradient = pair_gradient<kOneExponential>(x, middle_, row_shares[r], col_share);
-            if (kMoment) total += moment(gradient, x);
-            value = gradient * row_factors[r] * col_factor;
-          }
-          rounded(place, r / 2, 0) = static_cast<ElementType>(value);
+          float x = exponent<false>(products(place, r / 2, 0), rows.terms[r], col_factor, scale_, shift);
+          if (kMasked) x = rows.counted[r].counts(fragment_col(0, n, b)) ? x : -INFINITY;
+          rounded(place, r / 2, 0) = static_cast<ElementType>(
+              pair_gradient<kForm>(x, middle_, row_shares[r], row_factors[r], col_share, col_factor, moment));
         }
       }
     }
@@ -191,14 +239,13 @@ struct GradEpilogue {
   mutable cutlass::arch::NamedBarrier barrier_;
   float scale_;
   float middle_ = 0.0f;
-  bool one_exponential_ = true;
+  Form form_ = Form::kFactored;
 };
 
 template <class ElementType>
 const char* run(const GradArguments& arguments, void* stream) {
-  constexpr int kCluster = 2;
   using Epilogue = GradEpilogue<ElementType>;
-  using Kernel = PingPong<ElementType, Epilogue, kCluster>;
+  using Kernel = PingPong<ElementType, Epilogue>;
   const Matrix& matrix = arguments.matrix;
   typename Kernel::Params params;
   params.space = {arguments.num_rows, arguments.num_cols, 1, 0};
@@ -219,7 +266,7 @@ const char* run(const GradArguments& arguments, void* stream) {
                      arguments.diagonal,
                      matrix.scale_is_double,
                      matrix.biased};
-  return launch<Kernel, kCluster>(params, stream);
+  return launch<Kernel>(params, stream);
 }
 
 }  // namespace

@@ -155,8 +155,7 @@ struct StatsEpilogue {
 
 template <class ElementType>
 const char* run(const StatsArguments& arguments, void* stream) {
-  constexpr int kCluster = 2;
-  using Kernel = PingPong<ElementType, StatsEpilogue, kCluster>;
+  using Kernel = PingPong<ElementType, StatsEpilogue>;
   typename Kernel::Params params;
   params.space = {arguments.num_rows, arguments.num_cols, arguments.num_matrices, 0};
   params.dim = arguments.dim;
@@ -172,7 +171,7 @@ const char* run(const StatsArguments& arguments, void* stream) {
                                    matrix.biased};
     params.space.symmetric |= static_cast<unsigned>(matrix.symmetric) << m;
   }
-  return launch<Kernel, kCluster>(params, stream);
+  return launch<Kernel>(params, stream);
 }
 
 }  // namespace

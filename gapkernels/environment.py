@@ -16,7 +16,7 @@ from gapkernels.cpu import cpu_model
 from gapkernels.training.errors import UserError
 
 # Extras that add an ability to the package; `bench` and `dev` are for working on it.
-EXTRAS = ("metrics", "train", "triton")
+EXTRAS = ("metrics", "train", "triton", "cuda")
 
 
 def describe_environment() -> dict[str, Any]:

@@ -25,6 +25,8 @@ import torch
 NAME = "gapkernels_cuda"
 OLDEST_NVCC = (12, 4)
 CUTLASS_VARIABLE = "GAPKERNELS_CUTLASS"
+FLAGS_VARIABLE = "GAPKERNELS_NVCC_FLAGS"
+"""More flags for nvcc, to measure a variant: ``-DGAPKERNELS_CLUSTER=1``. Each choice has a library of its own."""
 
 # The kernels see no header of torch. Without NDEBUG an assertion inside CUTLASS's main loop is a function call, around
 # which the compiler serialises the tensor cores' instructions.
@@ -111,12 +113,17 @@ def missing_tool() -> str | None:
     return None
 
 
+def nvcc_flags() -> list[str]:
+    """The flags of this version and those of GAPKERNELS_NVCC_FLAGS."""
+    return [*NVCC_FLAGS, *os.environ.get(FLAGS_VARIABLE, "").split()]
+
+
 def nvcc_command(source: Path, output: Path) -> list[str]:
     """The command that compiles one kernel source, as the build does but for what torch adds."""
     compiler, include = nvcc(), cutlass_include()
     assert compiler is not None
     assert include is not None
-    return [str(compiler), "-c", str(source), "-o", str(output), f"-I{include}", "-Xcompiler", "-fPIC", *NVCC_FLAGS]
+    return [str(compiler), "-c", str(source), "-o", str(output), f"-I{include}", "-Xcompiler", "-fPIC", *nvcc_flags()]
 
 
 def library() -> Path:
@@ -126,7 +133,8 @@ def library() -> Path:
     digest = hashlib.sha256()
     for file in sorted(source_folder().glob("*")):
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
-    digest.update(repr((NVCC_FLAGS, BINDING_FLAGS, torch.__version__, torch.version.cuda, cutlass_include())).encode())
+    versions = torch.__version__, torch.version.cuda, str(cutlass_include())
+    digest.update(repr((nvcc_flags(), BINDING_FLAGS, versions)).encode())
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
     return root / f"{NAME}_{digest.hexdigest()[:16]}" / f"{NAME}.so"
 
@@ -174,7 +182,7 @@ def _compile(target: Path) -> None:
             NAME,
             [str(source_folder() / "binding.cpp"), *map(str, kernel_sources())],
             extra_cflags=list(BINDING_FLAGS),
-            extra_cuda_cflags=list(NVCC_FLAGS),
+            extra_cuda_cflags=nvcc_flags(),
             extra_include_paths=[str(include)],
             build_directory=str(scratch),
             with_cuda=True,

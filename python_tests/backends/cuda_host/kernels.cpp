@@ -128,53 +128,57 @@ void stats_tile(const StatsArguments& arguments, const Matrix& matrix, int m, in
   }
 }
 
-template <bool kBiased>
-void grad_tile(const GradArguments& arguments, int row_start, int col_start) {
+// One tile of H; kBiased: of centroids.
+template <bool kBiased, Form kForm>
+void grad_tile_of(const GradArguments& arguments, int row_start, int col_start, float middle) {
   const Matrix& matrix = arguments.matrix;
   const Products products(matrix, arguments.element, arguments.num_rows, arguments.num_cols, arguments.dim, row_start,
                           col_start);
-  const float scale = load_scale(matrix.scale, matrix.scale_is_double), reference = *arguments.reference;
+  const float scale = load_scale(matrix.scale, matrix.scale_is_double);
+  const float shift = *arguments.reference + (kBiased || kForm == Form::kTwo ? 0.0f : middle);
   const Mask mask{arguments.num_rows, arguments.num_cols, arguments.diagonal, false};
-  const int rows = std::min(kTile, arguments.num_rows - row_start);
-  const int cols = std::min(kTile, arguments.num_cols - col_start);
-  LogSumRange range{INFINITY, -INFINITY};
-  for (int i = 0; !kBiased && i < rows; ++i) {
-    range.smallest = std::fmin(range.smallest, arguments.row_log_sums[row_start + i]);
-    range.largest = std::fmax(range.largest, arguments.row_log_sums[row_start + i]);
-  }
-  for (int j = 0; !kBiased && j < cols; ++j) {
-    range.smallest = std::fmin(range.smallest, arguments.col_log_sums[col_start + j]);
-    range.largest = std::fmax(range.largest, arguments.col_log_sums[col_start + j]);
-  }
-  const float middle = range.middle();
+  const bool masked = mask.needed(row_start, col_start);
   double total = 0.0;
-  for (int row = 0; row < rows; ++row) {
-    const int i = row_start + row;
+  for (int i = row_start; i < std::min(row_start + kTile, arguments.num_rows); ++i) {
+    float moment = 0.0f;  // of as many entries as a thread of the kernel adds up
     const RowMask counted = mask.row(i, col_start);
     const float term = row_term<kBiased>(matrix.row_factors[i], scale);
-    for (int col = 0; col < cols; ++col) {
-      const int j = col_start + col;
-      float x = exponent<kBiased>(products(row, col), term, matrix.col_factors[j], scale, reference);
-      if (!counted.counts(col)) x = -INFINITY;
-      float value;
-      if (kBiased) {
-        value = fast_exp2(x);
-      } else {
-        const float row_log = arguments.row_log_sums[i], col_log = arguments.col_log_sums[j];
-        const float gradient =
-            range.one_exponential()
-                ? pair_gradient<true>(x, middle, share<true>(row_log, middle), share<true>(col_log, middle))
-                : pair_gradient<false>(x, middle, share<false>(row_log, middle), share<false>(col_log, middle));
-        total += moment(gradient, x);
-        value = gradient * (matrix.row_factors[i] * arguments.unit) * matrix.col_factors[j];
+    const float row_factor = matrix.row_factors[i] * arguments.unit;
+    for (int j = col_start; j < std::min(col_start + kTile, arguments.num_cols); ++j) {
+      const float col_factor = matrix.col_factors[j];
+      float x = exponent<kBiased>(products(i - row_start, j - col_start), term, col_factor, scale, shift);
+      if (masked && !counted.counts(j - col_start)) x = -INFINITY;
+      float value = fast_exp2(x);
+      if (!kBiased) {
+        value = pair_gradient<kForm>(x, middle, share<kForm>(arguments.row_log_sums[i], middle, row_factor), row_factor,
+                                     share<kForm>(arguments.col_log_sums[j], middle, col_factor), col_factor, moment);
       }
       store(arguments.out, i * arguments.out_stride + j, arguments.element, value);
     }
+    total += moment;
   }
   if (arguments.scale_partials != nullptr) {
     const int number = row_start / kTile * ceil_div(arguments.num_cols, kTile) + col_start / kTile;
     arguments.scale_partials[number] += total;
   }
+}
+
+void grad_tile(const GradArguments& arguments, int row_start, int col_start) {
+  if (arguments.matrix.biased) {
+    grad_tile_of<true, Form::kFactored>(arguments, row_start, col_start, 0.0f);
+    return;
+  }
+  LogSumRange range{INFINITY, -INFINITY};
+  auto widen = [&](float log_sum) {
+    range.smallest = std::fmin(range.smallest, log_sum);
+    range.largest = std::fmax(range.largest, log_sum);
+  };
+  for (int i = row_start; i < std::min(row_start + kTile, arguments.num_rows); ++i) widen(arguments.row_log_sums[i]);
+  for (int j = col_start; j < std::min(col_start + kTile, arguments.num_cols); ++j) widen(arguments.col_log_sums[j]);
+  const auto tile_of = !range.one_exponential()              ? grad_tile_of<false, Form::kTwo>
+                       : arguments.scale_partials != nullptr ? grad_tile_of<false, Form::kMoment>
+                                                             : grad_tile_of<false, Form::kFactored>;
+  tile_of(arguments, row_start, col_start, range.middle());
 }
 
 // All tiles as `num_clusters` clusters on the device would walk them, one cluster after the other.
@@ -208,7 +212,7 @@ const char* similarity_stats(const StatsArguments& arguments, void*) {
 const char* similarity_grad(const GradArguments& arguments, void*) {
   walk_all({arguments.num_rows, arguments.num_cols, 1, 0}, [&](int, int row_start, int col_start) {
     if (row_start >= arguments.num_rows) return;
-    (arguments.matrix.biased ? grad_tile<true> : grad_tile<false>)(arguments, row_start, col_start);
+    grad_tile(arguments, row_start, col_start);
   });
   return nullptr;
 }
