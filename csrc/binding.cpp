@@ -1,4 +1,4 @@
-// Registers the kernels as operators of torch through libtorch's stable ABI: one build serves several versions of torch.
+// Registers the kernels as operators of torch, through the stable ABI: one build serves several versions of torch.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

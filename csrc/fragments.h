@@ -28,7 +28,8 @@ GAPKERNELS_HOST_DEVICE constexpr int fragment_col(int thread, int n, int b) { re
 struct ColumnReduction {
   // Split: keep one half in place at the front, put the other into `sent`.
   template <int kHalf>
-  GAPKERNELS_HOST_DEVICE static void split(float (&sums)[kColsPerThread], float (&sent)[kHalf], int lane, int distance) {
+  GAPKERNELS_HOST_DEVICE static void split(float (&sums)[kColsPerThread], float (&sent)[kHalf], int lane,
+                                           int distance) {
     const bool upper = lane & distance;
 #pragma unroll
     for (int q = 0; q < kHalf; ++q) {

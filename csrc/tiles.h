@@ -122,7 +122,8 @@ class TileWalk {
         continue;
       }
       const bool symmetric = space_.symmetric >> matrix_ & 1;
-      item_ = symmetric ? Order::triangle(space_, matrix_, next_ - first_) : Order::whole(space_, matrix_, next_ - first_);
+      const int number = next_ - first_;
+      item_ = symmetric ? Order::triangle(space_, matrix_, number) : Order::whole(space_, matrix_, number);
       next_ += step_;
       if (Order::exists(space_, item_)) return;
     }
