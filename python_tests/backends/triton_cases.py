@@ -353,14 +353,14 @@ def distributed_worker(rank, size, file, results):
 def test_distributed(size, tmp_path):
     """Every process returns the loss of the whole batch; the gradients are those of one process."""
     context = torch.multiprocessing.get_context("spawn")
-    results = context.SimpleQueue()
+    results = context.Queue()
     workers = [
         context.Process(target=distributed_worker, args=(rank, size, tmp_path / "store", results))
         for rank in range(size)
     ]
     for worker in workers:
         worker.start()
-    by_rank = sorted((results.get() for _ in workers), key=lambda result: result[0])
+    by_rank = sorted((results.get(timeout=300) for _ in workers), key=lambda result: result[0])
     for worker in workers:
         worker.join()
         assert worker.exitcode == 0
