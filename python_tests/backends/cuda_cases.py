@@ -104,6 +104,11 @@ def test_values(on_cpu, n, dim, scale, dtype):
     assert_matches_oracle(random_embeddings(n, dim, dtype=dtype), scale, "cuda")
 
 
+def test_values_of_one_sample(on_cpu):
+    """No entry but the diagonal: every sum is empty."""
+    assert_matches_oracle(random_embeddings(1, 16, dtype=torch.bfloat16), 14.3, "cuda", cu_weight=0.0)
+
+
 @pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=str)
 def test_values_for_modalities_and_options(on_cpu, dtype):
     for normalize, pairs in [(True, "all"), (False, "anchor")]:
