@@ -27,8 +27,9 @@ def child_command(module: str, *arguments: str) -> list[str]:
 
 
 def find_tool(name: str) -> str | None:
-    """Path of a program, also where CUDA installs its own."""
-    return shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
+    """Path of a program, also where NVIDIA's packages install theirs."""
+    profilers = sorted(map(str, Path("/opt/nvidia/nsight-compute").glob("*")), reverse=True)
+    return shutil.which(name) or shutil.which(name, path=os.pathsep.join(["/usr/local/cuda/bin", *profilers]))
 
 
 def execute(command: list[str], log: Path, seconds: float, variables: dict[str, str]) -> tuple[str, str]:

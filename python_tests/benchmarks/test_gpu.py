@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import exercise, gpu, kernels, sanitize, variants
+from benchmarks import exercise, gpu, harness, kernels, memory, sanitize, variants
+from benchmarks import run as run_benchmarks
 from benchmarks.cases import Case
 from benchmarks.gpu import Outcome, Run, Stage
 from benchmarks.implementations import IMPLEMENTATIONS
@@ -300,10 +301,23 @@ def test_a_setting_is_measured_where_it_means_something() -> None:
 def test_variants_are_compared_by_problem(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """In this process: how others are started is tested above, and what they do in test_harness."""
+    seen: list[str | None] = []
+
+    def execute_here(command: list[str], log: Path, seconds: float, variables: dict[str, str]) -> tuple[str, str]:
+        assert command[1:3] == ["-m", "benchmarks.run"]
+        seen.append(variables.get("OMP_NUM_THREADS"))
+        run_benchmarks.main(command[3:])
+        return "", ""
+
+    monkeypatch.setattr(variants, "execute", execute_here)
+    monkeypatch.setattr(memory, "measure", lambda *_, **__: 0)
+    monkeypatch.setitem(harness._MATMUL_SIZE, "cpu", 64)
     out = tmp_path / "variants.json"
     monkeypatch.setattr(variants, "SETTINGS", {name: variants.SETTINGS[name] for name in ("default", "tuned")})
     choice = ["--select", "N512-D128.*torch", "--case-seconds", "0.01", "--setting", "one:OMP_NUM_THREADS=1"]
     variants.main(["--out", str(out), "--device", "cpu", "--budget", "240", *choice])
+    assert seen == [None, None, "1"]
     content = json.loads(out.read_text())
     assert set(content["settings"]) == {*variants.SETTINGS, "one"}
     assert {row["setting"] for row in content["rows"]} == set(content["settings"]) - {"tuned"}
