@@ -36,9 +36,19 @@ def input_precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
+def cdiv(a: int, b: int) -> int:
+    """⌈a/b⌉. Triton's own, made for kernels too, takes a hundred times as long here, several times a launch."""
+    return -(-a // b)
+
+
+def next_power_of_2(x: int) -> int:
+    """The smallest power of two that is not smaller; as ``triton.next_power_of_2``, see :func:`cdiv`."""
+    return 1 << (x - 1).bit_length()
+
+
 def row_block(dim: int, elements: int) -> tuple[int, int]:
     """``(rows, columns)`` of a block that holds whole rows of length ``dim`` and about ``elements`` numbers."""
-    columns = triton.next_power_of_2(dim)
+    columns = next_power_of_2(dim)
     if INTERPRETED:
         elements *= 32  # each operation costs the same there, however many numbers it is on
     return max(1, elements // columns), columns

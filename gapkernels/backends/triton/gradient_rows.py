@@ -36,7 +36,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gapkernels.backends.triton import tuning
-from gapkernels.backends.triton.device import input_precision, num_processors
+from gapkernels.backends.triton.device import cdiv, input_precision, next_power_of_2, num_processors
 from gapkernels.backends.triton.pair_weights import PairWeights
 from gapkernels.backends.triton.row_statistics import Centroids, Operands
 from gapkernels.backends.triton.tiles import load_scale
@@ -407,9 +407,9 @@ def gradient_rows(
     length = rows.stop - rows.start
 
     def launch(config: tuning.Config) -> Products:
-        blocks = triton.cdiv(length, config.tile_m)
+        blocks = cdiv(length, config.tile_m)
         walks = blocks * (targets + (centroids is not None))
-        splits = num_splits(walks, triton.cdiv(num_rows, config.tile_n), config, like.device)
+        splits = num_splits(walks, cdiv(num_rows, config.tile_n), config, like.device)
         products = Products(
             like.new_empty((targets, splits, length, dim), dtype=torch.float32),
             None
@@ -465,4 +465,4 @@ def num_splits(walks: int, tiles: int, config: tuning.Config, device: torch.devi
 
 def row_length(dim: int) -> int:
     """Length of rows in registers."""
-    return max(16, triton.next_power_of_2(dim))
+    return max(16, next_power_of_2(dim))

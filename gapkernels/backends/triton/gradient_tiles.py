@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gapkernels.backends.triton import tuning
-from gapkernels.backends.triton.device import input_precision
+from gapkernels.backends.triton.device import cdiv, input_precision
 from gapkernels.backends.triton.matrix import Matrix
 from gapkernels.backends.triton.tiles import (
     exponents,
@@ -182,7 +182,7 @@ def gradient_tiles(
     num_cols = block.cols.shape[0]
 
     def launch(config: tuning.Config) -> None:
-        grid = (triton.cdiv(num_rows, config.tile_m) * triton.cdiv(num_cols, config.tile_n),)
+        grid = (cdiv(num_rows, config.tile_m) * cdiv(num_cols, config.tile_n),)
         gradient_tiles_kernel[grid](
             block.rows,
             block.rows.stride(0),

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gapkernels.backends.triton import tuning
-from gapkernels.backends.triton.device import input_precision, num_processors
+from gapkernels.backends.triton.device import cdiv, input_precision, num_processors
 from gapkernels.backends.triton.matrix import Matrix
 from gapkernels.backends.triton.tile_sums import constant_shift
 from gapkernels.backends.triton.tiles import exponents, inner_products, load_scale, without_diagonal
@@ -172,7 +172,7 @@ def log_sums(
     logs = new((len(matrices), num_rows), dtype=torch.float64), new((len(matrices), num_cols), dtype=torch.float64)
 
     def launch(config: tuning.Config) -> None:
-        blocks = len(matrices) * (triton.cdiv(num_rows, config.tile_m) + triton.cdiv(num_cols, config.tile_m))
+        blocks = len(matrices) * (cdiv(num_rows, config.tile_m) + cdiv(num_cols, config.tile_m))
         grid = (min(blocks, num_processors(first.rows.device) * config.programs_per_processor),)
         log_sums_kernel[grid](
             tuple(m.rows for m in matrices),

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gapkernels.backends.triton import tuning
-from gapkernels.backends.triton.device import INTERPRETED, input_precision
+from gapkernels.backends.triton.device import INTERPRETED, cdiv, input_precision
 from gapkernels.backends.triton.tiles import grouped_tile
 
 
@@ -66,7 +66,7 @@ def _add_product_here(total: Tensor, left: Tensor, right: Tensor) -> None:
     (num_rows, depth), dim = left.shape, right.shape[1]
 
     def launch(config: tuning.Config) -> None:
-        grid = (triton.cdiv(num_rows, config.tile_m) * triton.cdiv(dim, config.tile_n),)
+        grid = (cdiv(num_rows, config.tile_m) * cdiv(dim, config.tile_n),)
         add_product_kernel[grid](
             left,
             *left.stride(),

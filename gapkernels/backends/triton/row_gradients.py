@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gapkernels.backends.triton.device import num_processors, row_block
+from gapkernels.backends.triton.device import cdiv, num_processors, row_block
 from gapkernels.backends.triton.row_statistics import (
     RowStatistics,
     centred,
@@ -176,7 +176,7 @@ def row_gradients(
     partners = [(p, k if m == target else m) for p, (m, k) in enumerate(pairs) if target in (m, k)]
     atp_partners = [k for k in range(modalities) if k != target] if target == spec.anchor else [spec.anchor]
     block_rows, block_dim = row_block(dim, 2048)
-    grid = (min(triton.cdiv(num_rows, block_rows), 8 * num_processors(out.device)),)
+    grid = (min(cdiv(num_rows, block_rows), 8 * num_processors(out.device)),)
     row_gradients_kernel[grid](
         tuple(embeddings),
         tuple(e.stride(0) for e in embeddings),

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gapkernels.backends.triton.device import num_processors, row_block
+from gapkernels.backends.triton.device import cdiv, num_processors, row_block
 from gapkernels.backends.triton.matrix import HALF_UNIT
 from gapkernels.backends.triton.tiles import LOG2_E
 from gapkernels.rows import NORM_EPS
@@ -304,7 +304,7 @@ class Centroids(NamedTuple):
 
 def _grid(embeddings: list[Tensor], block_rows: int) -> tuple[int]:
     rows = embeddings[0].shape[0]
-    return (min(triton.cdiv(rows, block_rows), 4 * num_processors(embeddings[0].device)),)
+    return (min(cdiv(rows, block_rows), 4 * num_processors(embeddings[0].device)),)
 
 
 def padded(dim: int) -> int:

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gapkernels.backends.triton.device import cdiv, next_power_of_2
 from gapkernels.backends.triton.row_statistics import NUM_SCALARS, RowStatistics
 from gapkernels.backends.triton.tiles import LOG2_E
 from gapkernels.distributed import World
@@ -195,7 +196,7 @@ def terms(
     cosines = statistics.cosines
     if world.size > 1:
         cosines = world.gather_rows(cosines.T.contiguous()).T.contiguous()
-    grid = (triton.cdiv(num_cols, BLOCK),)
+    grid = (cdiv(num_cols, BLOCK),)
     partials = new((*grid, 3))
     row_terms_kernel[grid](
         *(pair_logs or (None, None)),
@@ -236,6 +237,6 @@ def terms(
         NUM_PAIRS=num_pairs,
         CENTROIDS=centroid_logs is not None,
         BLOCK=BLOCK,
-        BLOCK_D=triton.next_power_of_2(dim),
+        BLOCK_D=next_power_of_2(dim),
     )
     return loss, values, saved

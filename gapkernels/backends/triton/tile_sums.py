@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from gapkernels.backends.triton import tuning
-from gapkernels.backends.triton.device import input_precision, num_processors
+from gapkernels.backends.triton.device import cdiv, input_precision, num_processors
 from gapkernels.backends.triton.matrix import Matrix
 from gapkernels.backends.triton.tiles import (
     exponents,
@@ -142,7 +142,7 @@ def tile_sums(matrices: list[Matrix], largest: torch.Tensor | None, headroom: in
     row_sums, col_sums = sums.split([len(matrices) * num_rows, len(matrices) * num_cols])
 
     def launch(config: tuning.Config) -> None:
-        tiles = len(matrices) * triton.cdiv(num_rows, config.tile_m) * triton.cdiv(num_cols, config.tile_n)
+        tiles = len(matrices) * cdiv(num_rows, config.tile_m) * cdiv(num_cols, config.tile_n)
         grid = (min(tiles, num_processors(sums.device) * config.programs_per_processor),)
         tile_sums_kernel[grid](
             tuple(m.rows for m in matrices),

@@ -19,7 +19,7 @@ import torch
 import triton
 from torch import Tensor
 
-from gapkernels.backends.triton.device import INTERPRETED, architecture
+from gapkernels.backends.triton.device import INTERPRETED, architecture, next_power_of_2
 
 
 class Config(NamedTuple):
@@ -131,7 +131,7 @@ def _candidates(kernel: str, arch: str, dtype: torch.dtype, dim: int, true_float
     if kernel == "add_product":
         table = [c._replace(num_warps=8, tma=False) for c in table if c.tile_n <= 128]
     # A step of the K loop longer than a row would be padding.
-    shortest = max(16, triton.next_power_of_2(dim))
+    shortest = max(16, next_power_of_2(dim))
     return tuple(dict.fromkeys(c._replace(tile_k=min(c.tile_k, shortest)) for c in table))
 
 
@@ -141,7 +141,7 @@ def _row_candidates(arch: str, dtype: torch.dtype, dim: int, true_float32: bool)
     table = float32 if dtype == torch.float32 else _SIXTEEN_BIT_ROWS[arch]
     if dtype == torch.float32 and arch.startswith("gfx"):
         table = {64: table[64]}  # 39 spilled with the next length
-    return tuple(table.get(max(64, triton.next_power_of_2(dim)), ()))
+    return tuple(table.get(max(64, next_power_of_2(dim)), ()))
 
 
 def nearest(arch: str) -> str:
@@ -172,7 +172,7 @@ def choose(kernel: str, like: Tensor, launch: Callable[[Config], object], reset:
     options = candidates(kernel, architecture(like.device), like.dtype, like.shape[1])
     if len(options) == 1 or not _searching() or torch.cuda.is_current_stream_capturing():
         return options[0]
-    dim = triton.next_power_of_2(like.shape[1])
+    dim = next_power_of_2(like.shape[1])
     key = f"{kernel}/{architecture(like.device)}/{like.dtype}/{dim}/{triton.__version__}"
     found = _remembered().get(key)
     if found is None:
