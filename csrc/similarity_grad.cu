@@ -138,9 +138,21 @@ struct GradEpilogue {
     return rows;
   }
 
-  // The factors and shares of two neighbouring columns.
-  __device__ float4 load_cols(int n) const {
-    return *reinterpret_cast<const float4*>(&storage_.cols[fragment_col(thread_, n, 0)]);
+  // value(product, which of the thread's rows, column from its first, factor and share of the column), for all entries.
+  template <class Products, class Rounded, class Value>
+  __device__ void fill(const Products& products, Rounded& rounded, Value value) const {
+#pragma unroll
+    for (int n = 0; n < kColsPerThread / 2; ++n) {
+      const float4 cols = *reinterpret_cast<const float4*>(&storage_.cols[fragment_col(thread_, n, 0)]);
+#pragma unroll
+      for (int r = 0; r < kRowsPerThread; ++r) {
+        const auto left = cute::make_coord(0, r % 2, n), right = cute::make_coord(1, r % 2, n);
+        rounded(left, r / 2, 0) = static_cast<ElementType>(
+            value(products(left, r / 2, 0), r, fragment_col(0, n, 0), cols.x, cols.y));
+        rounded(right, r / 2, 0) = static_cast<ElementType>(
+            value(products(right, r / 2, 0), r, fragment_col(0, n, 1), cols.z, cols.w));
+      }
+    }
   }
 
   template <bool kMasked, class Products, class Rounded>
@@ -148,21 +160,10 @@ struct GradEpilogue {
                                      const Mask& mask) const {
     const float reference = *params_.reference;
     const Rows rows = load_rows(tile, mask);
-#pragma unroll
-    for (int n = 0; n < kColsPerThread / 2; ++n) {
-      const float4 cols = load_cols(n);
-#pragma unroll
-      for (int r = 0; r < kRowsPerThread; ++r) {
-#pragma unroll
-        for (int b = 0; b < 2; ++b) {
-          const auto place = cute::make_coord(b, r % 2, n);
-          const float bias = b == 0 ? cols.x : cols.z;
-          const float x = exponent<true>(products(place, r / 2, 0), rows.terms[r], bias, scale_, reference);
-          const bool counts = !kMasked || rows.counted[r].counts(fragment_col(0, n, b));
-          rounded(place, r / 2, 0) = static_cast<ElementType>(counts ? fast_exp2(x) : 0.0f);
-        }
-      }
-    }
+    fill(products, rounded, [&](float product, int r, int col, float bias, float) {
+      const float x = exponent<true>(product, rows.terms[r], bias, scale_, reference);
+      return kMasked && !rows.counted[r].counts(col) ? 0.0f : fast_exp2(x);
+    });
   }
 
   template <Form kForm, bool kMasked, class Products, class Rounded>
@@ -176,22 +177,11 @@ struct GradEpilogue {
       row_shares[r] = storage_.row_shares[fragment_row(thread_, r / 2, r % 2)];
       row_factors[r] = storage_.row_factors[fragment_row(thread_, r / 2, r % 2)];
     }
-#pragma unroll
-    for (int n = 0; n < kColsPerThread / 2; ++n) {
-      const float4 cols = load_cols(n);
-#pragma unroll
-      for (int r = 0; r < kRowsPerThread; ++r) {
-#pragma unroll
-        for (int b = 0; b < 2; ++b) {
-          const auto place = cute::make_coord(b, r % 2, n);
-          const float col_factor = b == 0 ? cols.x : cols.z, col_share = b == 0 ? cols.y : cols.w;
-          float x = exponent<false>(products(place, r / 2, 0), rows.terms[r], col_factor, scale_, shift);
-          if (kMasked) x = rows.counted[r].counts(fragment_col(0, n, b)) ? x : -INFINITY;
-          rounded(place, r / 2, 0) = static_cast<ElementType>(
-              pair_gradient<kForm>(x, middle_, row_shares[r], row_factors[r], col_share, col_factor, moment));
-        }
-      }
-    }
+    fill(products, rounded, [&](float product, int r, int col, float col_factor, float col_share) {
+      float x = exponent<false>(product, rows.terms[r], col_factor, scale_, shift);
+      if (kMasked && !rows.counted[r].counts(col)) x = -INFINITY;
+      return pair_gradient<kForm>(x, middle_, row_shares[r], row_factors[r], col_share, col_factor, moment);
+    });
   }
 
   // Each tile has a place of its own, and launches follow one another: no atomics, always the same bits.

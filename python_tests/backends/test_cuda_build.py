@@ -139,3 +139,43 @@ def test_interrupted_compilation_leaves_no_library(monkeypatch):
     assert not build.library().exists()
     monkeypatch.setattr(build, "_compile", lambda target: target.write_bytes(b"library"))
     assert build.build().read_bytes() == b"library"
+
+
+@pytest.fixture
+def tools(monkeypatch):
+    """A machine where everything is there, as far as can be seen before compiling."""
+    monkeypatch.setattr(build, "nvcc", lambda: Path("nvcc"))
+    monkeypatch.setattr(build, "nvcc_version", lambda program: (13, 0))
+    monkeypatch.setattr(build, "cutlass_include", lambda: Path("cutlass-include"))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+
+
+def test_torch_is_asked_to_compile_all_sources_for_hopper(tools, monkeypatch, capsys):
+    calls = []
+
+    def load(name, sources, **options):
+        calls.append((sources, options))
+        (Path(options["build_directory"]) / f"{name}.so").write_bytes(b"library")
+
+    monkeypatch.setattr("torch.utils.cpp_extension.load", load)
+    path = build.build()
+    assert path.read_bytes() == b"library"
+    ((sources, options),) = calls
+    assert {Path(source).name for source in sources} == {"binding.cpp", "similarity_stats.cu", "similarity_grad.cu"}
+    assert "-gencode=arch=compute_90a,code=sm_90a" in options["extra_cuda_cflags"]
+    assert "-DUSE_CUDA" in options["extra_cflags"]
+    assert options["extra_include_paths"] == ["cutlass-include"]
+    assert options["is_python_module"] is False
+    assert "compiling the CUDA kernels with nvcc 13.0" in capsys.readouterr().err
+    assert build.build() == path
+    assert len(calls) == 1
+
+
+def test_what_the_compiler_reports_is_passed_on(tools, monkeypatch):
+    def load(name, sources, **options):
+        raise RuntimeError("Error building extension: no such instruction")
+
+    monkeypatch.setattr("torch.utils.cpp_extension.load", load)
+    with pytest.raises(build.BuildError, match=r"backend='triton' needs no compiler\n.*no such instruction"):
+        build.build()
+    assert not build.library().exists()
