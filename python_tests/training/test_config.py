@@ -135,9 +135,10 @@ def test_values_on_the_command_line_are_yaml(text: str, value: object) -> None:
 
 def test_a_preset_can_extend_another_one() -> None:
     full, small = load_config("cifar10"), load_config("cifar10-small")
-    assert small.methods == full.methods
+    assert {name: small.methods[name] for name in full.methods} == full.methods
+    assert set(small.methods) - set(full.methods) == {"gap-light"}
     assert small.optim.batch_size == full.optim.batch_size
-    assert small.data.train_samples == 10000
+    assert small.data.train_samples == 20000
     # The image encoder is of another kind: nothing of the other one's settings stays.
     assert full.model.encoders["image"].kind == "resnet50"
     assert small.model.encoders["image"].kind == "image-cnn"
