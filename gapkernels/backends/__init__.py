@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -41,8 +42,11 @@ def available() -> list[Status]:
     ]
 
 
+@functools.cache
 def select(name: str, device: torch.device, dtype: torch.dtype) -> Backend | FusedBackend:
     """The backend of a name for embeddings of a type on a device; ``"auto"`` takes the fastest usable.
+
+    Asked twice in every training step, it answers each question once: finding out takes 0.1 ms.
 
     ``"auto"`` does not take ``"cuda"``: no measurement yet shows by how much it is faster, or where.
 

@@ -208,6 +208,11 @@ def load() -> None:
         torch.ops.load_library(str(compiled))
 
 
+def is_loaded() -> bool:
+    """Whether :func:`load` has done its work in this process."""
+    return load.cache_info().currsize > 0
+
+
 if __name__ == "__main__":
     try:
         print(build())

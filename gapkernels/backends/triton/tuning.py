@@ -100,12 +100,12 @@ _SIXTEEN_BIT_ROWS = {
         128: [Config(128, 32, 64, 8, 2), Config(128, 32, 64, 8, 2, tma=True)],
     },
     "gfx942": {
-        64: [Config(64, 64, 64, 4, 2)],
-        128: [Config(64, 64, 64, 4, 2)],
+        64: [Config(64, 32, 64, 4, 2, programs_per_processor=2)],
+        128: [Config(64, 32, 64, 4, 2, programs_per_processor=2)],
     },
 }
-_FLOAT32_ROWS = {length: [Config(32, 32, 64, 8, 2, programs_per_processor=2)] for length in (64, 128)}
-_FLOAT32_TENSOR_ROWS = {length: [Config(64, 32, 64, 4, 2, programs_per_processor=2)] for length in (64, 128)}
+_FLOAT32_ROWS = {64: [Config(32, 32, 64, 8, 2, programs_per_processor=2)]}
+_FLOAT32_TENSOR_ROWS = {64: [Config(64, 32, 64, 4, 2, programs_per_processor=2)]}
 
 
 def candidates(kernel: str, arch: str, dtype: torch.dtype, dim: int) -> tuple[Config, ...]:
@@ -139,8 +139,6 @@ def _row_candidates(arch: str, dtype: torch.dtype, dim: int, true_float32: bool)
     """Those of the kernel that keeps whole rows, none if they do not fit."""
     float32 = _FLOAT32_ROWS if true_float32 else _FLOAT32_TENSOR_ROWS
     table = float32 if dtype == torch.float32 else _SIXTEEN_BIT_ROWS[arch]
-    if dtype == torch.float32 and arch.startswith("gfx"):
-        table = {64: table[64]}  # 39 spilled with the next length
     return tuple(table.get(max(64, next_power_of_2(dim)), ()))
 
 
