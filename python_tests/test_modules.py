@@ -69,8 +69,9 @@ def test_docstring_examples():
     import doctest
 
     from gapkernels import backends, functional, modules
+    from gapkernels.integrations import modgap, open_clip
 
-    for module in (functional, modules, backends):
+    for module in (functional, modules, backends, modgap, open_clip):
         result = doctest.testmod(module, extraglobs={**vars(gapkernels), "torch": torch})
         assert result.attempted > 0
         assert result.failed == 0
