@@ -101,6 +101,7 @@ struct PingPong {
     const int warpgroup = cutlass::canonical_warp_group_idx();
     const int thread = threadIdx.x % kGroupThreads;
     const bool producer = warpgroup == 0;
+    if (threadIdx.x < params.space.num_matrices) Mainloop::prefetch_tma_descriptors(params.operands[threadIdx.x]);
 
     typename Pipeline::Params pipeline_params;
     pipeline_params.role = producer ? Pipeline::ThreadCategory::Producer : Pipeline::ThreadCategory::Consumer;
@@ -175,6 +176,7 @@ struct PingPong {
       mainloop.mma(pipeline, state, accumulators, k_tiles, thread, shared.operands, params.operands[tile.matrix]);
       order.arrive();
       mainloop.mma_tail(pipeline, state, k_tiles);
+      cute::warpgroup_fence_operand(accumulators);  // complete from here on, for the compiler too
       state.advance(k_tiles * kConsumers);
       epilogue.finish(tile, accumulators, tiled_mma);
       for (int i = 0; i < kConsumers && walk.valid(); ++i) walk.advance();
@@ -219,7 +221,9 @@ const char* launch(const typename Kernel::Params& params, void* stream) {
   config.numAttrs = 1;
   void* arguments[] = {const_cast<typename Kernel::Params*>(&params)};
   error = cudaLaunchKernelExC(&config, kernel, arguments);
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();  // reported here, not once more by whoever asks next
+  return cudaGetErrorString(error);
 }
 
 }  // namespace gapkernels
