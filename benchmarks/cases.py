@@ -112,10 +112,18 @@ CPU: dict[str, list[Grid]] = {
     "large": [Grid((OURS,), width=(256,), samples=(65536,), slow=True)],
 }
 
-# Time is dear on a GPU and may end anywhere: what matters most comes first. Two sizes, as the backward pass of
-# torch.pdist wants 4N²D bytes on a GPU (34 GB at N = 4096, D = 512), so that nobody but us and matrix products can do
-# the larger one.
+# Time is dear on a GPU and may end anywhere: what matters most comes first, and that is what the project has set itself
+# figures for. Two sizes with the authors' formulation, as the backward pass of torch.pdist wants 4N²D bytes on a GPU
+# (34 GB at N = 4096, D = 512), so that nobody but us and matrix products can do the larger one.
 GPU: dict[str, list[Grid]] = {
+    "targets": [
+        Grid((OURS, "matmul", "matmul-compile"), samples=(32768,), dtype=("bfloat16",)),
+        Grid((OURS, "authors"), samples=(4096,), dtype=("bfloat16",)),
+        Grid((OURS, "siglip-kernel", "inf-cl"), loss=(INFO_NCE,), samples=(65536,), width=(768,), dtype=("bfloat16",)),
+        Grid((OURS, "matmul"), samples=(256, 1024, 2048), dtype=("bfloat16",)),
+        Grid((OURS,), samples=(2**20,), dtype=("bfloat16",)),
+        Grid(("matmul-compile",), samples=(256, 2048), dtype=("bfloat16",)),
+    ],
     "peers": [
         Grid((OURS, "authors", "matmul"), samples=(4096, 32768), dtype=("bfloat16",), backward=(True, False)),
         Grid(
@@ -140,17 +148,26 @@ GPU: dict[str, list[Grid]] = {
     "modalities": [Grid((OURS, "authors"), samples=(16384,), dtype=("bfloat16",), modalities=(3, 4))],
 }
 
-VARIANTS = "variants"
-# Measured only when asked for by name: problems on which one kernel or another may win, by N, D and type.
+VARIANTS, SMOKE = "variants", "smoke"
+# Measured only when asked for by name: problems on which one kernel or another may win, by N, D and type; and a few
+# that show whether a backend works, with a part of a tile, one modality more, and every tile of a large batch.
 ON_REQUEST: dict[str, dict[str, list[Grid]]] = {
-    "cpu": {VARIANTS: [Grid((OURS,), samples=(512, 2048), width=(128, 512))]},
+    "cpu": {
+        VARIANTS: [Grid((OURS,), samples=(512, 2048), width=(128, 512))],
+        SMOKE: [Grid((OURS,), samples=(129, 512), width=(100,))],
+    },
     "cuda": {
+        SMOKE: [
+            Grid((OURS,), samples=(129, 4096), dtype=("bfloat16",)),
+            Grid((OURS,), samples=(1000,), width=(100,), dtype=("bfloat16",), modalities=(3,)),
+            Grid((OURS,), samples=(32768,), dtype=("bfloat16",)),
+        ],
         VARIANTS: [
             Grid((OURS,), samples=(1024, 4096, 32768), width=(128, 512), dtype=("bfloat16",)),
             Grid((OURS,), samples=(4096, 32768), width=(64, 256, 1024), dtype=("bfloat16",)),
             Grid((OURS,), loss=(INFO_NCE,), samples=(65536,), width=(768,), dtype=("bfloat16",)),
             Grid((OURS,), samples=(16384,), dtype=("float16", "float32")),
-        ]
+        ],
     },
 }
 

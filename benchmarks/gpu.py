@@ -6,6 +6,9 @@ Each stage is a process of its own with a time limit of its own, so that neither
 module uses Python's standard library only. DIR gets few files and no folders, all of them complete after every stage:
 gpu.json (how each stage went and what it found), log.txt, and speed.json, variants.json, tuning.json, training.json
 from the stages of these names.
+
+A backend that cannot be compiled, hangs or crashes at the first look is left out of the later stages, where it would
+cost the others their time.
 """
 
 from __future__ import annotations
@@ -22,11 +25,22 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.processes import ROOT, child_command, execute, find_tool, unpack_wheels
+from benchmarks.processes import (
+    ROOT,
+    WITHOUT_VARIABLE,
+    adopt_orphans,
+    child_command,
+    children,
+    end_orphans,
+    execute,
+    find_tool,
+    unpack_wheels,
+)
+from benchmarks.winners import lines as winner_lines
 
 # What a user of the tuned kernels would set too; the kernels read it (gapkernels.backends.triton.tuning).
 _TUNING_FILE = "GAPKERNELS_TUNING_FILE"
@@ -35,6 +49,7 @@ _TUNED_WIDTHS = (512, 1024, 256, 128)
 _GPU_TESTS = ("backends", "test_loss.py", "test_functional.py", "test_modules.py", "test_ops.py")
 _NO_GPU_TESTS = "not interpreted and not compilation and not on_cpu and not [torch- and not [torch]"
 _TEST_WORKERS = 6
+_TEST_SECONDS = 60  # after which a test has hung
 _BATCH_SIZES = {"cifar10": (32768, 4096, 256), "digits": (512, 128)}
 _LOG_LIMIT = 1_000_000  # characters of one stage
 
@@ -69,6 +84,7 @@ class Run:
         environment: what the first stage found.
         data: folder with data sets; there need not be one.
         variants: settings to compare, as ``benchmarks.variants --setting`` takes them.
+        without: backends that do not work here.
     """
 
     out: Path
@@ -76,6 +92,7 @@ class Run:
     environment: dict[str, Any] = field(default_factory=dict)
     data: Path = ROOT / "data"
     variants: Sequence[str] = ()
+    without: frozenset[str] = frozenset()
 
     @property
     def has_device(self) -> bool:
@@ -96,6 +113,7 @@ class Stage:
         absent: says which part of the project is missing for it; "" if none.
         variables: added to the environment.
         needs_device: whether it makes sense without a GPU.
+        least: seconds that it gets in any case.
     """
 
     name: str
@@ -106,6 +124,7 @@ class Stage:
     absent: Callable[[], str] = lambda: ""
     variables: Callable[[Run], dict[str, str]] = lambda run: {}
     needs_device: bool = True
+    least: float = 1.0
 
 
 # ---- stages ---------------------------------------------------------------------------------------------------------
@@ -120,7 +139,7 @@ def _last_line(run: Run, output: str) -> tuple[str, dict[str, Any]]:
 
 
 def _describe(run: Run, output: str) -> tuple[str, dict[str, Any]]:
-    facts = json.loads(output.strip().splitlines()[-1])
+    facts = json.loads(next(line for line in reversed(output.splitlines()) if line.startswith("{")))
     tools = ", ".join(name for name, there in facts["tools"].items() if there) or "none"
     return f"{facts['device']}; torch {facts['versions']['torch']}; tools: {tools}", facts
 
@@ -134,10 +153,43 @@ def _no_sources() -> str:
     return ""
 
 
+def _smoke_command(run: Run, seconds: float) -> list[str]:
+    out = ["--out", str(run.scratch / "smoke.json"), "--budget", str(0.9 * seconds)]
+    return child_command("benchmarks.smoke", "--device", "cuda", *out)
+
+
+def _smoke_summary(run: Run, output: str) -> tuple[str, dict[str, Any]]:
+    found = json.loads((run.scratch / "smoke.json").read_text(encoding="utf-8"))
+    unusable = [_backend(entry) for entry in found if not entry["usable"]]
+    summary = "; ".join(f"{_backend(entry)} {entry['summary']}" for entry in found) or "no backend can run here"
+    if unusable:
+        summary += f"; left out from here on: {', '.join(unusable)}"
+    return summary, {"backends": found, "unusable": unusable}
+
+
+def _backend(entry: dict[str, Any]) -> str:
+    name: str = entry["implementation"]
+    return name.removeprefix("gapkernels-")
+
+
+def _build_summary(run: Run, output: str) -> tuple[str, dict[str, Any]]:
+    """Where there is no library in the end, every process would try to compile it again."""
+    summary, _ = _last_line(run, output)
+    built = summary.endswith(".so")
+    if not built:
+        errors = [line.strip() for line in output.splitlines() if re.search(r"\berror\b", line)]
+        summary = (errors or [summary])[0]
+    return summary, {} if built else {"unusable": ["cuda"]}
+
+
 def _test_command(run: Run, seconds: float) -> list[str]:
-    options = ["-v", "--tb=short", "-p", "no:cacheprovider", "--continue-on-collection-errors", "-k", _NO_GPU_TESTS]
+    selection = " and ".join([_NO_GPU_TESTS, *(f"not {name}" for name in sorted(run.without))])
+    options = ["-v", "--tb=short", "-p", "no:cacheprovider", "--continue-on-collection-errors", "-k", selection]
     if importlib.util.find_spec("xdist") is not None:
         options += ["-n", str(_TEST_WORKERS)]  # most of the time goes into compiling Triton's kernels
+        if importlib.util.find_spec("pytest_timeout") is not None:
+            # Ends the worker, which xdist replaces: the only way out of a call that waits for a device for ever.
+            options += ["--timeout", str(_TEST_SECONDS), "--timeout-method", "thread"]
     return child_command("pytest", *(f"python_tests/{name}" for name in _GPU_TESTS), *options)
 
 
@@ -171,7 +223,8 @@ def _test_summary(run: Run, output: str) -> tuple[str, dict[str, Any]]:
 
 def _tune_command(run: Run, seconds: float) -> list[str]:
     sizes = ",".join(f"8192x{width}" for width in _TUNED_WIDTHS)
-    return child_command("benchmarks.exercise", "--sizes", sizes, "--modalities", "2", "--dtypes", "bfloat16")
+    options = ["--backends", "triton", "--sizes", sizes, "--modalities", "2", "--dtypes", "bfloat16"]
+    return child_command("benchmarks.exercise", *options)
 
 
 def _tune_summary(run: Run, output: str) -> tuple[str, dict[str, Any]]:
@@ -184,7 +237,9 @@ def _tune_summary(run: Run, output: str) -> tuple[str, dict[str, Any]]:
 
 def _speed_command(run: Run, seconds: float) -> list[str]:
     # The last case may run over; the process itself should end the run, not its time limit.
-    budget = ["--budget", str(0.85 * seconds), "--case-seconds", "0.5", "--call-seconds", str(max(20.0, seconds / 15))]
+    longest = max(20.0, seconds / 15)
+    budget = ["--budget", str(0.85 * seconds), "--case-seconds", "0.5", "--call-seconds", str(longest)]
+    budget += ["--hang-seconds", str(3 * longest)]
     return child_command("benchmarks.run", "--device", "cuda", "--out", str(run.out / "speed.json"), *budget)
 
 
@@ -212,7 +267,8 @@ def _variants_summary(run: Run, output: str) -> tuple[str, dict[str, Any]]:
     wins = Counter(f"{best['implementation']} {best['setting']}" for best in content["fastest"])
     if not wins:
         raise ValueError("nothing was measured")
-    return "fastest: " + ", ".join(f"{name} {count}×" for name, count in wins.most_common()), {}
+    summary = "fastest: " + ", ".join(f"{name} {count}×" for name, count in wins.most_common())
+    return summary, {"table": winner_lines(content["fastest"])}
 
 
 def _sanitizer_command(run: Run, seconds: float) -> list[str]:
@@ -299,21 +355,30 @@ def _tuning(run: Run) -> dict[str, str]:
 # In the order of what a person with ten minutes wants to know first. Speed is that of the defaults, as users get them;
 # what tuning would gain is one of the variants.
 STAGES = (
-    Stage("environment", 1, lambda run, seconds: child_command("benchmarks.describe"), _describe, needs_device=False),
+    # Starting Python and torch takes a while on a cold machine, and compiling a minute, whatever the budget.
+    Stage(
+        "environment",
+        1,
+        lambda run, seconds: child_command("benchmarks.describe"),
+        _describe,
+        needs_device=False,
+        least=60.0,
+    ),
     Stage(
         "build",
-        12,
+        20,
         lambda run, seconds: child_command("gapkernels.backends.cuda.build"),
-        _last_line,
+        _build_summary,
         tool="nvcc",
         absent=_no_sources,
     ),
+    Stage("smoke", 10, _smoke_command, _smoke_summary),
     Stage("correctness", 10, _test_command, _test_summary),
-    Stage("speed", 16, _speed_command, _speed_summary),
-    Stage("autotune", 4, _tune_command, _tune_summary, variables=lambda run: {**_tuning(run), "GAPKERNELS_TUNE": "1"}),
+    Stage("speed", 20, _speed_command, _speed_summary),
+    Stage("autotune", 3, _tune_command, _tune_summary, variables=lambda run: {**_tuning(run), "GAPKERNELS_TUNE": "1"}),
     Stage("variants", 10, _variants_command, _variants_summary, variables=_tuning),
-    Stage("sanitizer", 8, _sanitizer_command, _sanitizer_summary, tool="compute-sanitizer"),
-    Stage("training", 8, _train_command, _train_summary),
+    Stage("sanitizer", 6, _sanitizer_command, _sanitizer_summary, tool="compute-sanitizer"),
+    Stage("training", 6, _train_command, _train_summary),
     Stage("kernels", 4, _kernels_command, _kernels_summary),
 )
 
@@ -330,17 +395,19 @@ def run_stage(stage: Stage, run: Run, seconds: float) -> Outcome:
     if stage.tool and find_tool(stage.tool) is None:
         return Outcome(stage.name, "no tool", f"{stage.tool} not found")
     started = time.monotonic()
+    variables = {WITHOUT_VARIABLE: ",".join(sorted(run.without)), **stage.variables(run)}
+    ours = children()
     try:
-        status, output = execute(
-            stage.command(run, seconds), run.scratch / f"{stage.name}.log", seconds, stage.variables(run)
-        )
+        status, output = execute(stage.command(run, seconds), run.scratch / f"{stage.name}.log", seconds, variables)
     except OSError as error:
         return Outcome(stage.name, "failed", str(error), time.monotonic() - started)
+    finally:
+        end_orphans(ours)
     spent = time.monotonic() - started
     _keep_log(run, stage.name, output)
     try:
         summary, facts = stage.summarise(run, output)
-    except (ValueError, KeyError, IndexError, OSError):
+    except Exception:  # whatever is wrong with the output of one stage, the next ones are worth having
         # Nothing to read: the last thing the process said is the best there is.
         summary, facts = _last_line(run, output)
         status = status or "failed"
@@ -382,7 +449,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # What there is to measure with has to be known in any case.
     left_out = {name for name in names if name in skip or (only and name not in only and name != "environment")}
 
-    with tempfile.TemporaryDirectory(prefix="gapkernels-") as scratch:
+    adopt_orphans()
+    with tempfile.TemporaryDirectory(prefix="gapkernels-", ignore_cleanup_errors=True) as scratch:
         return _run_stages(options, left_out, Path(scratch))
 
 
@@ -403,11 +471,10 @@ def _run_stages(options: argparse.Namespace, left_out: set[str], scratch: Path) 
         if stage.name in left_out:
             outcome = Outcome(stage.name, "skipped", "as asked for")
         else:
-            limit = max(1.0, (end - time.monotonic()) * stage.weight / rest)
-            # Starting Python and torch takes a while on a cold machine, whatever the budget.
-            outcome = run_stage(stage, run, max(limit, 60.0) if stage.name == "environment" else limit)
+            outcome = run_stage(stage, run, max(stage.least, (end - time.monotonic()) * stage.weight / rest))
         if stage.name == "environment":
-            run = Run(out, scratch, outcome.facts, run.data, run.variants)
+            run = replace(run, environment=outcome.facts)
+        run = replace(run, without=run.without.union(outcome.facts.get("unusable", ())))
         outcomes.append(outcome)
         print(f"[{stage.name}] {outcome.status}, {outcome.seconds:.0f} s: {outcome.summary}", flush=True)
         summary = {"budget": options.budget, "stages": [asdict(done) for done in outcomes]}
@@ -417,6 +484,8 @@ def _run_stages(options: argparse.Namespace, left_out: set[str], scratch: Path) 
     print()
     for outcome in outcomes:
         print(f"{outcome.stage:{width}}  {outcome.status:10}  {outcome.seconds:5.0f} s  {outcome.summary}")
+    for table in filter(None, (outcome.facts.get("table") for outcome in outcomes)):
+        print("\nfastest of each problem:", *table, sep="\n")
     print(f"\nresults: {options.out}")
     if (out / "speed.json").exists():
         name = re.sub(r"[^a-z0-9]+", "-", run.environment.get("device", "gpu").lower()).strip("-")

@@ -6,6 +6,7 @@ a CPU. A row also has the rate of a large ``torch.matmul`` of the same process, 
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import os
@@ -57,21 +58,22 @@ _PROC_STAT = Path("/proc/stat")
 _MOST_ROUNDS = 40
 _FEWEST_ROUNDS = 3
 _ONE_ROUND_ABOVE = {"cpu": 10.0, "cuda": 1.5}  # seconds that the products alone would take at the yardstick's rate
+_MOST_HANGS = 2
 _EXACT_BYTES = 2**31  # of exact gradients kept for the other implementations of a problem
 _ORACLE_OPERATIONS = {"cpu": 8192**2 * 512, "cuda": 65536**2 * 768}  # N²D up to which float64 is affordable
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # not frozen: Python itself sets the traceback of an exception
 class Skipped(Exception):
     """A case that gives no row, and why.
 
     Args:
-        kind: ``missing`` (not installed or not for this device), ``unsupported`` (refuses the case), ``memory`` or
-            ``time``.
+        kind: ``missing`` (not installed or not for this device), ``unsupported`` (refuses the case), ``memory``,
+            ``time``, or ``hung`` (gave no answer).
         reason: for the reader.
     """
 
-    kind: Literal["missing", "unsupported", "memory", "time"]
+    kind: Literal["missing", "unsupported", "memory", "time", "hung"]
     reason: str
 
     def __str__(self) -> str:
@@ -138,13 +140,19 @@ class Session:
         try:
             return self._measure(case, sampler or self._sample, known)
         except Skipped as skipped:
-            label = IMPLEMENTATIONS[case.implementation].label
-            self.skipped.append({**_describe(case), "label": label, "kind": skipped.kind, "reason": skipped.reason})
+            self.give_up(case, skipped)
             raise
         finally:
             gc.collect()
             if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+                # After an error that leaves the device unusable this fails as well, and has nothing new to say.
+                with contextlib.suppress(RuntimeError):
+                    torch.cuda.empty_cache()
+
+    def give_up(self, case: Case, why: Skipped) -> None:
+        """Remember a case without a row."""
+        label = IMPLEMENTATIONS[case.implementation].label
+        self.skipped.append({**_describe(case), "label": label, "kind": why.kind, "reason": why.reason})
 
     def matmul_rate(self) -> dict[str, float]:
         """Operations per second of a large product by ``torch.matmul``, and on a CPU by oneDNN.
@@ -181,6 +189,7 @@ class Session:
                 peak = self._peak_memory(case, function)
                 errors = self._errors(case, implementation, function)
             timing = self._time(case, implementation, function, sampler)
+            return self._row(case, implementation, timing, peak, errors)
         except memory.OutOfMemory as error:
             self._out_of_memory[_without_size(case)] = case.samples
             raise Skipped("memory", str(error)) from error
@@ -190,11 +199,18 @@ class Session:
             if memory.is_out_of_memory(error):
                 self._out_of_memory[_without_size(case)] = case.samples
                 raise Skipped("memory", self._memory_reason()) from error
-            raise Skipped("unsupported", f"{type(error).__name__}: {str(error).splitlines()[0][:160]}") from error
-        return self._row(case, implementation, timing, peak, errors)
+            message = next(iter(str(error).splitlines()), "")
+            raise Skipped("unsupported", f"{type(error).__name__}: {message[:160]}") from error
 
     def _refuse_hopeless(self, case: Case) -> None:
-        """Leave out a case whose smaller sibling was too large or too slow already; all take O(N²) time."""
+        """Leave out a case whose smaller sibling was too large or too slow already; all take O(N²) time.
+
+        Nor is somebody asked again and again who gives no answer, which takes the others' time.
+        """
+        asked = (case.implementation, "hung")
+        hung = [entry for entry in self.skipped if (entry["implementation"], entry["kind"]) == asked]
+        if len(hung) >= _MOST_HANGS:
+            raise Skipped("hung", f"not tried: {len(hung)} other cases gave no answer")
         if case.samples > self._out_of_memory.get(_without_size(case), case.samples):
             raise Skipped("memory", f"out of memory at N = {self._out_of_memory[_without_size(case)]} already")
         samples, seconds = self._last_call.get(_without_size(case), (case.samples, 0.0))
@@ -301,7 +317,8 @@ class Session:
             rounds = min(_MOST_ROUNDS, max(_FEWEST_ROUNDS, int(self.case_seconds / warm_up[-1])))
         samples = sampler(call, prepare, clock, rounds)
         times = samples.seconds
-        self._last_call[_without_size(case)] = (case.samples, min(times))
+        if case.samples >= self._last_call.get(_without_size(case), (0, 0.0))[0]:
+            self._last_call[_without_size(case)] = (case.samples, min(times))
         return {
             **_summarise(times),
             "discarded_rounds": samples.discarded,

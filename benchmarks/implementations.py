@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from torch import Tensor
 
 import gapkernels
 from benchmarks.cases import GAP, INFO_NCE, Case
+from benchmarks.processes import WITHOUT_VARIABLE
 from gapkernels.backends import NAMES, available
 
 LOGIT_SCALE = 1 / 0.07
@@ -102,8 +104,12 @@ def _ours(backend: str) -> Callable[[Case], Loss]:
 
 
 def our_backends(device: torch.device) -> list[str]:
-    """Names of our implementations that a device can run, the newest first: time may run out."""
-    usable = [status.name for status in reversed(available()) if status.usable and status.name != "reference"]
+    """Names of our implementations that a device can run, the newest first: time may run out.
+
+    Those that the variable GAPKERNELS_BENCHMARKS_WITHOUT names, separated by commas, are left out.
+    """
+    left_out = {"reference", *os.environ.get(WITHOUT_VARIABLE, "").split(",")}
+    usable = [status.name for status in reversed(available()) if status.usable and status.name not in left_out]
     return [f"gapkernels-{name}" for name in usable if device.type == "cuda" or name not in GPU_BACKENDS]
 
 

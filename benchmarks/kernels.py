@@ -140,21 +140,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     samples, width = map(int, options.size.split("x"))
     summary: dict[str, Any] = {}
     end = time.monotonic() + options.budget
-    for name in our_backends(device):
+    names = our_backends(device)
+    with_kernels = [name for name in names if IMPLEMENTATIONS[name].backend in GPU_BACKENDS]
+    for name in names:
         case = Case(name, samples=samples, width=width, dtype="bfloat16")
-        kernels = time_by_kernel(case, device)
-        entry: dict[str, Any] = {"kernels": kernels[:12]}
+        entry: dict[str, Any] = {"kernels": [], "nsight": None}
         try:
-            if IMPLEMENTATIONS[name].backend not in GPU_BACKENDS:
+            kernels = time_by_kernel(case, device)
+            entry["kernels"] = kernels[:12]
+            if name not in with_kernels:
                 raise RuntimeError("has no kernels of its own")
-            seconds = end - time.monotonic()
+            seconds = (end - time.monotonic()) / (len(with_kernels) - with_kernels.index(name))
             entry["nsight"] = nsight([kernel["kernel"] for kernel in kernels[:_MAIN_KERNELS]], case, seconds)
         except RuntimeError as error:
-            entry["nsight"] = None
-            entry["nsight_reason"] = str(error)
+            entry["nsight_reason"] = next(iter(str(error).splitlines()), "")
         summary[name] = entry
         options.out.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-        first = ", ".join(f"{_base_name(k['kernel'])} {k['share']:.0%}" for k in kernels[:_MAIN_KERNELS])
+        first = ", ".join(f"{_base_name(k['kernel'])} {k['share']:.0%}" for k in entry["kernels"][:_MAIN_KERNELS])
         print(f"{name}: {first}; Nsight Compute: {entry.get('nsight_reason', 'measured')}")
 
 

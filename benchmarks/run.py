@@ -6,11 +6,14 @@ python -m benchmarks.run --out results.json --suites peers,scaling --budget 600
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import os
 import re
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,11 +21,12 @@ from typing import Any
 import torch
 
 from benchmarks import cases, results
+from benchmarks.cases import Case
 from benchmarks.harness import Session, Skipped
 from benchmarks.implementations import IMPLEMENTATIONS, our_backends
 from benchmarks.processes import child_command
 
-_LOST_CONTEXT = "CUDA error"
+_LOST_CONTEXT = re.compile(r"CUDA (driver )?error|Triton Error \[CUDA\]")
 _DISTURBING_SHARE = 0.05
 
 
@@ -35,6 +39,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no case is started")
     parser.add_argument("--case-seconds", type=float, default=5.0, help="about how long to repeat one case")
     parser.add_argument("--call-seconds", type=float, default=60.0, help="leave out calls that take longer")
+    parser.add_argument(
+        "--hang-seconds",
+        type=float,
+        default=float("inf"),
+        help="a case that takes longer in all has hung: go on behind it in a fresh process",
+    )
     parser.add_argument(
         "--wait-seconds", type=float, default=0.0, help="wait this long for other processes to calm down"
     )
@@ -79,6 +89,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for row in earlier:
             session.remember(row)
     failed = {results.identity(entry) for entry in session.skipped}
+
+    def save() -> None:
+        results.write(options.out, results.document(list(rows.values()), session.skipped))
+
+    def go_on_afresh() -> None:
+        """Replace this process by one that goes on behind the last case, whatever state the device is in."""
+        rest = ["--resume", "--budget", str(options.budget - (time.monotonic() - started))]
+        os.execv(sys.executable, [*child_command("benchmarks.run", *given), *rest])
+
+    def leave_behind(case: Case) -> None:
+        hung = Skipped("hung", f"no answer within {options.hang_seconds:.0f} s")
+        session.give_up(case, hung)
+        print(f"{case.problem:52} {IMPLEMENTATIONS[case.implementation].label:36} {hung}", flush=True)
+        save()
+        go_on_afresh()
+
     for case in cases.cases(suites, table, our_backends(device)):
         if not re.search(options.select, case.id) or (case.slow and not options.slow):
             continue
@@ -92,7 +118,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"stopped before {case.id}: {reason}", flush=True)
             break
         try:
-            row = session.measure(case, known=known)
+            with _watched(options.hang_seconds, functools.partial(leave_behind, case)):
+                row = session.measure(case, known=known)
         except Skipped as skipped:
             print(f"{case.problem:52} {IMPLEMENTATIONS[case.implementation].label:36} {skipped}", flush=True)
         else:
@@ -104,11 +131,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 f"({row['other_cpu_share']:.0%} of the CPU taken by others)",
                 flush=True,
             )
-        results.write(options.out, results.document(list(rows.values()), session.skipped))
-        if session.skipped and _LOST_CONTEXT in session.skipped[-1]["reason"]:
-            # After such an error nothing works in this process any more; a fresh one goes on behind the failed case.
-            rest = ["--resume", "--budget", str(options.budget - (time.monotonic() - started))]
-            os.execv(sys.executable, [*child_command("benchmarks.run", *given), *rest])
+        save()
+        if session.skipped and _LOST_CONTEXT.search(session.skipped[-1]["reason"]):
+            go_on_afresh()  # after such an error nothing works in this process any more
+
+
+@contextlib.contextmanager
+def _watched(seconds: float, expired: Callable[[], None]) -> Iterator[None]:
+    """Call something from another thread if the block takes too long; one that waits for a device cannot be stopped."""
+    if seconds == float("inf"):
+        yield
+        return
+    timer = threading.Timer(seconds, expired)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 if __name__ == "__main__":

@@ -31,6 +31,10 @@ def run(case: Case, session: Session, benchmark: BenchmarkFixture) -> None:
         pytest.skip(str(skipped))
 
 
+def test_targets(case: Case, session: Session, benchmark: BenchmarkFixture) -> None:
+    run(case, session, benchmark)
+
+
 def test_peers(case: Case, session: Session, benchmark: BenchmarkFixture) -> None:
     run(case, session, benchmark)
 

@@ -20,8 +20,8 @@ import torch
 from benchmarks import results
 from benchmarks.cases import VARIANTS
 from benchmarks.processes import child_command, execute
+from benchmarks.winners import DEFAULT, PROBLEM, fastest, lines
 
-DEFAULT = "default"
 # Name → variables of the environment. What a backend offers to choose from belongs here.
 SETTINGS: dict[str, dict[str, str]] = {
     DEFAULT: {},
@@ -29,9 +29,9 @@ SETTINGS: dict[str, dict[str, str]] = {
     "blocks": {"GAPKERNELS_BACKWARD": "blocks"},
     "tuned": {"GAPKERNELS_TUNE": "1"},
 }
+_HANG_SECONDS = 45.0
 # Where a variable means something to one backend only, the others are not measured again.
-_READ_BY = {"GAPKERNELS_BACKWARD": "triton", "GAPKERNELS_TUNE": "triton"}
-_PROBLEM = ("loss", "samples", "width", "dtype", "modalities", "backward")
+_READ_BY = {"GAPKERNELS_BACKWARD": "triton", "GAPKERNELS_TUNE": "triton", "GAPKERNELS_NVCC_FLAGS": "cuda"}
 _MEASURED = ("median", "iqr", "tflops", "utilisation", "peak_extra_bytes", "loss_error", "gradient_error")
 
 
@@ -55,23 +55,6 @@ def select(pattern: str, variables: Mapping[str, str]) -> str:
     return f"^(?=.*(?:{pattern})).*-gapkernels-{backend}$" if backend else pattern
 
 
-def fastest(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """For every problem who computes it fastest, and how much faster than the best of the default setting."""
-    best = []
-    for problem in dict.fromkeys(tuple(row[name] for name in _PROBLEM) for row in rows):
-        tried = [row for row in rows if tuple(row[name] for name in _PROBLEM) == problem]
-        first = min(tried, key=lambda row: row["median"])
-        default = min((row["median"] for row in tried if row["setting"] == DEFAULT), default=None)
-        best.append(
-            {
-                **dict(zip(_PROBLEM, problem, strict=True)),
-                **{name: first[name] for name in ("implementation", "setting", "median", "iqr", "utilisation")},
-                "speedup_over_default": default / first["median"] if default else None,
-            }
-        )
-    return best
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.variants", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="result file; written after every setting")
@@ -92,7 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     end = time.monotonic() + options.budget
     with tempfile.TemporaryDirectory(prefix="gapkernels-") as scratch:
         for number, (name, variables) in enumerate(settings.items()):
-            seconds = max(1.0, (end - time.monotonic()) / (len(settings) - number))
+            # The default setting is that of every backend, most of the others are read by one.
+            rest = len(settings) - number + (name == DEFAULT)
+            seconds = max(1.0, (end - time.monotonic()) * (2 if name == DEFAULT else 1) / rest)
             file = Path(scratch) / f"{number}.json"
             command = child_command("benchmarks.run", "--device", options.device, "--out", str(file))
             command += [
@@ -103,24 +88,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 "--case-seconds",
                 str(options.case_seconds),
             ]
-            command += ["--budget", str(0.8 * seconds)]
+            command += ["--budget", str(0.8 * seconds), "--hang-seconds", str(_HANG_SECONDS)]
             status, output = execute(command, file.with_suffix(".log"), seconds, variables)
             print(f"---- {name} {json.dumps(variables)} {status}\n{output}", flush=True)
             if file.exists():
                 _add(document, name, file)
                 results.write(options.out, document)
-    for best in document["fastest"]:
-        problem = f"{best['loss']} N={best['samples']} D={best['width']} {best['dtype']}"
-        gain = best["speedup_over_default"]
-        compared = f", {gain:.2f}× the default" if gain else ""
-        print(f"{problem:36} {best['implementation']:20} {best['setting']:10} {best['median'] * 1e3:9.3f} ms{compared}")
+    print("\n".join(lines(document["fastest"])))
 
 
 def _add(document: dict[str, Any], setting: str, file: Path) -> None:
     """Put the results of one setting into the document of all."""
     rows, skipped = results.read(file)
     for row in rows:
-        facts = {name: row[name] for name in ("implementation", *_PROBLEM, *_MEASURED)}
+        facts = {name: row[name] for name in ("implementation", *PROBLEM, *_MEASURED)}
         document["rows"].append({**facts, "setting": setting})
     document["skipped"] += [{**entry, "setting": setting} for entry in skipped]
     if rows:

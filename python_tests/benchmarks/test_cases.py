@@ -47,3 +47,13 @@ def test_everybody_is_compared_where_all_fit_and_where_only_some_do() -> None:
     for samples in (4096, 32768):
         names = {c.implementation for c in found if (c.loss, c.samples, c.backward) == (GAP, samples, True)}
         assert names == {"gapkernels-cuda", "authors", "authors-compile", "matmul", "matmul-compile"}
+
+
+def test_targets_come_first_on_a_gpu() -> None:
+    """A run may end anywhere: by then the figures that the project has set itself should be there."""
+    assert next(iter(GPU)) == "targets"
+    targets = [c for c in cases(["targets"], GPU, ["gapkernels-cuda"]) if c.implementation == "gapkernels-cuda"]
+    assert (targets[0].loss, targets[0].samples, targets[0].width, targets[0].dtype) == (GAP, 32768, 512, "bfloat16")
+    assert (INFO_NCE, 65536, 768) in {(c.loss, c.samples, c.width) for c in targets}
+    assert {256, 1024, 2048, 2**20} < {c.samples for c in targets if c.loss == GAP}
+    assert all(c.backward for c in targets)

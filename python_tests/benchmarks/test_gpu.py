@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import exercise, gpu, harness, kernels, memory, sanitize, variants
+from benchmarks import exercise, gpu, harness, kernels, memory, sanitize, smoke, variants, winners
 from benchmarks import run as run_benchmarks
 from benchmarks.cases import Case
 from benchmarks.gpu import Outcome, Run, Stage
-from benchmarks.implementations import IMPLEMENTATIONS
-from benchmarks.processes import ROOT, child_command, execute, find_tool, unpack_wheels
+from benchmarks.implementations import IMPLEMENTATIONS, our_backends
+from benchmarks.processes import ROOT, WITHOUT_VARIABLE, child_command, execute, find_tool, unpack_wheels
 
 NO_DEVICE = "needs an NVIDIA GPU and a torch that sees it"
 
@@ -59,8 +59,8 @@ def test_without_a_device_every_gpu_stage_says_so(tmp_path: Path) -> None:
 
 def test_order_of_stages() -> None:
     names = [entry.name for entry in gpu.STAGES]
-    assert names[:4] == ["environment", "build", "correctness", "speed"]
-    assert names[4:] == ["autotune", "variants", "sanitizer", "training", "kernels"]
+    assert names[:5] == ["environment", "build", "smoke", "correctness", "speed"]
+    assert names[5:] == ["autotune", "variants", "sanitizer", "training", "kernels"]
 
 
 def test_a_failing_stage_is_an_outcome(run: Run) -> None:
@@ -94,6 +94,23 @@ def test_a_stage_that_ends_by_itself_leaves_no_children(run: Run, tmp_path: Path
     starts = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {code!r}])"
     assert gpu.run_stage(stage(starts), run, 20).status == "ok"
     time.sleep(2.5)
+    assert not child.exists()
+
+
+def test_what_a_crashed_stage_left_in_another_session_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process of its own: whoever adopts orphans does so for good."""
+    child = tmp_path / "child"
+    inner = f"import time; time.sleep(3); open({str(child)!r}, 'w')"
+    crash = "import os, subprocess, sys; "
+    crash += f"subprocess.Popen([sys.executable, '-c', {inner!r}], start_new_session=True); os.abort()"
+    outer = f"""
+import sys
+from benchmarks import gpu
+gpu.STAGES = (gpu.Stage("it", 1, lambda run, s: [sys.executable, "-c", {crash!r}], gpu._last_line, needs_device=False),)
+gpu.main(["--out", {str(tmp_path / "out")!r}, "--budget", "30"])
+"""
+    subprocess.run([sys.executable, "-c", outer], cwd=ROOT, check=True, timeout=20)
+    time.sleep(3)
     assert not child.exists()
 
 
@@ -146,6 +163,67 @@ def test_only_some_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         ("b", "skipped"),
         ("c", "skipped"),
     ]
+
+
+def test_a_backend_that_does_not_work_is_left_out_from_there_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def found(run: Run, output: str) -> tuple[str, dict[str, list[str]]]:
+        return output.strip(), {"unusable": ["cuda"]}
+
+    show = f"import os; print('without', os.environ[{WITHOUT_VARIABLE!r}])"
+    monkeypatch.setattr(gpu, "STAGES", (stage(show, summarise=found), stage(show)))
+    gpu.main(["--out", str(tmp_path), "--budget", "30"])
+    outcomes = [Outcome(**entry) for entry in json.loads((tmp_path / "gpu.json").read_text())["stages"]]
+    assert [outcome.summary for outcome in outcomes] == ["without", "without cuda"]
+    selection = gpu._test_command(Run(tmp_path, tmp_path, without=frozenset({"cuda"})), 60)
+    assert selection[selection.index("-k") + 1].endswith("and not [torch] and not cuda")
+
+
+def test_backends_to_leave_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setenv(WITHOUT_VARIABLE, "cuda")
+    assert our_backends(cpu) == ["gapkernels-torch"]
+    monkeypatch.setenv(WITHOUT_VARIABLE, "cuda,torch")
+    assert our_backends(cpu) == []
+
+
+def test_kernels_that_were_not_compiled_are_not_tried_again(run: Run) -> None:
+    summary, facts = gpu._build_summary(run, "compiling\n/cache/gapkernels_cuda.so\n")
+    assert (summary, facts) == ("/cache/gapkernels_cuda.so", {})
+    output = "[1/3] nvcc\nx.cu(7): error: no such thing\nninja: build stopped: subcommand failed.\n"
+    assert gpu._build_summary(run, output) == ("x.cu(7): error: no such thing", {"unusable": ["cuda"]})
+
+
+def test_description_is_found_among_warnings(run: Run) -> None:
+    facts = {"device": "GPU", "versions": {"torch": "2"}, "tools": {"nvcc": True, "ncu": False}}
+    summary, read = gpu._describe(run, f"warning\n{json.dumps(facts)}\nanother warning\n")
+    assert (summary, read) == ("GPU; torch 2; tools: nvcc", facts)
+
+
+@pytest.mark.parametrize(
+    ("status", "skipped", "usable", "summary"),
+    [
+        ("", [], True, "1 problems, error 2e-03"),
+        ("timed out", [], False, "timed out after 1 problems"),
+        ("", [{"reason": "RuntimeError: wrong"}], False, "1 problems, then RuntimeError: wrong"),
+    ],
+)
+def test_smoke(
+    run: Run, monkeypatch: pytest.MonkeyPatch, status: str, skipped: list[dict[str, str]], usable: bool, summary: str
+) -> None:
+    def execute_nothing(command: list[str], log: Path, seconds: float, variables: dict[str, str]) -> tuple[str, str]:
+        assert command[command.index("--select") + 1] == "-gapkernels-torch$"
+        rows = [{"extra_info": {"gradient_error": 2e-3}}]
+        log.with_suffix(".json").write_text(json.dumps({"benchmarks": rows, "skipped": skipped}))
+        return status, ""
+
+    monkeypatch.setattr(smoke, "execute", execute_nothing)
+    assert smoke.main(["--out", str(run.scratch / "smoke.json"), "--device", "cpu"]) == (0 if usable else 1)
+    line, facts = gpu._smoke_summary(run, "")
+    assert line.startswith(f"torch {summary}")
+    assert line.endswith("; left out from here on: torch") is not usable
+    assert facts["unusable"] == ([] if usable else ["torch"])
 
 
 def test_parent_does_not_import_torch() -> None:
@@ -299,7 +377,7 @@ def test_a_setting_is_measured_where_it_means_something() -> None:
 
 
 def test_variants_are_compared_by_problem(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In this process: how others are started is tested above, and what they do in test_harness."""
     seen: list[str | None] = []
@@ -324,19 +402,29 @@ def test_variants_are_compared_by_problem(
     (best,) = content["fastest"]
     assert best["median"] == min(row["median"] for row in content["rows"])
     assert best["speedup_over_default"] >= 1
-    assert capsys.readouterr().out.splitlines()[-1].startswith("gap N=512 D=128 float32")
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("gap N=512 D=128 float32")
+    (run.out / "variants.json").write_text(out.read_text())
+    summary, facts = gpu._variants_summary(run, "")
+    assert summary == f"fastest: gapkernels-torch {best['setting']} 1×"
+    assert facts == {"table": [line]}
 
 
 def test_fastest_of_each_problem() -> None:
     problem = {"loss": "gap", "width": 8, "dtype": "float32", "modalities": 2, "backward": True}
+    facts = {"implementation": "gapkernels-ours", "iqr": 0.0, "utilisation": 0.5, "gradient_error": 1e-3}
     rows = [
-        {**problem, "samples": n, "implementation": "ours", "setting": s, "median": m, "iqr": 0.0, "utilisation": 0.5}
+        {**problem, **facts, "samples": n, "setting": s, "median": m}
         for n, s, m in ((64, "default", 2.0), (64, "rows", 1.0), (128, "default", 3.0), (128, "rows", 4.0))
     ]
     best = variants.fastest(rows)
     found = [(b["samples"], b["setting"], b["speedup_over_default"]) for b in best]
     assert found == [(64, "rows", 2.0), (128, "default", 1.0)]
     assert variants.fastest(rows[1:2])[0]["speedup_over_default"] is None
+    assert [re.sub(" +", " ", line) for line in winners.lines(best)] == [
+        "gap N=64 D=8 float32 ours rows 1000 ms utilisation 0.50 2.00× the default (ours default 2000)",
+        "gap N=128 D=8 float32 ours default 3000 ms utilisation 0.50 1.00× the default (ours rows 4000)",
+    ]
 
 
 def test_exercise_runs_odd_sizes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import environment, harness, memory, oracle, run
+from benchmarks import environment, harness, memory, oracle, results, run
 from benchmarks.cases import CPU as CPU_TABLE
 from benchmarks.cases import Case, Grid
 from benchmarks.harness import CpuUse, Samples, Session, Skipped, sample
@@ -116,6 +116,72 @@ def test_calls_expected_to_take_too_long_are_left_out(session: Session, monkeypa
     session.call_seconds = 1e-9
     with pytest.raises(Skipped, match="a call would take about"):
         session.measure(Case("matmul", samples=512, width=8))
+
+
+def test_a_large_case_that_was_measured_early_is_what_later_ones_are_judged_by(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "measure", lambda *_, **__: 0)
+    for samples in (256, 64):
+        session.measure(Case("matmul", samples=samples, width=8))
+    assert [samples for samples, _ in session._last_call.values()] == [256]
+
+
+def test_who_gives_no_answer_twice_is_not_asked_again(session: Session) -> None:
+    for samples in (64, 128):
+        session.give_up(Case("matmul", samples=samples, width=8), Skipped("hung", "no answer within 1 s"))
+    with pytest.raises(Skipped, match="not tried: 2 other cases gave no answer"):
+        session.measure(Case("matmul", samples=32, width=8))
+    assert session.skipped[-1]["samples"] == 32
+
+
+def test_a_run_goes_on_behind_a_case_that_hangs(tmp_path: Path) -> None:
+    """The process that hangs is replaced, which takes a real one."""
+    program = tmp_path / "run_tiny.py"
+    program.write_text("""
+import sys, time
+from benchmarks import cases, run
+cases.CPU["tiny"] = [cases.Grid(("matmul", "authors"), samples=(64,))]
+def measure(self, case, *_):
+    if case.implementation == "matmul":
+        time.sleep(60)
+    raise run.Skipped("unsupported", "reached")
+run.Session._measure = measure
+run.child_command = lambda module, *arguments: [sys.executable, __file__, *arguments]
+run.main()
+""")
+    out = tmp_path / "results.json"
+    options = ["--out", str(out), "--device", "cpu", "--suites", "tiny", "--hang-seconds", "1"]
+    subprocess.run([sys.executable, str(program), *options], env=child_environment(), check=True)
+    found = [(entry["implementation"], entry["kind"], entry["reason"]) for entry in results.read(out)[1]]
+    assert found == [("matmul", "hung", "no answer within 1 s"), ("authors", "unsupported", "reached")]
+
+
+def test_a_device_that_an_error_left_unusable_is_no_second_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise Skipped("unsupported", "RuntimeError: CUDA error: an illegal memory access was encountered")
+
+    def fail_again() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(Session, "_measure", fail)
+    monkeypatch.setattr(torch.cuda, "empty_cache", fail_again)
+    session = Session(torch.device("cuda"))
+    with pytest.raises(Skipped) as skipped:
+        session.measure(Case("matmul", samples=32, width=8))
+    assert session.skipped[0]["reason"] == skipped.value.reason
+
+
+@pytest.mark.parametrize(
+    ("reason", "lost"),
+    [
+        ("RuntimeError: CUDA error: an illegal memory access was encountered", True),
+        ("RuntimeError: Triton Error [CUDA]: an illegal memory access was encountered", True),
+        ("OutOfResources: out of resource: shared memory, Required: 300000", False),
+    ],
+)
+def test_errors_after_which_a_process_is_of_no_use(reason: str, lost: bool) -> None:
+    assert bool(run._LOST_CONTEXT.search(reason)) is lost
 
 
 def test_the_exact_result_is_computed_once_for_all_implementations(monkeypatch: pytest.MonkeyPatch) -> None:
