@@ -54,7 +54,7 @@ def _forward(embeddings: list[Tensor], logit_scale: Tensor, *arguments: Any) -> 
     spec, (backend, group, _) = _split(arguments)
     if logit_scale.device.type == "cpu" and not logit_scale > 0:
         raise ValueError(f"the logit scale (1/temperature) must be positive, got {logit_scale.item()}")
-    implementation = backends.select(backend, embeddings[0].device, embeddings[0].dtype)
+    implementation = backends.select(backend, embeddings[0])
     with _no_autocast(embeddings):
         result = plan.forward(embeddings, logit_scale, spec, implementation, world_of(group))
     return result.loss, result.terms, list(result.saved)
@@ -101,7 +101,7 @@ def _backward(
             logit_scale,
             plan.Saved(*saved),
             spec,
-            backends.select(backend, device, embeddings[0].dtype),
+            backends.select(backend, embeddings[0]),
             world_of(group),
             needs_grad,
         )

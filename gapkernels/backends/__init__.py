@@ -9,10 +9,14 @@ import torch
 
 from gapkernels.backends import cuda as cuda_backend
 from gapkernels.backends import triton as triton_backend
+from gapkernels.backends.cuda import measured
 from gapkernels.backends.exponential import Backend
 from gapkernels.backends.tiled import TiledBackend
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gapkernels.backends.cuda.measured import Region
     from gapkernels.plan import FusedBackend
 
 NAMES = ("reference", "torch", "triton", "cuda")
@@ -42,23 +46,51 @@ def available() -> list[Status]:
     ]
 
 
-@functools.cache
-def select(name: str, device: torch.device, dtype: torch.dtype) -> Backend | FusedBackend:
-    """The backend of a name for embeddings of a type on a device; ``"auto"`` takes the fastest usable.
+def select(name: str, like: Tensor) -> Backend | FusedBackend:
+    """The backend of a name for embeddings like these; ``"auto"`` takes the fastest that is known to be.
 
-    Asked twice in every training step, it answers each question once: finding out takes 0.1 ms.
+    That is Triton on a GPU it runs on, the CUDA kernels where a recorded measurement says so
+    (:mod:`gapkernels.backends.cuda.measured`) and they have been compiled, else the tiled backend. It never starts a
+    compilation by nvcc.
 
-    ``"auto"`` does not take ``"cuda"``: no measurement yet shows by how much it is faster, or where.
+    Args:
+        name: of :data:`NAMES` but ``"reference"``, or ``"auto"``.
+        like: ``[N, D]``; its device, type and size decide.
 
     Raises:
         TypeError: the backend does not compute in this type.
         RuntimeError: the backend cannot be used here; says why and what to choose instead.
     """
+    if name == "auto":
+        name = _fastest(like)
+    return _create(name, like.device, like.dtype)
+
+
+def _fastest(like: Tensor) -> str:
+    if like.device.type != "cuda":
+        return "torch"
+    usable, cuda_faster = _known_of(like.device, like.dtype)
+    if not usable:
+        return "torch"
+    return "cuda" if cuda_faster is not None and cuda_faster.holds(*like.shape) else "triton"
+
+
+@functools.cache
+def _known_of(device: torch.device, dtype: torch.dtype) -> tuple[bool, Region | None]:
+    """Whether Triton can be used, and where the CUDA kernels are to be preferred to it.
+
+    Asked twice in every training step, it is found out once: that takes 0.1 ms.
+    """
+    usable = triton_backend.unusable_because(device, dtype) is None
+    ready = cuda_backend.unusable_because(device, dtype) is None and cuda_backend.is_compiled()
+    return usable, measured.region(dtype) if ready else None
+
+
+@functools.cache
+def _create(name: str, device: torch.device, dtype: torch.dtype) -> Backend | FusedBackend:
+    """The backend, checked and made once for each type on each device."""
     if name == "torch":
         return TiledBackend()
-    if name == "auto":
-        usable = device.type == "cuda" and triton_backend.unusable_because(device, dtype) is None
-        return triton_backend.create() if usable else TiledBackend()
     backend, instead = {"triton": (triton_backend, "torch"), "cuda": (cuda_backend, "triton")}[name]
     if dtype not in backend.DTYPES:
         accepted = ", ".join(str(d).removeprefix("torch.") for d in backend.DTYPES)
@@ -79,13 +111,20 @@ def _cpu_products() -> str:
 
 def _triton_status() -> Status:
     reason = triton_backend.unusable_because()
-    return Status(
-        "triton", reason is None, reason or f"fused kernels on {triton_backend.device_name()}; auto's choice there"
-    )
+    if reason is not None:
+        return Status("triton", False, reason)
+    cuda_is_faster = cuda_backend.unusable_because() is None and cuda_backend.is_compiled() and measured.regions()
+    choice = "auto's choice there" + (" but where cuda is faster" if cuda_is_faster else "")
+    return Status("triton", True, f"fused kernels on {triton_backend.device_name()}; {choice}")
 
 
 def _cuda_status() -> Status:
     reason = cuda_backend.unusable_because()
-    if reason is None and not cuda_backend.is_compiled():
-        return Status("cuda", True, "tensor-core kernels for Hopper, to be compiled at first use (about a minute)")
-    return Status("cuda", reason is None, reason or "tensor-core kernels for Hopper; ask for it by name")
+    if reason is not None:
+        return Status("cuda", False, reason)
+    compiled = cuda_backend.is_compiled()
+    how = "" if compiled else f", not compiled yet (about a minute: {cuda_backend.BUILD_COMMAND}, or first use by name)"
+    choice = "by name only: no measurement shows them faster than Triton's"
+    if faster := "; ".join(measured.described(measured.regions())):
+        choice = f"auto's choice{'' if compiled else ' once compiled'} for {faster}"
+    return Status("cuda", True, f"tensor-core kernels for Hopper{how}; {choice}")

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 CAPABILITY = (9, 0)
 DTYPES = (torch.bfloat16, torch.float16)
+BUILD_COMMAND = "python -m gapkernels.backends.cuda.build"
+"""Compiles the kernels ahead of time."""
 
 
 def unusable_because(device: torch.device | None = None, dtype: torch.dtype | None = None) -> str | None:
