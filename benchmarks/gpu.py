@@ -161,6 +161,8 @@ def _smoke_command(run: Run, seconds: float) -> list[str]:
 def _smoke_summary(run: Run, output: str) -> tuple[str, dict[str, Any]]:
     found = json.loads((run.scratch / "smoke.json").read_text(encoding="utf-8"))
     unusable = [_backend(entry) for entry in found if not entry["usable"]]
+    if len(unusable) == len(found):
+        unusable = []  # it is something else that does not work, perhaps this check
     summary = "; ".join(f"{_backend(entry)} {entry['summary']}" for entry in found) or "no backend can run here"
     if unusable:
         summary += f"; left out from here on: {', '.join(unusable)}"

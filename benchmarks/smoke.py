@@ -34,13 +34,14 @@ def check(name: str, device: str, seconds: float, scratch: Path) -> dict[str, An
     """
     file = scratch / f"{name}.json"
     command = child_command("benchmarks.run", "--device", device, "--out", str(file), "--suites", SMOKE)
-    command += ["--select", f"-{name}$", "--case-seconds", "0.1"]
+    command += [f"--select=-{name}$", "--case-seconds", "0.1"]
     status, output = execute(command, file.with_suffix(".log"), seconds, {})
     print(f"---- {name} {status}\n{output}", flush=True)
     rows, skipped = results.read(file) if file.exists() else ([], [])
     entry: dict[str, Any] = {"implementation": name, "usable": not status and not skipped, "rows": rows}
     if status:
-        entry["summary"] = f"{status} after {len(rows)} problems"
+        said = output.strip().splitlines()[-1:]
+        entry["summary"] = f"{status} after {len(rows)} problems" + (f" ({said[0].strip()[:160]})" if said else "")
     elif skipped:
         entry["summary"] = f"{len(rows)} problems, then {skipped[0]['reason']}"
     else:

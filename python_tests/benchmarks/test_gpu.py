@@ -201,29 +201,31 @@ def test_description_is_found_among_warnings(run: Run) -> None:
     assert (summary, read) == ("GPU; torch 2; tools: nvcc", facts)
 
 
-@pytest.mark.parametrize(
-    ("status", "skipped", "usable", "summary"),
-    [
-        ("", [], True, "1 problems, error 2e-03"),
-        ("timed out", [], False, "timed out after 1 problems"),
-        ("", [{"reason": "RuntimeError: wrong"}], False, "1 problems, then RuntimeError: wrong"),
-    ],
-)
-def test_smoke(
-    run: Run, monkeypatch: pytest.MonkeyPatch, status: str, skipped: list[dict[str, str]], usable: bool, summary: str
-) -> None:
-    def execute_nothing(command: list[str], log: Path, seconds: float, variables: dict[str, str]) -> tuple[str, str]:
-        assert command[command.index("--select") + 1] == "-gapkernels-torch$"
-        rows = [{"extra_info": {"gradient_error": 2e-3}}]
-        log.with_suffix(".json").write_text(json.dumps({"benchmarks": rows, "skipped": skipped}))
-        return status, ""
+def test_smoke(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """In this process, but for the second backend, which hangs."""
 
-    monkeypatch.setattr(smoke, "execute", execute_nothing)
-    assert smoke.main(["--out", str(run.scratch / "smoke.json"), "--device", "cpu"]) == (0 if usable else 1)
-    line, facts = gpu._smoke_summary(run, "")
-    assert line.startswith(f"torch {summary}")
-    assert line.endswith("; left out from here on: torch") is not usable
-    assert facts["unusable"] == ([] if usable else ["torch"])
+    def execute_here(command: list[str], log: Path, seconds: float, variables: dict[str, str]) -> tuple[str, str]:
+        assert command[1:3] == ["-m", "benchmarks.run"]
+        if log.stem == "gapkernels-triton":
+            return "timed out", "compiling\n"
+        run_benchmarks.main(command[3:])
+        return "", ""
+
+    monkeypatch.setattr(smoke, "execute", execute_here)
+    monkeypatch.setattr(smoke, "our_backends", lambda device: ["gapkernels-torch", "gapkernels-triton"])
+    monkeypatch.setattr(memory, "measure", lambda *_, **__: 0)
+    monkeypatch.setitem(harness._MATMUL_SIZE, "cpu", 64)
+    assert smoke.main(["--out", str(run.scratch / "smoke.json"), "--device", "cpu", "--budget", "60"]) == 1
+    summary, facts = gpu._smoke_summary(run, "")
+    assert re.fullmatch(
+        r"torch 2 problems, error \d+e-0\d; triton timed out after 0 problems \(compiling\); "
+        r"left out from here on: triton",
+        summary,
+    )
+    assert facts["unusable"] == ["triton"]
+    assert [len(entry["rows"]) for entry in facts["backends"]] == [2, 0]
+    (run.scratch / "smoke.json").write_text(json.dumps(facts["backends"][1:]))
+    assert gpu._smoke_summary(run, "")[1]["unusable"] == []
 
 
 def test_parent_does_not_import_torch() -> None:
