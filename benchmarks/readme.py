@@ -17,7 +17,7 @@ from pathlib import Path
 from benchmarks.processes import ROOT
 from gapkernels.benchmark_report import plots, tables
 from gapkernels.benchmark_report.page import scaling_sections
-from gapkernels.benchmark_report.results import Problem, Results, load
+from gapkernels.benchmark_report.results import Problem, Results, fastest_of_ours, load
 from gapkernels.training.results import Statistic, table_rows
 
 SPEED, DIGITS = "speed", "digits"
@@ -32,27 +32,37 @@ def result_files() -> list[Path]:
 
 
 def latest_of_each_device(paths: Sequence[Path]) -> list[Results]:
-    """The newest results of every device, GPUs first."""
+    """The newest results of every device; first the one that the README shows in full.
+
+    That is the newest of a GPU, or, without one, the one with the most rows.
+    """
     newest: dict[str, Results] = {}
     for results in sorted(map(load, paths), key=lambda results: (results.date, results.name)):
         newest[results.device] = results
-    return sorted(newest.values(), key=lambda results: (not results.is_gpu, results.device))
+    return sorted(newest.values(), key=_prominence, reverse=True)
+
+
+def _prominence(results: Results) -> tuple[bool, str, int, str]:
+    return results.is_gpu, results.date if results.is_gpu else "", len(results.rows), results.name
 
 
 def block(devices: Sequence[Results]) -> str:
-    """What stands between the markers."""
-    return "\n\n".join(_section(results) for results in devices)
+    """What stands between the markers: the first device in full, of the others a line each."""
+    main, *others = devices
+    parts = [_section(main)]
+    if others:
+        parts.append("Other devices:\n\n" + "\n".join(f"* {_line(results)}" for results in others))
+    return "\n\n".join(parts)
 
 
 def images(devices: Sequence[Results]) -> dict[str, bytes]:
     """The plots that the block refers to, by file name."""
-    drawn = {}
-    for results in devices:
-        family = results.main_family("samples", "gap")
-        if family is not None:
-            found = {"time": plots.draw_time(results, family), "memory": plots.draw_memory(results, family)}
-            drawn.update({_image_name(results, kind): plot.png for kind, plot in found.items() if plot is not None})
-    return drawn
+    main = devices[0]
+    family = main.main_family("samples", "gap")
+    if family is None:
+        return {}
+    found = {"time": plots.draw_time(main, family), "memory": plots.draw_memory(main, family)}
+    return {_image_name(main, kind): plot.png for kind, plot in found.items() if plot is not None}
 
 
 def digits_block() -> str:
@@ -121,6 +131,20 @@ def _section(results: Results) -> str:
         ]
         lines.append("\n".join(pictures))
     return "\n\n".join(lines)
+
+
+def _line(results: Results) -> str:
+    """What a device measured, on the first problem that everybody is compared on."""
+    text = f"{results.device}, torch {results.versions['torch']}, {results.date}"
+    rows_file = f"[all rows](benchmarks/results/{results.name}.json)"
+    problem = next((problem for problem in results.peer_problems() if problem.backward), None)
+    ours = fastest_of_ours(results.of(problem)) if problem is not None else None
+    if problem is None or ours is None:
+        return f"{text} ({rows_file})"
+    text = f"{text}: {problem.title} in {tables.seconds(ours.median)}, utilisation {ours.utilisation:.2f}"
+    others = [row for row in results.of(problem) if not row.ours]
+    ratios = [f"{row.label} {tables.significant(row.median / ours.median)}×" for row in others]
+    return "; ".join([text, *(["time of others: " + ", ".join(ratios)] if ratios else [])]) + f" ({rows_file})"
 
 
 def _short(table: tables.Table) -> tables.Table:

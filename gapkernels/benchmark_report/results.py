@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 _DIRTY = "+dirty"
+_SWEEP = 3  # values of a field from which on a line through them says something
 
 
 class Problem(NamedTuple):
@@ -132,14 +133,13 @@ class Results:
         return found
 
     def main_family(self, axis: str, loss: str) -> Problem | None:
-        """The forward and backward problem which the most values of a field were measured for by us."""
-        families = Counter(
-            row.problem.at(axis, 0) for row in self.rows if row.loss == loss and row.backward and row.ours
-        )
-        if not families:
-            return None
-        family, count = families.most_common(1)[0]
-        return family if count > 1 else None
+        """The forward and backward problem which we were measured on for the most values of a field; three at least."""
+        values: dict[Problem, set[int]] = {}
+        for row in self.rows:
+            if row.loss == loss and row.backward and row.ours:
+                values.setdefault(row.problem.at(axis, 0), set()).add(getattr(row, axis))
+        family = max(values, key=lambda problem: len(values[problem]), default=None)
+        return family if family is not None and len(values[family]) >= _SWEEP else None
 
     def peer_problems(self) -> list[Problem]:
         """The problems to compare everybody on, for each loss and pass.

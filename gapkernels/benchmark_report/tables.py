@@ -123,7 +123,8 @@ def significant(value: float, digits: int = 3) -> str:
     """A number with some significant digits, without an exponent."""
     if value == 0 or not math.isfinite(value):
         return str(value)
-    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    rounded = float(f"{value:.{digits - 1}e}")  # 9.996 has one digit more before the point than it seems
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(rounded))))
     return f"{value:.{decimals}f}"
 
 

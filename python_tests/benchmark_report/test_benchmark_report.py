@@ -106,6 +106,16 @@ def test_tables(path: Path) -> None:
     assert authors == ["authors' formulation", "N^2.00", "N^2.00", "2048", "N = 4096: out of memory (limit 1.0 GiB)"]
 
 
+def test_two_sizes_or_several_backends_are_no_sweep(path: Path) -> None:
+    results = load(path)
+    rows = [row for row in results.rows if row.samples in (256, 512) and row.width == 512]
+    others = [replace(row, implementation="gapkernels-triton") for row in rows]
+    few = replace(results, rows=rows + others)
+    assert few.main_family("samples", "gap") is None
+    assert few.main_family("width", "gap") is None
+    assert not any(plot.name.startswith(("time", "memory", "utilisation")) for plot in plots.draw(few))
+
+
 def test_peers_are_compared_where_most_succeed_and_where_most_were_tried(tmp_path: Path) -> None:
     content = document()
     stop = {**FAMILY, "samples": 4096, "kind": "memory", "reason": "out of memory"}
@@ -162,7 +172,7 @@ def test_commits_are_on_the_page(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(2.5, "2.50 s"), (0.0123, "12.3 ms"), (4.56e-5, "45.6 µs"), (123.4, "123 s")]
+    ("value", "text"), [(2.5, "2.50 s"), (0.0123, "12.3 ms"), (4.56e-5, "45.6 µs"), (123.4, "123 s"), (9.996, "10.0 s")]
 )
 def test_seconds(value: float, text: str) -> None:
     assert tables.seconds(value) == text
