@@ -134,7 +134,8 @@ def test_peers_are_compared_where_most_succeed_and_where_most_were_tried(tmp_pat
     assert [problem.samples for problem in problems] == [2048, 4096]
     table = tables.peer_table(results, problems[1])
     assert [line[1] for line in table[-3:]] == ["out of memory (limit 1.0 GiB)", "out of memory", "out of memory"]
-    assert len({plot.name for plot in plots.draw(results)}) == len(plots.draw(results))
+    names = [plot.name for plot in plots.draw(results)]
+    assert len(set(names)) == len(names)
 
 
 def test_who_runs_out_of_memory_is_crossed_out(path: Path) -> None:
@@ -160,6 +161,13 @@ def test_commit_note(commits: list[str], note: str) -> None:
     assert commit_note(commits) == note
 
 
+@pytest.fixture
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of the text; drawing takes seconds."""
+    monkeypatch.setattr(plots, "draw", lambda results: [])
+
+
+@pytest.mark.usefixtures("no_plots")
 def test_commits_are_on_the_page(tmp_path: Path) -> None:
     content = document()
     content["benchmarks"][0]["extra_info"]["commit"] = "0123456789ab+dirty"
@@ -183,6 +191,7 @@ def test_size(value: float | None, text: str) -> None:
     assert tables.size(value) == text
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_disturbed_measurements_are_marked(tmp_path: Path) -> None:
     content = document()
     for entry in content["benchmarks"]:
@@ -255,6 +264,7 @@ def test_other_files_are_refused_by_name(text: str, tmp_path: Path) -> None:
         load(file)
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_command_line(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "speed.html"
     assert main(["report", str(path), "--out", str(out)]) == 0

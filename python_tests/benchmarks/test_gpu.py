@@ -146,6 +146,13 @@ def test_main_goes_on_after_a_failure(tmp_path: Path, monkeypatch: pytest.Monkey
     assert [(outcome.status, outcome.summary) for outcome in outcomes] == [("failed", "no output"), ("ok", "fine")]
 
 
+def test_no_stage_starts_when_the_time_is_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "STAGES", (stage("print('fine')"),))
+    assert gpu.main(["--out", str(tmp_path), "--budget", "1"]) == 0
+    (entry,) = json.loads((tmp_path / "gpu.json").read_text())["stages"]
+    assert (entry["status"], entry["summary"]) == ("skipped", "no time left")
+
+
 def test_unknown_stage_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         gpu.main(["--out", str(tmp_path), "--skip", "sped"])
@@ -206,11 +213,13 @@ def test_smoke(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 
     def execute_here(command: list[str], log: Path, seconds: float, variables: dict[str, str]) -> tuple[str, str]:
         assert command[1:3] == ["-m", "benchmarks.run"]
+        assert seconds >= 45
         if log.stem == "gapkernels-triton":
             return "timed out", "compiling\n"
         run_benchmarks.main(command[3:])
-        return "", ""
+        return ended.pop(), ""
 
+    ended = ["timed out", ""]
     monkeypatch.setattr(smoke, "execute", execute_here)
     monkeypatch.setattr(smoke, "our_backends", lambda device: ["gapkernels-torch", "gapkernels-triton"])
     monkeypatch.setattr(memory, "measure", lambda *_, **__: 0)
@@ -226,6 +235,9 @@ def test_smoke(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     assert [len(entry["rows"]) for entry in facts["backends"]] == [2, 0]
     (run.scratch / "smoke.json").write_text(json.dumps(facts["backends"][1:]))
     assert gpu._smoke_summary(run, "")[1]["unusable"] == []
+    # One that has shown that it works and is then slow stays in.
+    slow = smoke.check("gapkernels-torch", "cpu", 60, run.scratch)
+    assert (slow["usable"], slow["summary"]) == (True, "timed out after 2 problems")
 
 
 def test_parent_does_not_import_torch() -> None:
@@ -244,11 +256,14 @@ def test_skipped(): pytest.skip("not now")
 """
 
 
-@pytest.mark.parametrize("options", [[], ["-n", "2"]], ids=["one process", "xdist"])
+@pytest.mark.parametrize("options", [[], ["-p", "xdist", "-n", "2"]], ids=["one process", "xdist"])
 def test_summary_of_tests(run: Run, tmp_path: Path, options: list[str]) -> None:
     (tmp_path / "test_it.py").write_text(TESTS)
-    command = [*child_command("pytest", "-v", "-ra", "--tb=short", "-p", "no:cacheprovider", "-k", gpu._NO_GPU_TESTS)]
-    done = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True)
+    command = child_command("pytest", "-v", "-ra", "--tb=short", "-p", "no:cacheprovider", "-k", gpu._NO_GPU_TESTS)
+    plugins = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # they take longer to import than the tests to run
+    done = subprocess.run(
+        [*command, *options], cwd=tmp_path, env={**os.environ, **plugins}, capture_output=True, text=True
+    )
     summary, facts = gpu._test_summary(run, done.stdout)
     assert summary == "1 passed, 1 failed, 0 error, 1 skipped (triton 1 of 2)"
     assert facts["backends"] == {"triton": {"PASSED": 1, "FAILED": 1}}
