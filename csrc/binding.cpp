@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "similarity.h"
+#include "tiles.h"
 
 namespace {
 
@@ -17,13 +18,20 @@ using gapkernels::Matrix;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kLargestSide = int64_t{1} << 22;  // tiles are numbered in 32 bits
+constexpr int64_t kLargestSide = int64_t{1} << 22;
+constexpr int64_t kMostTiles = int64_t{1} << 30;  // of a launch: they are numbered in 32 bits
 
 Element element_of(const Tensor& t) {
   const ScalarType type = t.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::BFloat16 || type == ScalarType::Half,
                   "operands must be bfloat16 or float16, got type number ", static_cast<int>(type));
   return type == ScalarType::BFloat16 ? Element::kBFloat16 : Element::kFloat16;
+}
+
+// Of one matrix.
+int64_t num_tiles(const Tensor& rows, const Tensor& cols) {
+  constexpr int64_t side = gapkernels::kTile;
+  return ((rows.size(0) + side - 1) / side) * ((cols.size(0) + side - 1) / side);
 }
 
 void check_copyable(const Tensor& t, const char* name) {
@@ -46,6 +54,8 @@ Matrix matrix_of(const Tensor& rows, const Tensor& row_factors, const Tensor& co
   check_copyable(cols, "cols");
   STD_TORCH_CHECK(rows.size(1) == cols.size(1) && rows.scalar_type() == cols.scalar_type(),
                   "rows and cols must agree in length and type, got lengths ", rows.size(1), " and ", cols.size(1));
+  STD_TORCH_CHECK(!symmetric || rows.size(0) == cols.size(0), "a symmetric matrix must be square, got ", rows.size(0),
+                  " rows and ", cols.size(0), " columns");
   const bool is_double = scale.scalar_type() == ScalarType::Double;
   STD_TORCH_CHECK(scale.numel() == 1 && (is_double || scale.scalar_type() == ScalarType::Float),
                   "scale must be one float32 or float64 number");
@@ -83,6 +93,8 @@ void similarity_stats(std::vector<Tensor> rows, std::vector<Tensor> row_factors,
   STD_TORCH_CHECK(row_factors.size() == count && cols.size() == count && col_factors.size() == count &&
                       scales.size() == count && biased.size() == count && symmetric.size() == count,
                   "lists must have one entry for each of the ", count, " matrices");
+  const int64_t matrices = static_cast<int64_t>(count), tiles = matrices * num_tiles(rows[0], cols[0]);
+  STD_TORCH_CHECK(tiles <= kMostTiles, "one launch walks over at most ", kMostTiles, " tiles, got ", tiles);
   gapkernels::StatsArguments arguments{};
   arguments.num_matrices = static_cast<int>(count);
   arguments.element = element_of(rows[0]);
@@ -98,7 +110,6 @@ void similarity_stats(std::vector<Tensor> rows, std::vector<Tensor> row_factors,
     arguments.matrices[m] =
         matrix_of(rows[m], row_factors[m], cols[m], col_factors[m], scales[m], biased[m], symmetric[m]);
   }
-  const int64_t matrices = static_cast<int64_t>(count);
   arguments.largest = largest.has_value() ? floats(*largest, matrices, "largest") : nullptr;
   arguments.row_sums = const_cast<float*>(floats(row_sums, matrices * arguments.num_rows, "row_sums"));
   arguments.col_sums = const_cast<float*>(floats(col_sums, matrices * arguments.num_cols, "col_sums"));
@@ -123,7 +134,7 @@ void similarity_grad(Tensor rows, Tensor row_factors, Tensor cols, Tensor col_fa
     arguments.col_log_sums = floats(*col_log_sums, arguments.num_cols, "col_log_sums");
   }
   if (scale_partials.has_value()) {
-    const int64_t tiles = ((rows.size(0) + 127) / 128) * ((cols.size(0) + 127) / 128);
+    const int64_t tiles = num_tiles(rows, cols);
     STD_TORCH_CHECK(scale_partials->scalar_type() == ScalarType::Double && scale_partials->is_contiguous() &&
                         scale_partials->numel() >= tiles,
                     "scale_partials must be ", tiles, " or more contiguous float64 numbers");

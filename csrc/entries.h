@@ -82,7 +82,8 @@ struct Mask {
 //
 //     2^(x − L) + 2^(x − M) = 2^(x − ref)·(2^(ref − L) + 2^(ref − M)),    ref halfway between all L and M of the tile,
 //
-// as long as these lie within kLargestSpread of each other; otherwise two.
+// as long as these lie within kLargestSpread of each other. Otherwise it takes two; so do the few tiles with a mask, for
+// which each form would need a second loop.
 struct LogSumRange {
   float smallest;
   float largest;
@@ -97,6 +98,11 @@ struct LogSumRange {
 //     kMoment     H = (e·(r + c))·f·g    r = 2^(ref − L),   c = 2^(ref − M), and Σ e·(r + c)·x is wanted as well
 //     kTwo        H = (2^(x − L) + 2^(x − M))·f·g, likewise
 enum class Form { kFactored, kMoment, kTwo };
+
+GAPKERNELS_HOST_DEVICE Form form_of(const LogSumRange& range, bool masked, bool with_moment) {
+  if (masked || !range.one_exponential()) return Form::kTwo;
+  return with_moment ? Form::kMoment : Form::kFactored;
+}
 
 // r of a row or c of a column; the log sum itself for two exponentials.
 template <Form kForm>

@@ -77,7 +77,7 @@ struct GradEpilogue {
       range.largest = fmaxf(range.largest, storage_.ranges[warp].largest);
     }
     middle_ = range.middle();
-    form_ = !range.one_exponential() ? Form::kTwo : params_.scale_partials ? Form::kMoment : Form::kFactored;
+    form_ = form_of(range, mask().needed(tile.row_start, tile.col_start), params_.scale_partials != nullptr);
     const float weight = row_factor * params_.unit;
     storage_.row_terms[thread_] = row_term<false>(row_factor, scale_);
     storage_.row_factors[thread_] = weight;
@@ -88,22 +88,16 @@ struct GradEpilogue {
 
   template <class Accumulators, class TiledMma>
   __device__ void finish(const Item& tile, const Accumulators& products, const TiledMma& tiled_mma) {
-    const Mask mask{space_.num_rows, space_.num_cols, params_.diagonal, false};
-    const bool masked = mask.needed(tile.row_start, tile.col_start);
     auto rounded = cute::make_tensor_like<ElementType>(products);
     if (params_.biased) {
-      if (masked) centroid_gradients<true>(tile, products, rounded, mask);
-      else centroid_gradients<false>(tile, products, rounded, mask);
+      if (mask().needed(tile.row_start, tile.col_start)) centroid_gradients<true>(tile, products, rounded);
+      else centroid_gradients<false>(tile, products, rounded);
     } else {
       float moment = 0.0f;
-      if (form_ == Form::kTwo) {
-        pair_gradients<Form::kTwo, true>(tile, products, rounded, mask, moment);
-      } else if (form_ == Form::kMoment) {
-        if (masked) pair_gradients<Form::kMoment, true>(tile, products, rounded, mask, moment);
-        else pair_gradients<Form::kMoment, false>(tile, products, rounded, mask, moment);
-      } else {
-        if (masked) pair_gradients<Form::kFactored, true>(tile, products, rounded, mask, moment);
-        else pair_gradients<Form::kFactored, false>(tile, products, rounded, mask, moment);
+      switch (form_) {
+        case Form::kFactored: pair_gradients<Form::kFactored>(tile, products, rounded, moment); break;
+        case Form::kMoment: pair_gradients<Form::kMoment>(tile, products, rounded, moment); break;
+        default: pair_gradients<Form::kTwo>(tile, products, rounded, moment);
       }
       if (params_.scale_partials != nullptr) add_moment(tile, moment);
     }
@@ -113,6 +107,8 @@ struct GradEpilogue {
   __device__ void end() { wait_for_store(); }
 
  private:
+  __device__ Mask mask() const { return {space_.num_rows, space_.num_cols, params_.diagonal, false}; }
+
   __device__ float share(float log_sum, float factor) const {
     switch (form_) {
       case Form::kFactored: return gapkernels::share<Form::kFactored>(log_sum, middle_, factor);
@@ -127,12 +123,12 @@ struct GradEpilogue {
     float terms[kRowsPerThread];
   };
 
-  __device__ Rows load_rows(const Item& tile, const Mask& mask) const {
+  __device__ Rows load_rows(const Item& tile) const {
     Rows rows;
 #pragma unroll
     for (int r = 0; r < kRowsPerThread; ++r) {
       const int row = fragment_row(thread_, r / 2, r % 2);
-      rows.counted[r] = mask.row(tile.row_start + row, tile.col_start + fragment_col(thread_, 0, 0));
+      rows.counted[r] = mask().row(tile.row_start + row, tile.col_start + fragment_col(thread_, 0, 0));
       rows.terms[r] = storage_.row_terms[row];
     }
     return rows;
@@ -156,21 +152,19 @@ struct GradEpilogue {
   }
 
   template <bool kMasked, class Products, class Rounded>
-  __device__ void centroid_gradients(const Item& tile, const Products& products, Rounded& rounded,
-                                     const Mask& mask) const {
+  __device__ void centroid_gradients(const Item& tile, const Products& products, Rounded& rounded) const {
     const float reference = *params_.reference;
-    const Rows rows = load_rows(tile, mask);
+    const Rows rows = load_rows(tile);
     fill(products, rounded, [&](float product, int r, int col, float bias, float) {
       const float x = exponent<true>(product, rows.terms[r], bias, scale_, reference);
       return kMasked && !rows.counted[r].counts(col) ? 0.0f : fast_exp2(x);
     });
   }
 
-  template <Form kForm, bool kMasked, class Products, class Rounded>
-  __device__ void pair_gradients(const Item& tile, const Products& products, Rounded& rounded, const Mask& mask,
-                                 float& moment) const {
+  template <Form kForm, class Products, class Rounded>
+  __device__ void pair_gradients(const Item& tile, const Products& products, Rounded& rounded, float& moment) const {
     const float shift = *params_.reference + (kForm == Form::kTwo ? 0.0f : middle_);
-    const Rows rows = load_rows(tile, mask);
+    const Rows rows = load_rows(tile);
     float row_shares[kRowsPerThread], row_factors[kRowsPerThread];
 #pragma unroll
     for (int r = 0; r < kRowsPerThread; ++r) {
@@ -179,7 +173,7 @@ struct GradEpilogue {
     }
     fill(products, rounded, [&](float product, int r, int col, float col_factor, float col_share) {
       float x = exponent<false>(product, rows.terms[r], col_factor, scale_, shift);
-      if (kMasked && !rows.counted[r].counts(col)) x = -INFINITY;
+      if (kForm == Form::kTwo && !rows.counted[r].counts(col)) x = -INFINITY;
       return pair_gradient<kForm>(x, middle_, row_shares[r], row_factors[r], col_share, col_factor, moment);
     });
   }

@@ -96,9 +96,15 @@ def walk(library, rows, cols, matrices, symmetric, cluster, clusters, height):
     return [tuple(out[3 * i : 3 * i + 3]) for i in range(count)]
 
 
-@pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=str)
 @pytest.mark.parametrize(
-    ("n", "dim", "scale"), [(2, 1, 14.3), (3, 7, 100.0), (129, 64, 1.0), (300, 100, 14.3), (257, 40, 100.0)]
+    ("n", "dim", "scale", "dtype"),
+    [
+        (2, 1, 14.3, torch.float16),
+        (3, 7, 100.0, torch.bfloat16),
+        (129, 64, 1.0, torch.float16),
+        (300, 100, 14.3, torch.bfloat16),
+        (257, 40, 100.0, torch.float16),
+    ],
 )
 def test_values(on_cpu, n, dim, scale, dtype):
     assert_matches_oracle(random_embeddings(n, dim, dtype=dtype), scale, "cuda")
@@ -109,32 +115,29 @@ def test_values_of_one_sample(on_cpu):
     assert_matches_oracle(random_embeddings(1, 16, dtype=torch.bfloat16), 14.3, "cuda", cu_weight=0.0)
 
 
-@pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=str)
-def test_values_for_modalities_and_options(on_cpu, dtype):
-    for normalize, pairs in [(True, "all"), (False, "anchor")]:
-        embeddings = random_embeddings(140, 24, 3, dtype=dtype)
-        assert_matches_oracle(
-            [e if normalize else e / 4 for e in embeddings], 9.0, "cuda", anchor=1, pairs=pairs, normalize=normalize
-        )
+@pytest.mark.parametrize(
+    ("dtype", "normalize", "pairs"), [(torch.bfloat16, True, "all"), (torch.float16, False, "anchor")]
+)
+def test_values_for_modalities_and_options(on_cpu, dtype, normalize, pairs):
+    embeddings = [e if normalize else e / 4 for e in random_embeddings(140, 24, 3, dtype=dtype)]
+    assert_matches_oracle(embeddings, 9.0, "cuda", anchor=1, pairs=pairs, normalize=normalize)
 
 
 def test_values_for_more_matrices_than_a_launch_takes(on_cpu):
     assert_matches_oracle(random_embeddings(40, 16, 5, dtype=torch.float16), 9.0, "cuda", pairs="all")
 
 
-@pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=str)
-def test_values_of_centroids_in_float16(on_cpu, dtype):
-    """More centroids than are kept in float32: the triangle of the kernel, in a launch with pairs or after them."""
-    embeddings = random_embeddings(400, 256, dtype=dtype)
-    assert_matches_oracle(embeddings, 14.3, "cuda")
-    assert_matches_oracle(embeddings, 14.3, "cuda", nce_weight=0.0)
+@pytest.mark.parametrize(("dtype", "nce_weight"), [(torch.float16, 1.0), (torch.bfloat16, 1.0), (torch.float16, 0.0)])
+def test_values_of_centroids_in_float16(on_cpu, dtype, nce_weight):
+    """More than are kept in float32: the triangle of the kernel, in a launch with pairs, after them, alone."""
+    assert_matches_oracle(random_embeddings(260, 256, dtype=dtype), 14.3, "cuda", nce_weight=nce_weight)
 
 
-@pytest.mark.parametrize("block", [128, 200])
-def test_values_by_blocks_of_gradients(on_cpu, monkeypatch, block):
+@pytest.mark.parametrize(("block", "dim", "modalities"), [(128, 24, 3), (200, 256, 2)])
+def test_values_by_blocks_of_gradients(on_cpu, monkeypatch, block, dim, modalities):
     monkeypatch.setattr(launcher, "BLOCK", block)
-    assert_matches_oracle(random_embeddings(260, 24, 3, dtype=torch.float16), 14.3, "cuda", pairs="all")
-    assert_matches_oracle(random_embeddings(460, 144, dtype=torch.float16), 14.3, "cuda")
+    embeddings = random_embeddings(260, dim, modalities, dtype=torch.float16)
+    assert_matches_oracle(embeddings, 14.3, "cuda", pairs="all")
 
 
 def test_values_of_log_sums_far_apart_in_one_tile(on_cpu):
@@ -187,6 +190,7 @@ def test_refusals(on_cpu, library):
         ({"rows": torch.zeros(20, 12, dtype=torch.float16)[:, 1:9]}, "aligned to 16 bytes"),
         ({"cols": torch.zeros(20, 8, dtype=torch.bfloat16)}, "agree in length and type"),
         ({"rows": torch.zeros(20, 16, dtype=torch.float16)}, "agree in length and type"),
+        ({"cols": torch.zeros(24, 8, dtype=torch.float16), "symmetric": True}, "must be square, got 20 rows and 24"),
         ({"row_factor": torch.zeros(19)}, "20 contiguous float32 numbers, got 19"),
         ({"scale": torch.zeros(2)}, "one float32 or float64 number"),
     ],
@@ -197,3 +201,10 @@ def test_operators_check_what_the_copy_engine_needs(library, change, message):
     kernels.tile_sums([good], None, 100)
     with pytest.raises(RuntimeError, match=message):
         kernels.tile_sums([good._replace(**change)], None, 100)
+
+
+def test_operators_refuse_more_tiles_than_they_can_number(library):
+    x = torch.zeros(1, 8, dtype=torch.float16).expand(2**22, 8)
+    matrix = Matrix(x, torch.zeros(1), x, torch.zeros(1), torch.ones(()))
+    with pytest.raises(RuntimeError, match=r"at most 1073741824 tiles, got 2147483648"):
+        kernels.tile_sums([matrix, matrix], None, 100)

@@ -114,7 +114,7 @@ def build_slowly(starts, results):
 
 
 def test_processes_that_build_at_one_time_compile_once(cache):
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")  # nothing to import
     starts, results = context.Queue(), context.Queue()
     workers = [context.Process(target=build_slowly, args=(starts, results)) for _ in range(3)]
     for worker in workers:

@@ -175,9 +175,11 @@ void grad_tile(const GradArguments& arguments, int row_start, int col_start) {
   };
   for (int i = row_start; i < std::min(row_start + kTile, arguments.num_rows); ++i) widen(arguments.row_log_sums[i]);
   for (int j = col_start; j < std::min(col_start + kTile, arguments.num_cols); ++j) widen(arguments.col_log_sums[j]);
-  const auto tile_of = !range.one_exponential()              ? grad_tile_of<false, Form::kTwo>
-                       : arguments.scale_partials != nullptr ? grad_tile_of<false, Form::kMoment>
-                                                             : grad_tile_of<false, Form::kFactored>;
+  const Mask mask{arguments.num_rows, arguments.num_cols, arguments.diagonal, false};
+  const Form form = form_of(range, mask.needed(row_start, col_start), arguments.scale_partials != nullptr);
+  const auto tile_of = form == Form::kTwo      ? grad_tile_of<false, Form::kTwo>
+                       : form == Form::kMoment ? grad_tile_of<false, Form::kMoment>
+                                               : grad_tile_of<false, Form::kFactored>;
   tile_of(arguments, row_start, col_start, range.middle());
 }
 
