@@ -142,9 +142,11 @@ def _line(results: Results) -> str:
     if problem is None or ours is None:
         return f"{text} ({rows_file})"
     text = f"{text}: {problem.title} in {tables.seconds(ours.median)}, utilisation {ours.utilisation:.2f}"
-    others = [row for row in results.of(problem) if not row.ours]
-    ratios = [f"{row.label} {tables.significant(row.median / ours.median)}×" for row in others]
-    return "; ".join([text, *(["time of others: " + ", ".join(ratios)] if ratios else [])]) + f" ({rows_file})"
+    others = [
+        f"{row.label} {tables.significant(row.median / ours.median)}×" for row in results.of(problem) if not row.ours
+    ]
+    relative = f"; time relative to that: {'; '.join(others)}" if others else ""
+    return f"{text}{relative} ({rows_file})"
 
 
 def _short(table: tables.Table) -> tables.Table:

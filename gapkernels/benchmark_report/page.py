@@ -94,7 +94,9 @@ def _html(files: Sequence[Results], figures: Sequence[list[Plot]], comparison: S
     from jinja2 import Environment
 
     # `select_autoescape` goes by file name; this template is always HTML.
-    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["keep_together"] = _keep_together
+    template = environment.from_string(
         (resources.files("gapkernels.benchmark_report") / "page.html.j2").read_text(encoding="utf-8")
     )
     return template.render(
@@ -114,6 +116,11 @@ def _html(files: Sequence[Results], figures: Sequence[list[Plot]], comparison: S
             for results, drawn in zip(files, figures, strict=True)
         ],
     )
+
+
+def _keep_together(text: str) -> str:
+    """No line ends inside of ``N = 4096``."""
+    return text.replace(" = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}")
 
 
 def _embed(plot: Plot) -> dict[str, str]:

@@ -236,6 +236,7 @@ def test_report_of_two_devices_is_self_contained(path: Path, tmp_path: Path) -> 
     assert len(page.references) == len(report.images)
     assert all(reference.startswith("data:image/png;base64,") for reference in page.references)
     assert "Test CPU &lt;1&gt;" in text
+    assert "N\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}2048" in text
     assert {image.name for image in report.images} == {
         "devices.png",
         *(

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import sysconfig
 import time
 import zipfile
 from dataclasses import replace
@@ -20,7 +21,15 @@ from benchmarks import run as run_benchmarks
 from benchmarks.cases import Case
 from benchmarks.gpu import Outcome, Run, Stage
 from benchmarks.implementations import IMPLEMENTATIONS, our_backends
-from benchmarks.processes import ROOT, WITHOUT_VARIABLE, child_command, execute, find_tool, unpack_wheels
+from benchmarks.processes import (
+    ROOT,
+    WITHOUT_VARIABLE,
+    child_command,
+    child_environment,
+    execute,
+    find_tool,
+    unpack_wheels,
+)
 
 NO_DEVICE = "needs an NVIDIA GPU and a torch that sees it"
 
@@ -487,6 +496,19 @@ def test_base_name_of_a_kernel(name: str, base: str) -> None:
     assert kernels._base_name(name) == base
 
 
-def test_find_tool() -> None:
+def test_find_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_tool("no-such-program") is None
     assert find_tool("sh")
+    program = tmp_path / "compute-sanitizer" / "a-tool-of-cuda"
+    program.parent.mkdir()
+    program.touch(mode=0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert find_tool(program.name) == str(program)
+
+
+def test_programs_of_this_python_are_found_where_its_environment_is_not_activated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scripts = sysconfig.get_path("scripts")
+    monkeypatch.setenv("PATH", "/usr/bin")
+    assert child_environment()["PATH"] == f"/usr/bin{os.pathsep}{scripts}"

@@ -188,7 +188,7 @@ def test_errors_after_which_a_process_is_of_no_use(reason: str, lost: bool) -> N
 
 
 def test_the_exact_result_is_computed_once_for_all_implementations(monkeypatch: pytest.MonkeyPatch) -> None:
-    session = Session(CPU, matmul_size=64)
+    session = Session(CPU, case_seconds=0.01, matmul_size=64)
     monkeypatch.setattr(memory, "measure", lambda *_, **__: 0)
     computed: list[int] = []
     exact = oracle.loss_and_gradients
