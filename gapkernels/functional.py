@@ -86,9 +86,10 @@ def gap_loss(  # type: ignore[misc]  # the overloads leave the options to this s
         uniformity_t: sharpness t of the centroid uniformity.
         normalize: divide rows by their norm first. False takes them as they are.
         normalize_centroids: put centroids back on the unit sphere, as the paper's code does and its formula does not.
-        backend: ``"triton"`` (fused kernels for NVIDIA and AMD GPUs; no float64), ``"torch"`` (tiled, any device),
-            ``"auto"``: the first of these that can be used. By name only: ``"cuda"`` (tensor-core kernels for Hopper,
-            bfloat16 and float16, compiled at first use), ``"reference"`` (dense, O(N²) memory).
+        backend: ``"cuda"`` (tensor-core kernels for Hopper, bfloat16 and float16, compiled at first use), ``"triton"``
+            (fused kernels for NVIDIA and AMD GPUs; no float64), ``"torch"`` (tiled, any device), ``"reference"``
+            (dense, O(N²) memory), or ``"auto"``: the first of ``"triton"`` and ``"torch"`` that can be used, and
+            ``"cuda"`` where it has been compiled and a recorded measurement shows it faster.
         return_terms: return all parts instead of the loss alone; costs no extra N² work.
         group: the ``torch.distributed`` process group that holds the batch, each process an equal number of rows.
             Every process then returns the loss of the whole batch; gradients are scaled such that their mean over
