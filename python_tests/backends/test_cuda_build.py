@@ -61,6 +61,17 @@ def test_old_compiler_is_named(monkeypatch):
     assert "need nvcc 12.4 or newer, found 11.8" in (build.missing_tool() or "")
 
 
+def test_a_copy_of_the_headers_elsewhere_compiles_nothing_anew(monkeypatch, tmp_path):
+    def headers(folder, version):
+        (tmp_path / folder / "cutlass").mkdir(parents=True)
+        (tmp_path / folder / "cutlass" / "cutlass.h").touch()
+        (tmp_path / folder / "cutlass" / "version.h").write_text(version)
+        monkeypatch.setenv(build.CUTLASS_VARIABLE, str(tmp_path / folder))
+        return build.library()
+
+    assert headers("one", "4.2.0") == headers("another", "4.2.0") != headers("newer", "4.3.0")
+
+
 def test_headers_in_a_folder_of_ones_own(monkeypatch, tmp_path):
     monkeypatch.setenv(build.CUTLASS_VARIABLE, str(tmp_path))
     assert build.cutlass_include() is None

@@ -74,6 +74,13 @@ def cutlass_include() -> Path | None:
     return folder if (folder / "cutlass" / "cutlass.h").exists() else None
 
 
+def _cutlass_version() -> str:
+    """The header that says which CUTLASS it is, wherever it lies; empty if there is none."""
+    include = cutlass_include()
+    header = None if include is None else include / "cutlass" / "version.h"
+    return header.read_text(encoding="utf-8") if header is not None and header.exists() else ""
+
+
 def nvcc() -> Path | None:
     """The compiler that torch's own extensions would use; where torch has no CUDA, one on the PATH."""
     from torch.utils import cpp_extension
@@ -133,7 +140,7 @@ def library() -> Path:
     digest = hashlib.sha256()
     for file in sorted(source_folder().glob("*")):
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
-    versions = torch.__version__, torch.version.cuda, str(cutlass_include())
+    versions = torch.__version__, torch.version.cuda, _cutlass_version()
     digest.update(repr((nvcc_flags(), BINDING_FLAGS, versions)).encode())
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
     return root / f"{NAME}_{digest.hexdigest()[:16]}" / f"{NAME}.so"
