@@ -37,6 +37,7 @@ _OTHER_CLASSES = "#d0d0d0"
 _WIDTH, _HEIGHT = 5.2, 3.9  # inches
 _DPI = 150
 _MOST_POINTS = 1500
+_SMALLEST_SPAN = 0.05  # of a metric's axis: differences of a tenth of a percent shall not look like anything
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,11 @@ def draw_plots(experiment: Experiment) -> list[Plot]:
         *_draw_curves(methods, "test", "v_measure", "V-measure", "Agreement of k-means clusters with the classes"),
         *_draw_curves(methods, "test", "true_pair_cosine", "cosine of true pairs", "Mean cosine of matching samples"),
         *_draw_curves(methods, "train", "info_nce", "InfoNCE (nats)", "The contrastive term"),
-        *_draw_curves(methods, "train", "logit_scale", "logit scale (1 / temperature)", "Sharpness of the soft-max"),
     ]
+    if any(experiment.config.methods[method].learn_temperature for method in methods):
+        plots += _draw_curves(
+            methods, "train", "logit_scale", "logit scale (1 / temperature)", "Sharpness of the soft-max"
+        )
     for method, runs in methods.items():
         plots += _draw_gap_terms(method, runs)
     for method, runs in methods.items():
@@ -94,6 +98,9 @@ def _draw_summary(experiment: Experiment) -> Plot:
         axes.set_yticks([-number for number in range(len(summary))], list(summary))
         axes.set_ylim(0.3 - len(summary), 0.7)
         axes.margins(x=0.15)
+        lowest, highest = axes.get_xlim()
+        missing = max(0.0, _SMALLEST_SPAN - (highest - lowest))
+        axes.set_xlim(lowest - missing / 2, highest + missing / 2)
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.set_title(heading, fontsize=10, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
@@ -244,7 +251,11 @@ def _draw_by_modality(axes: Axes, clouds: Mapping[str, np.ndarray]) -> None:
 
 
 def _draw_by_class(axes: Axes, clouds: Mapping[str, np.ndarray], labels: np.ndarray, names: Sequence[str]) -> None:
-    """Colour the most frequent classes and write each one's name at its median; the other classes are grey."""
+    """Colour the most frequent classes and write each one's name at its median; the other classes are grey.
+
+    The median is that of the modality with the most distinct points: where modalities lie apart, a name between them
+    would be near no point of its class.
+    """
     classes, counts = np.unique(labels[labels != NO_CLASS], return_counts=True)
     named = classes[np.argsort(-counts, kind="stable")][: len(_CLASS_COLORS)]
     color_of = {label: _CLASS_COLORS[number] for number, label in enumerate(sorted(named))}
@@ -258,10 +269,12 @@ def _draw_by_class(axes: Axes, clouds: Mapping[str, np.ndarray], labels: np.ndar
             marker=_MARKERS[number],
             c=colors,
             edgecolors="none",
-            label=modality,
         )
+        axes.scatter([], [], s=20, marker=_MARKERS[number], color="#555555", label=modality)
+    axes.legend(frameon=True, framealpha=0.9)
+    largest = max(clouds.values(), key=lambda points: len(np.unique(points.round(3), axis=0)))
     for label in named:
-        x, y = np.median(np.concatenate([points[labels == label] for points in clouds.values()]), axis=0)
+        x, y = np.median(largest[labels == label], axis=0)
         halo = [patheffects.withStroke(linewidth=3, foreground="white")]
         axes.text(x, y, names[label], ha="center", va="center", fontsize=10, weight="bold", path_effects=halo)
 

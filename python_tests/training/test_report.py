@@ -1,4 +1,5 @@
 import base64
+import dataclasses
 import json
 import re
 import shutil
@@ -110,3 +111,14 @@ def test_plots_do_without_what_a_run_does_not_have(finished: Path, tmp_path: Pat
     assert "gap" in names
     assert "info_nce" not in names
     assert not any(name.startswith(("terms", "weights")) for name in names)
+
+
+def test_the_logit_scale_is_drawn_only_where_it_is_learned(finished: Path) -> None:
+    experiment = load_experiment(finished)
+    assert "logit_scale" in {plot.name for plot in draw_plots(experiment)}
+    fixed = {name: method for name, method in experiment.config.methods.items() if not method.learn_temperature}
+    config = experiment.config.model_copy(update={"methods": fixed})
+    runs = [run for run in experiment.runs if run.method in fixed]
+    assert runs
+    plots = draw_plots(dataclasses.replace(experiment, config=config, runs=runs))
+    assert "logit_scale" not in {plot.name for plot in plots}
