@@ -32,3 +32,13 @@ def test_a_table_has_a_line_per_method_and_batch_size() -> None:
     assert one.splitlines()[2:] == ["| clip-ft | 0.500 ± 0.250 | 0.500 ± 0.250 |"]
     two = training_tables.table({"experiments": [{"batch_size": size, **experiment} for size in (8, 16)]})
     assert [line.split(" | ")[0] for line in two.splitlines()[2:]] == ["| 8", "| 16"]
+
+
+def test_the_papers_row_follows_ours() -> None:
+    experiment = {"batch_size": 8, "methods": {"gap": {"metrics": {"gap": {"mean": 0.5, "std": None}}}}}
+    content = {"paper": {"gap": {"gap": 0.09}}, "experiments": [experiment]}
+    assert training_tables.table(content).splitlines()[2:] == ["| gap | 0.500 |"]
+    assert training_tables.table(content, with_paper=True).splitlines()[2:] == [
+        "| gap | 0.500 |",
+        "| gap (paper) | 0.090 |",
+    ]
