@@ -121,13 +121,13 @@ def one_block(
     """Write the logarithms of the sums of one block of own rows."""
     i = start + tl.arange(0, TILE_M)
     log_sums += base
-    if RECOMPUTE:
-        out_of_range = True
-    else:
+    in_range = False
+    if not RECOMPUTE:
         total = tl.load(sums + base + i, mask=i < num_own, other=float("inf"))
-        out_of_range = tl.min(total, axis=0) < smallest_exact  # not a number compares false and passes through
+        in_range = not (tl.min(total, axis=0) < smallest_exact)  # not a number compares false and passes through
+    if in_range:
         tl.store(log_sums + i, tl.log2(total.to(tl.float64)) + shift, mask=i < num_own)
-    if out_of_range:
+    else:
         own_factor = tl.load(own_factors + i, mask=i < num_own, other=0.0)
         maximum = tl.full((TILE_M,), float("-inf"), tl.float32)
         running = tl.zeros((TILE_M,), tl.float32)

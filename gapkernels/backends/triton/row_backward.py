@@ -53,8 +53,10 @@ def backward_by_rows(
     ]
     pairs = spec.nce_pairs(len(embeddings)) if spec.nce_weight else []
     partners = walks(pairs, embedding_needs_grad, scale_needs_grad)
-    c = centroids(embeddings, statistics.sums, num_rows, spec) if spec.cu_weight and any(embedding_needs_grad) else None
-    headroom = None if c is None else centroid_headroom(embeddings[0], num_rows)
+    c = headroom = None
+    if spec.cu_weight and any(embedding_needs_grad):
+        c = centroids(embeddings, statistics.sums, num_rows, spec, whole_rows=True)
+        headroom = centroid_headroom(embeddings[0], num_rows, whole_rows=True)
     weights = pair_weights(saved, statistics.cosines, logit_scale, World(), headroom, whole_rows=True, unit=unit)
 
     row_bytes = 4 * padded(dim)

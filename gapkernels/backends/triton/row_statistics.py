@@ -71,8 +71,13 @@ def unit_rows(pointer, stride, i, num_rows, dim, BLOCK_D: tl.constexpr, NORMALIZ
     """Rows as the loss uses them, ``[rows, BLOCK_D]``, what they were multiplied by, and whether that is 1/eps."""
     if NORMALIZE:
         z, power, divisor, clamped = scaled_rows(pointer, stride, i, num_rows, dim, BLOCK_D)
-        # Divided, not multiplied by an inverse: opposite vectors then cancel in a centroid.
-        return tl.div_rn(z, divisor[:, None] + tl.zeros_like(z)), tl.div_rn(power, divisor), clamped
+        inverse = tl.div_rn(1.0, divisor)
+        # Multiplied by the inverse and put right by what is left over: rounded like a quotient, so that opposite
+        # vectors cancel in a centroid, for one division per row instead of one per number.
+        divisor = divisor[:, None] + tl.zeros_like(z)
+        quotient = z * inverse[:, None]
+        quotient += tl.fma(-quotient, divisor, z) * inverse[:, None]
+        return quotient, power * inverse, clamped
     else:
         z = load_rows(pointer, stride, i, num_rows, dim, BLOCK_D)
         return z, 1.0, False
@@ -365,31 +370,39 @@ def row_statistics(embeddings: list[Tensor], spec: LossSpec) -> RowStatistics:
     return RowStatistics(cosines, sums.sum(dim=0, dtype=torch.float64))
 
 
-def _centroid_dtype(embedding: Tensor, total_rows: int) -> torch.dtype:
+def _centroid_dtype(embedding: Tensor, total_rows: int, whole_rows: bool) -> torch.dtype:
     """The type centroids are rounded to.
 
     Rounding to float16 moves CU by about 8e-4/√(N·D), which has to stay clear of 1e-5 relative. Where there is so
-    little to average over, float32 costs nothing that could be measured.
+    little to average over, float32 costs nothing that could be measured. For gradients, of which less is asked, a row
+    of more than 64 numbers is enough to average over; by whole rows such rows fit the registers in 16 bits only.
     """
     small = total_rows * embedding.shape[1] <= 2**16 and total_rows <= 4096
+    if whole_rows and embedding.shape[1] > 64:
+        small = False
     return torch.float32 if small or embedding.dtype == torch.float32 else torch.float16
 
 
-def centroid_headroom(embedding: Tensor, total_rows: int) -> float:
+def centroid_headroom(embedding: Tensor, total_rows: int, whole_rows: bool = False) -> float:
     """Base-2 logarithm of the largest gradient with respect to an inner product of centroids, for their type.
 
     No entry exceeds its row's sum, so relative to the largest of these none exceeds one; float16 is used to its end.
     """
-    return math.log2(HALF_UNIT) if _centroid_dtype(embedding, total_rows) == torch.float16 else 0.0
+    return math.log2(HALF_UNIT) if _centroid_dtype(embedding, total_rows, whole_rows) == torch.float16 else 0.0
 
 
-def centroids(embeddings: list[Tensor], sums: Tensor, total_rows: int, spec: LossSpec) -> Centroids:
-    """The operand of the centroid matrix, from the sums over the rows of all processes."""
+def centroids(
+    embeddings: list[Tensor], sums: Tensor, total_rows: int, spec: LossSpec, whole_rows: bool = False
+) -> Centroids:
+    """The operand of the centroid matrix, from the sums over the rows of all processes.
+
+    ``whole_rows``: for gradients computed by whole rows.
+    """
     num_rows, dim = embeddings[0].shape
     block_rows, block_dim = row_block(padded(dim), 2048)
     new = embeddings[0].new_empty
     result = Centroids(
-        rows=new((num_rows, padded(dim)), dtype=_centroid_dtype(embeddings[0], total_rows)),
+        rows=new((num_rows, padded(dim)), dtype=_centroid_dtype(embeddings[0], total_rows, whole_rows)),
         biases=new(num_rows, dtype=torch.float32),
         scale=new((), dtype=torch.float32),
     )

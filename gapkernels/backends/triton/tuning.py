@@ -70,7 +70,7 @@ _SIXTEEN_BIT = {
     ],
 }
 # True float32 products run on the ordinary units, where a large tile only costs registers.
-_FLOAT32 = [Config(64, 64, 32, 4, 3, programs_per_processor=4), Config(64, 64, 32, 8, 3, programs_per_processor=2)]
+_FLOAT32 = [Config(64, 64, 32, 4, 3, programs_per_processor=4)]
 _FLOAT32_TENSOR = [Config(128, 128, 32, 8, 3), Config(128, 64, 32, 4, 3, programs_per_processor=2)]
 
 
@@ -104,7 +104,7 @@ _SIXTEEN_BIT_ROWS = {
         128: [Config(64, 32, 64, 4, 2, programs_per_processor=2)],
     },
 }
-_FLOAT32_ROWS = {64: [Config(32, 32, 64, 8, 2, programs_per_processor=2)]}
+_FLOAT32_ROWS = {64: [Config(32, 16, 64, 8, 2, programs_per_processor=2)]}
 _FLOAT32_TENSOR_ROWS = {64: [Config(64, 32, 64, 4, 2, programs_per_processor=2)]}
 
 
@@ -122,10 +122,9 @@ def _candidates(kernel: str, arch: str, dtype: torch.dtype, dim: int, true_float
     float32 = _FLOAT32 if true_float32 else _FLOAT32_TENSOR
     table = float32 if dtype == torch.float32 else _SIXTEEN_BIT[nearest(arch)]
     if kernel == "log_sums":  # runs rarely; the running maxima and sums leave no room for wide tiles
-        table = [c._replace(tile_n=c.tile_n // 2, tma=False) for c in table[:1]]
-        table = [
-            c._replace(tile_m=32, num_warps=4) if dtype == torch.float32 else c._replace(num_warps=8) for c in table
-        ]
+        rows, warps = (32, 4) if dtype == torch.float32 else (128, 8)
+        parts = 4 if dtype != torch.float32 and nearest(arch) == "sm_100" else 2
+        table = [c._replace(tile_m=rows, tile_n=c.tile_n // parts, num_warps=warps, tma=False) for c in table[:1]]
     if kernel == "gradient_tiles":  # two factors per column and the gradient: a wider tile spills
         table = [c for c in table if c.tile_n <= 128]
     if kernel == "add_product":
