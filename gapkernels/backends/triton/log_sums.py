@@ -121,10 +121,11 @@ def one_block(
     """Write the logarithms of the sums of one block of own rows."""
     i = start + tl.arange(0, TILE_M)
     log_sums += base
-    in_range = False
-    if not RECOMPUTE:
+    if RECOMPUTE:
+        total = tl.full((TILE_M,), float("-inf"), tl.float32)  # below any bound
+    else:
         total = tl.load(sums + base + i, mask=i < num_own, other=float("inf"))
-        in_range = not (tl.min(total, axis=0) < smallest_exact)  # not a number compares false and passes through
+    in_range = not (tl.min(total, axis=0) < smallest_exact)  # not a number compares false and passes through
     if in_range:
         tl.store(log_sums + i, tl.log2(total.to(tl.float64)) + shift, mask=i < num_own)
     else:

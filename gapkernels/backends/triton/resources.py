@@ -109,21 +109,24 @@ def matrix_kernels(arch: str, dtype: torch.dtype = torch.bfloat16, dim: int = 51
             {**kinds, **common(config), "GROUP": config.group, "USE_TMA": config.tma},
             config,
         )
-    for config in tuning.candidates("log_sums", arch, dtype, dim):
-        yield Source(
-            "log_sums",
-            log_sums_kernel,
-            {
-                **pair_and_triangle,
-                "row_log_sums": "*fp64",
-                "col_log_sums": "*fp64",
-                **sizes,
-                "headroom": "fp32",
-                "smallest_exact": "fp32",
-            },
-            {**kinds, **common(config), "RECOMPUTE": False},
-            config,
-        )
+    for recompute in (False, True):
+        sums: dict[str, Any] = {"row_sums": None, "col_sums": None} if recompute else {}
+        for config in tuning.candidates("log_sums", arch, dtype, dim):
+            yield Source(
+                "log_sums, all computed anew" if recompute else "log_sums",
+                log_sums_kernel,
+                {
+                    **pair_and_triangle,
+                    **sums,
+                    "row_log_sums": "*fp64",
+                    "col_log_sums": "*fp64",
+                    **sizes,
+                    "headroom": "fp32",
+                    "smallest_exact": "fp32",
+                },
+                {**kinds, **common(config), "RECOMPUTE": recompute},
+                config,
+            )
     for biased in (False, True):
         kind = centroid if biased else operand
         for config in tuning.candidates("gradient_tiles", arch, dtype, dim):
