@@ -80,7 +80,7 @@ _FLOAT32_TENSOR = [Config(128, 128, 32, 8, 3), Config(128, 64, 32, 4, 3, program
 _SIXTEEN_BIT_ROWS = {
     "sm_80": {
         64: [Config(128, 64, 64, 8, 3), Config(64, 64, 64, 4, 2, programs_per_processor=2)],
-        128: [Config(128, 64, 64, 8, 2), Config(64, 64, 64, 4, 2, programs_per_processor=2)],
+        128: [Config(128, 64, 64, 8, 2)],
     },
     "sm_90": {
         64: [
@@ -104,7 +104,7 @@ _SIXTEEN_BIT_ROWS = {
         128: [Config(64, 32, 64, 4, 2, programs_per_processor=2)],
     },
 }
-_FLOAT32_ROWS = {64: [Config(32, 16, 64, 8, 2, programs_per_processor=2)]}
+_FLOAT32_ROWS = {64: [Config(32, 16, 64, 4, 2, programs_per_processor=2)]}
 _FLOAT32_TENSOR_ROWS = {64: [Config(64, 32, 64, 4, 2, programs_per_processor=2)]}
 
 
