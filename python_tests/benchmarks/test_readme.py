@@ -33,8 +33,10 @@ def test_readme_matches_the_result_files() -> None:
 
 def test_one_device_is_shown_in_full_and_the_others_in_a_line(tmp_path: Path) -> None:
     """Of the CPUs the one with the most rows, whatever its date; a GPU before any CPU, the newest of several."""
-    content = json.loads(readme.result_files()[0].read_text(encoding="utf-8"))
+    contents = [json.loads(path.read_text(encoding="utf-8")) for path in readme.result_files()]
+    content = max(contents, key=lambda content: len(content["benchmarks"]))
     full = len(content["benchmarks"])
+    assert full > 10
 
     def write(name: str, device: str, device_type: str, date: str, rows: int) -> Path:
         changed = copy.deepcopy(content)
