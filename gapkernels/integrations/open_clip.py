@@ -125,15 +125,19 @@ class ClipLoss(nn.Module):
             return_terms=True,
         )
         assert terms.info_nce is not None
-        contrastive = terms.info_nce
-        if logit_bias is not None:
-            contrastive = contrastive + 0 * logit_bias.sum()  # DistributedDataParallel wants every parameter used
-        losses = {"contrastive_loss": contrastive}
+
+        def using_bias(term: Tensor) -> Tensor:
+            """DistributedDataParallel wants every parameter used."""
+            return term if logit_bias is None else term + 0 * logit_bias.sum()
+
+        if not output_dict:
+            return using_bias(terms.loss)
+        losses = {"contrastive_loss": using_bias(terms.info_nce)}
         if terms.align_true_pairs is not None:
             losses["align_true_pairs_loss"] = self.atp_weight * terms.align_true_pairs
         if terms.centroid_uniformity is not None:
             losses["centroid_uniformity_loss"] = self.cu_weight * terms.centroid_uniformity
-        return losses if output_dict else torch.stack(list(losses.values())).sum()
+        return losses
 
     def _group(self) -> torch.distributed.ProcessGroup | None:
         if self.world_size == 1:
@@ -187,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--cu-weight", type=float, default=0.0, help="weight of the centroid uniformity")
     parser.add_argument("--uniformity-t", type=float, default=2.0, help="sharpness of the centroid uniformity")
     parser.add_argument("--backend", default="auto", help="as for gapkernels.gap_loss")
-    if not rest and own == []:
+    if not own and not rest:
         own = ["--help"]
     apply_to_open_clip(**vars(parser.parse_args(own)))
     importlib.import_module("open_clip_train.main").main(rest)

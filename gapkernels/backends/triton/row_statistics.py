@@ -377,9 +377,8 @@ def _centroid_dtype(embedding: Tensor, total_rows: int, whole_rows: bool) -> tor
     little to average over, float32 costs nothing that could be measured. For gradients, of which less is asked, a row
     of more than 64 numbers is enough to average over; by whole rows such rows fit the registers in 16 bits only.
     """
-    small = total_rows * embedding.shape[1] <= 2**16 and total_rows <= 4096
-    if whole_rows and embedding.shape[1] > 64:
-        small = False
+    dim = embedding.shape[1]
+    small = total_rows * dim <= 2**16 and total_rows <= 4096 and not (whole_rows and dim > 64)
     return torch.float32 if small or embedding.dtype == torch.float32 else torch.float16
 
 
