@@ -39,8 +39,8 @@ def direct_v_measure(truth: list[int], found: list[int]) -> float:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_clustering_of_separate_classes_is_perfect(dtype: torch.dtype) -> None:
     x, labels = blobs(120, 4, 0.05, dtype=dtype)
-    assert clustering(x, labels) == pytest.approx((1.0, 1.0, 1.0))
-    assert clustering([x, 3 * x], labels) == pytest.approx((1.0, 1.0, 1.0))  # normalised: the factor is no modality gap
+    assert clustering(x, labels) == pytest.approx((1.0, 1.0, 1.0, 1.0))
+    assert clustering([x, 3 * x], labels) == pytest.approx((1.0, 1.0, 1.0, 1.0))  # normalised: the factor is no modality gap
 
 
 def test_clustering_agrees_with_the_definition_of_the_v_measure() -> None:
@@ -60,6 +60,18 @@ def test_a_modality_gap_ruins_the_clustering_of_the_stack() -> None:
     apart = clustering([x - shift, x + shift], labels)  # two clusters: the modalities
     assert apart.v_measure < 0.05
     assert apart.ari < 0.05
+    assert apart.undivided == 0.0
+
+
+def test_samples_with_all_modalities_in_one_cluster_are_undivided() -> None:
+    """One-dimensional unit rows are ±1: a sample is undivided if its modalities agree in sign."""
+    first = torch.tensor([1.0, 1, 1, -1, -1, -1, 1, -1])[:, None]
+    second = torch.tensor([2.0, 3, -1, -1, -5, 1, 1, -1])[:, None]
+    third = torch.tensor([1.0, -1, -1, -1, -1, -1, 1, 1])[:, None]
+    labels = [0, 0, 0, 1, 1, 1, 0, 1]
+    assert clustering([first, second], labels).undivided == 6 / 8
+    assert clustering([first, second, third], labels).undivided == 4 / 8
+    assert clustering(first, labels).undivided == 1.0
 
 
 def test_number_of_clusters_and_seed() -> None:

@@ -46,6 +46,7 @@ def test_two_modalities() -> None:
         "v_measure": clusters.v_measure,
         "nmi": clusters.nmi,
         "ari": clusters.ari,
+        "undivided": clusters.undivided,
         "knn": metrics.knn_accuracy([image, text], LABELS, seed=3),
         "knn/image": metrics.knn_accuracy(image, LABELS, seed=3),
         "knn/text": metrics.knn_accuracy(text, LABELS, seed=3),

@@ -21,11 +21,16 @@ Embeddings: TypeAlias = torch.Tensor | Sequence[torch.Tensor]
 
 
 class ClusteringResult(NamedTuple):
-    """Agreement of clusters with labels; `nmi` (arithmetic mean) equals `v_measure` by definition."""
+    """Agreement of clusters with labels, and whether clusters hold samples whole.
+
+    `nmi` (arithmetic mean) equals `v_measure` by definition. `undivided` is the share of samples whose rows, one per
+    modality, all lie in one cluster: where a modality gap splits the clusters it is small, whatever their V-measure.
+    """
 
     v_measure: float
     nmi: float
     ari: float
+    undivided: float
 
 
 @torch.no_grad()
@@ -44,7 +49,8 @@ def clustering(
             start moves the V-measure by more than most methods differ.
 
     Returns:
-        `ClusteringResult`: V-measure, NMI (both in [0, 1]) and adjusted Rand index (at most 1, 0 for chance).
+        `ClusteringResult`: V-measure, NMI (both in [0, 1]), adjusted Rand index (at most 1, 0 for chance) and the
+        share of undivided samples (in [0, 1]; 1 for a single modality).
 
     Raises:
         TypeError: an embedding is not a floating point tensor, labels are neither integers nor strings.
@@ -58,7 +64,7 @@ def clustering(
     Example:
         >>> image, text = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.1], [0.1, 1.0]])
         >>> clustering([image, text], ["dog", "cat"])
-        ClusteringResult(v_measure=1.0, nmi=1.0, ari=1.0)
+        ClusteringResult(v_measure=1.0, nmi=1.0, ari=1.0, undivided=1.0)
     """
     sklearn = import_sklearn("clustering")
     modalities = _modalities("embeddings", embeddings)
@@ -69,11 +75,13 @@ def clustering(
         raise ValueError(f"`n_clusters` must be at most the number of rows, {rows}, got {clusters}")
     kmeans = sklearn.KMeans(clusters, n_init=positive_int("n_init", n_init), random_state=seed)
     found = kmeans.fit_predict(modalities.reshape(rows, -1))
+    by_modality = found.reshape(modalities.shape[:2])
     truth = np.tile(codes, modalities.shape[0])
     return ClusteringResult(
         float(sklearn.v_measure_score(truth, found)),
         float(sklearn.normalized_mutual_info_score(truth, found)),
         float(sklearn.adjusted_rand_score(truth, found)),
+        float((by_modality == by_modality[0]).all(axis=0).mean()),
     )
 
 
