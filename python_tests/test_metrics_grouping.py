@@ -40,7 +40,9 @@ def direct_v_measure(truth: list[int], found: list[int]) -> float:
 def test_clustering_of_separate_classes_is_perfect(dtype: torch.dtype) -> None:
     x, labels = blobs(120, 4, 0.05, dtype=dtype)
     assert clustering(x, labels) == pytest.approx((1.0, 1.0, 1.0, 1.0))
-    assert clustering([x, 3 * x], labels) == pytest.approx((1.0, 1.0, 1.0, 1.0))  # normalised: the factor is no modality gap
+    assert clustering([x, 3 * x], labels) == pytest.approx(
+        (1.0, 1.0, 1.0, 1.0)
+    )  # normalised: the factor is no modality gap
 
 
 def test_clustering_agrees_with_the_definition_of_the_v_measure() -> None:
