@@ -25,10 +25,10 @@ def evaluate(
 ) -> dict[str, float]:
     """Every metric of a set of embeddings under flat names.
 
-    Clustering, kNN and linear probe run, as in the paper's code, on all modalities stacked (`v_measure`, `nmi`, `ari`,
-    `undivided`, `knn`, `linear_probe`); a sample's modalities stay on one side of the split. Where all samples of a class share one
-    text, the text rows of the stack are classified without effort, so kNN and linear probe are given for each
-    modality alone as well (`knn/image`, `linear_probe/image`).
+    Clustering, kNN and linear probe run, as in the paper's code, on all modalities stacked (`v_measure`, `nmi`,
+    `ari`, `undivided`, `knn`, `linear_probe`); a sample's modalities stay on one side of the split. Where all samples
+    of a class share one text, the text rows of the stack are classified without effort, so kNN and linear probe are
+    given for each modality alone as well (`knn/image`, `linear_probe/image`).
 
     Args:
         embeddings: two or more modalities by name, each [N, D], any float dtype, of one shape and on one device; row i
