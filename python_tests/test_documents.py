@@ -1,5 +1,6 @@
 """The Python in the documents runs, and the links between them lead somewhere."""
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -19,8 +20,15 @@ def test_python_blocks_run(document):
     image, text, audio = (torch.randn(16, 8, device=DEVICE, requires_grad=True) for _ in range(3))
     scale = torch.tensor(10.0, device=DEVICE, requires_grad=True)
     namespace = {"torch": torch, "image": image, "text": text, "audio": audio, "scale": scale}
+    absent = set()
     for block in blocks:
-        exec(compile(block, document.name, "exec"), namespace)
+        others = re.findall(r"^(?:import|from) (lightning|sentence_transformers)\b", block, flags=re.MULTILINE)
+        missing = {name for name in others if importlib.util.find_spec(name) is None}
+        if not missing:
+            exec(compile(block, document.name, "exec"), namespace)
+        absent |= missing
+    if absent:
+        pytest.skip(f"not all blocks run: {', '.join(sorted(absent))} not installed")
 
 
 def test_the_import_swap_is_what_it_says():
