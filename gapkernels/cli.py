@@ -154,7 +154,7 @@ def _build_parser() -> argparse.ArgumentParser:
         "eval",
         help="evaluate a checkpoint or a file of embeddings",
         description="Evaluate a checkpoint (.pt) on its data set's test split, or a file of embeddings (.npz or "
-        ".safetensors) that holds one array [N, D] per modality and optionally `labels` and `ids` [N].",
+        ".safetensors) that holds one array [N, D] per modality and optionally `labels`, `ids` and `groups` [N].",
         allow_abbrev=False,
     )
     evaluate.add_argument("path", metavar="FILE", type=Path, help="checkpoint or embeddings")

@@ -1,4 +1,4 @@
-"""Files of embeddings: one array [N, D] per modality, and optionally `labels` and `ids`."""
+"""Files of embeddings: one array [N, D] per modality, and optionally `labels`, `ids` and `groups`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gapkernels.training.errors import UserError
 from gapkernels.training.npz import open_npz
 
 SUFFIXES = (".safetensors", ".npz")
-_NOT_A_MODALITY = ("labels", "ids")
+_NOT_A_MODALITY = ("labels", "ids", "groups")
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,14 @@ class Embeddings:
         modalities: by modality, each [N, D], any float dtype.
         labels: class of each sample, int64 [N], or None.
         ids: samples with one id are interchangeable in retrieval, int64 [N], or None if each matches itself alone.
+        groups: samples of one group share a source and stay on one side of the classifiers' split, int64 [N], or None
+            if none do.
     """
 
     modalities: Mapping[str, Tensor]
     labels: Tensor | None = None
     ids: Tensor | None = None
+    groups: Tensor | None = None
 
 
 def write_embeddings(path: Path, embeddings: Embeddings) -> None:
@@ -87,7 +90,7 @@ def read_features(path: Path) -> Embeddings:
     for name in _NOT_A_MODALITY:
         if name in arrays and list(arrays[name].shape) != samples:
             raise UserError(f"{path}: `{name}` must have shape {samples}, found {list(arrays[name].shape)}")
-    return Embeddings(modalities, arrays.get("labels"), arrays.get("ids"))
+    return Embeddings(modalities, arrays.get("labels"), arrays.get("ids"), arrays.get("groups"))
 
 
 def _read_npz(path: Path) -> dict[str, Tensor]:

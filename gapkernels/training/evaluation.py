@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from pydantic import ValidationError
-from torch import Tensor
 
 from gapkernels.metrics import clustering, evaluate
 from gapkernels.training.checkpoint import load_checkpoint
@@ -18,55 +16,49 @@ from gapkernels.training.encoders import MultimodalModel
 from gapkernels.training.errors import UserError
 from gapkernels.training.layout import CHECKPOINT
 
-# A class of this size has a sample in the fifth that kNN and linear probe are tested on, and others to train on.
+# A class of so many groups has one in the fifth that kNN and linear probe are tested on, and others to train on.
 _CLASSIFIABLE = 5
 
 
-def embed(model: MultimodalModel, split: Split, batch_size: int = 1024) -> dict[str, Tensor]:
+def embed(model: MultimodalModel, split: Split, batch_size: int = 1024) -> Embeddings:
     """Encode a whole split, in batches and without gradients, on the device that model and split are on.
 
     Returns:
-        Embeddings [N, D] float32 by modality, on the CPU.
+        Embeddings, float32 on the CPU, with what the split says of its samples.
     """
     model.eval()
     with torch.inference_mode():
         batches = (split.batch(indices) for indices in torch.arange(len(split)).split(batch_size))
         parts = [model(split.prepare(batch)) for batch in batches]
-    return {name: torch.cat([part[name].float().cpu() for part in parts]) for name in model.encoders}
+    modalities = {name: torch.cat([part[name].float().cpu() for part in parts]) for name in model.encoders}
+    return Embeddings(modalities, split.labels, split.ids, split.groups)
 
 
-def score(
-    embeddings: Mapping[str, Tensor],
-    labels: Tensor | None,
-    ids: Tensor | None,
-    anchor: str | None,
-    classifiers: bool = True,
-) -> dict[str, float]:
+def score(samples: Embeddings, anchor: str | None, classifiers: bool = True) -> dict[str, float]:
     """Return every metric that the samples allow.
 
     Geometry and retrieval take all samples; clustering and classification those that belong to one class. Without two
-    such classes the latter are left out, and without five samples in any class kNN and linear probe are.
+    such classes the latter are left out, and without five groups of samples in any class kNN and linear probe are.
 
     Args:
-        embeddings: by modality, each [N, D], on the CPU.
-        labels: int64 [N], `NO_CLASS` for samples without a class; or None.
-        ids: int64 [N], see `Split`; or None.
+        samples: embeddings on the CPU; label `NO_CLASS` for samples without a class.
         anchor: modality the others are retrieved from and by.
         classifiers: whether to compute kNN and linear probe, which take most of the time.
     """
-    metrics = evaluate(embeddings, ids=ids, anchor=anchor)
-    if labels is None:
+    metrics = evaluate(samples.modalities, ids=samples.ids, anchor=anchor)
+    if samples.labels is None:
         return metrics
-    kept = labels != NO_CLASS
-    sizes = labels[kept].unique(return_counts=True)[1]
-    if len(sizes) < 2:
+    kept = samples.labels != NO_CLASS
+    labels = samples.labels[kept]
+    if len(labels.unique()) < 2:
         return metrics
-    classified = {name: values[kept] for name, values in embeddings.items()}
+    classified = {name: values[kept] for name, values in samples.modalities.items()}
+    groups = torch.arange(len(labels)) if samples.groups is None else samples.groups[kept]
+    sizes = torch.stack([labels, groups], dim=1).unique(dim=0)[:, 0].unique(return_counts=True)[1]
     if classifiers and sizes.max() >= _CLASSIFIABLE:
-        return (
-            evaluate(classified, labels=labels[kept], ids=None if ids is None else ids[kept], anchor=anchor) | metrics
-        )
-    return metrics | clustering(list(classified.values()), labels[kept])._asdict()
+        ids = None if samples.ids is None else samples.ids[kept]
+        return evaluate(classified, labels=labels, ids=ids, groups=groups, anchor=anchor) | metrics
+    return metrics | clustering(list(classified.values()), labels)._asdict()
 
 
 def evaluate_file(path: Path, anchor: str | None, data_dir: Path | None, device: torch.device) -> dict[str, float]:
@@ -92,7 +84,7 @@ def evaluate_file(path: Path, anchor: str | None, data_dir: Path | None, device:
     if anchor is not None and anchor not in found.modalities:
         raise UserError(f"unknown anchor {anchor!r}; modalities: {', '.join(found.modalities)}")
     try:
-        return score(found.modalities, found.labels, found.ids, anchor)
+        return score(found, anchor)
     except (TypeError, ValueError) as error:
         raise UserError(f"{path}: {error}") from error
 
@@ -106,5 +98,4 @@ def _embed_with_checkpoint(path: Path, data_dir: Path | None, device: torch.devi
         model.load_state_dict(state["model"])
     except (KeyError, TypeError, RuntimeError, ValidationError) as error:
         raise UserError(f"{path} is not a checkpoint of this version of gapkernels train") from error
-    split = dataset.test.to(device)
-    return Embeddings(embed(model, split), split.labels, split.ids), config.model.anchor
+    return embed(model, dataset.test.to(device)), config.model.anchor

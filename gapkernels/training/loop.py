@@ -201,23 +201,20 @@ class Trainer:
 
     def _evaluate(self) -> None:
         """Record what can be had quickly: geometry, retrieval and clustering, without the classifiers."""
-        self._record("test", self._score(self._embed_test_split(), classifiers=False))
+        embeddings = self._embed_test_split()
+        self._record("test", score(embeddings, self.config.model.anchor, classifiers=False))
 
     def _evaluate_fully(self) -> dict[str, float]:
         """Record every metric of the trained model and keep its embeddings of the test split."""
-        split, embeddings = self.dataset.test, self._embed_test_split()
-        metrics = self._score(embeddings, classifiers=True)
+        embeddings = self._embed_test_split()
+        metrics = score(embeddings, self.config.model.anchor)
         self._record("test", metrics)
-        write_embeddings(self.folder / EMBEDDINGS, Embeddings(embeddings, split.labels, split.ids))
+        write_embeddings(self.folder / EMBEDDINGS, embeddings)
         return metrics
 
-    def _score(self, embeddings: Mapping[str, Tensor], classifiers: bool) -> dict[str, float]:
-        split = self.dataset.test
-        return score(embeddings, split.labels, split.ids, self.config.model.anchor, classifiers)
-
-    def _embed_test_split(self) -> dict[str, Tensor]:
+    def _embed_test_split(self) -> Embeddings:
         embeddings = embed(self.model, self.dataset.test)
-        if not all(values.isfinite().all() for values in embeddings.values()):
+        if not all(values.isfinite().all() for values in embeddings.modalities.values()):
             raise self._diverged()
         return embeddings
 

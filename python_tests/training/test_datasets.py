@@ -148,6 +148,12 @@ def test_av_mnist_pairs_by_class_and_keeps_the_splits_apart(tmp_path: Path) -> N
     assert [len(table) for table in tables] == [80, 40]
     both = torch.cat(tables).flatten(1)
     assert len(both.unique(dim=0)) == 120
+    # Images that share a recording, in whatever noise, are of one group, and of one digit.
+    for split, count in ((dataset.train, 20), (dataset.test, 10)):
+        assert split.groups is not None
+        assert torch.equal(split.groups, split.modalities["audio"] % count)
+        assert len(torch.stack([split.groups, split.labels]).unique(dim=1).T) == len(split.groups.unique())
+    assert torch.equal(dataset.test.take(torch.tensor([3, 5])).groups, dataset.test.groups[[3, 5]])
     audio = prepared(dataset.train)["audio"]
     assert tables[0].mean().abs() < 1e-4
     assert tables[0].std() == pytest.approx(1, abs=1e-4)
@@ -313,6 +319,17 @@ def test_features_come_from_a_file(tmp_path: Path, suffix: str) -> None:
             assert int((rows == values).all(dim=1).nonzero()) % 5 == label
     again = load_dataset(FeaturesData(train_file=path.name, test_fraction=0.2), tmp_path)
     assert_same(dataset, again)
+
+
+def test_features_of_one_group_stay_together(tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32)
+    groups = np.repeat([f"recording {number}" for number in range(12)], 5)
+    np.savez(tmp_path / "all.npz", audio=rows, text=rows, ids=np.arange(60), groups=groups)
+    dataset = load_dataset(FeaturesData(train_file="all.npz", test_fraction=0.25), tmp_path)
+    assert dataset.train.groups is not None
+    assert dataset.test.groups is not None
+    assert (len(dataset.train), len(dataset.test)) == (45, 15)
+    assert not set(dataset.train.groups.tolist()) & set(dataset.test.groups.tolist())
 
 
 def test_features_without_labels_have_no_classes(tmp_path: Path) -> None:

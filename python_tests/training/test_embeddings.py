@@ -13,7 +13,10 @@ IMAGE, TEXT = np.eye(4, 3, dtype=np.float32), np.ones((4, 3), dtype=np.float32)
 def test_embeddings_survive_a_file(tmp_path: Path) -> None:
     path = tmp_path / "e.safetensors"
     written = Embeddings(
-        {"image": torch.randn(4, 3), "text": torch.randn(4, 3)}, torch.arange(4), torch.tensor([0, 0, 1, 1])
+        {"image": torch.randn(4, 3), "text": torch.randn(4, 3)},
+        torch.arange(4),
+        torch.tensor([0, 0, 1, 1]),
+        torch.tensor([5, 6, 6, 7]),
     )
     write_embeddings(path, written)
     read = read_embeddings(path)
@@ -21,8 +24,10 @@ def test_embeddings_survive_a_file(tmp_path: Path) -> None:
     assert all(torch.equal(read.modalities[name], written.modalities[name]) for name in read.modalities)
     assert read.labels is not None
     assert read.ids is not None
+    assert read.groups is not None
     assert read.labels.tolist() == [0, 1, 2, 3]
     assert read.ids.tolist() == [0, 0, 1, 1]
+    assert read.groups.tolist() == [5, 6, 6, 7]
 
 
 def test_npz_may_name_the_classes(tmp_path: Path) -> None:
@@ -32,6 +37,7 @@ def test_npz_may_name_the_classes(tmp_path: Path) -> None:
     assert read.labels is not None
     assert read.labels.tolist() == [2, 1, 2, 0]
     assert read.ids is None
+    assert read.groups is None
 
 
 @pytest.mark.parametrize(

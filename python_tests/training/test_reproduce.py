@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from training.real_data import real_data
 from gapkernels.cli import main
 from gapkernels.training.config import load_config, preset_names
 from gapkernels.training.data import NO_CLASS, load_dataset
+from gapkernels.training.embeddings import Embeddings
 from gapkernels.training.evaluation import score
 from gapkernels.training.layout import METRICS, run_folder
 from gapkernels.training.loop import Trainer
@@ -178,9 +180,10 @@ def test_samples_without_a_class_count_in_retrieval_alone() -> None:
     labels = torch.arange(40) % 3
     labels[::4] = NO_CLASS
     kept = labels != NO_CLASS
-    found = score({"image": image, "text": text}, labels, torch.arange(40), anchor="text")
-    everything = score({"image": image, "text": text}, None, torch.arange(40), anchor="text")
-    classified = score({"image": image[kept], "text": text[kept]}, labels[kept], None, anchor="text")
+    both = {"image": image, "text": text}
+    found = score(Embeddings(both, labels, torch.arange(40)), anchor="text")
+    everything = score(Embeddings(both, None, torch.arange(40)), anchor="text")
+    classified = score(Embeddings({name: rows[kept] for name, rows in both.items()}, labels[kept]), anchor="text")
     assert set(found) - set(everything) >= {"v_measure", "knn", "linear_probe"}
     for key, value in found.items():
         assert value == (everything if key in everything else classified)[key]
@@ -191,8 +194,24 @@ def test_grouping_metrics_need_enough_samples(sizes: list[int], expected: set[st
     labels = torch.cat([torch.full((size,), number) for number, size in enumerate(sizes)])
     generator = torch.Generator().manual_seed(0)
     embeddings = {name: torch.randn(len(labels), 3, generator=generator) for name in ("image", "text")}
-    found = score(embeddings, labels, None, anchor="text")
+    found = score(Embeddings(embeddings, labels), anchor="text")
     assert set(found) & {"v_measure", "knn"} == expected
+
+
+def test_samples_with_a_common_source_stay_on_one_side() -> None:
+    """Copies of 20 random vectors of random class: whoever finds the copies knows the class, nobody else does."""
+    generator = torch.Generator().manual_seed(0)
+    groups = torch.arange(20).repeat(10)
+    labels = torch.arange(20) % 2
+    embeddings = {name: torch.randn(20, 64, generator=generator)[groups] for name in ("image", "text")}
+    without = score(Embeddings(embeddings, labels[groups]), anchor="text")
+    found = score(Embeddings(embeddings, labels[groups], groups=groups), anchor="text")
+    assert without["knn/image"] == 1.0
+    assert found["knn/image"] <= 0.75
+    # Four sources per class: many samples, but too few that say something of each other.
+    few = Embeddings({name: rows[groups < 8] for name, rows in embeddings.items()}, labels[groups[groups < 8]])
+    assert "knn" in score(few, anchor="text")
+    assert "knn" not in score(replace(few, groups=groups[groups < 8]), anchor="text")
 
 
 def test_the_real_coco_images_train_and_evaluate(tmp_path: Path) -> None:

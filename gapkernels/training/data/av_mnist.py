@@ -63,8 +63,8 @@ def load(config: AVMNISTData, data_dir: Path | None) -> Dataset:
 
     Returns:
         Modalities `image` (float32 [N, 1, 28, 28]), `audio` (a log-spectrogram, float32 [N, 1, 32, 40]) and `text`
-        (the digit's name as characters). All samples of one digit share its text, hence its id. Training images meet
-        training recordings only, test images test recordings.
+        (the digit's name as characters). All samples of one digit share its text, hence its id; those of one recording
+        are a group. Training images meet training recordings only, test images test recordings.
 
     Raises:
         UserError: if files are missing or damaged.
@@ -93,6 +93,7 @@ def load(config: AVMNISTData, data_dir: Path | None) -> Dataset:
             labels=labels,
             ids=labels,
             transforms={"audio": Lookup(table)},
+            groups=chosen % int((recordings.is_test == is_test).sum()),
         )
 
     height, width = train_images[0].shape[-2:]

@@ -48,15 +48,19 @@ class Split:
         ids: what a sample says, int64 [N]: in retrieval any sample with the query's id is a right answer.
         transforms: what turns a batch of stored samples into the input of the encoder, for modalities where these
             differ. Inputs are: images float32 [n, C, H, W], token numbers int64 [n, L], features float32 [n, D].
+        groups: which samples share a source, int64 [N], or None if none do: they stay on one side where classifiers
+            are trained on one part of the split and tested on another.
     """
 
     modalities: Mapping[str, Tensor]
     labels: Tensor
     ids: Tensor
     transforms: Mapping[str, nn.Module] = field(default_factory=dict)
+    groups: Tensor | None = None
 
     def __post_init__(self) -> None:
         assert all(len(values) == len(self.labels) == len(self.ids) for values in self.modalities.values())
+        assert self.groups is None or len(self.groups) == len(self)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -74,10 +78,16 @@ class Split:
     def take(self, indices: Tensor) -> Split:
         """Return the split that consists of the samples `indices` (int64 [n])."""
         modalities = {name: values[indices] for name, values in self.modalities.items()}
-        return replace(self, modalities=modalities, labels=self.labels[indices], ids=self.ids[indices])
+        return replace(
+            self,
+            modalities=modalities,
+            labels=self.labels[indices],
+            ids=self.ids[indices],
+            groups=None if self.groups is None else self.groups[indices],
+        )
 
     def to(self, device: torch.device) -> Split:
-        """Move samples and transforms to a device; labels and ids stay on the CPU, where metrics want them."""
+        """Move samples and transforms to a device; labels, ids and groups stay on the CPU, where metrics want them."""
         return replace(
             self,
             modalities={name: values.to(device) for name, values in self.modalities.items()},

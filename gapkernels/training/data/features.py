@@ -24,7 +24,7 @@ def load(config: FeaturesData, data_dir: Path | None) -> Dataset:
 
     Returns:
         One modality per array, float32 [N, D of the modality]. Without `labels` in the file no sample has a class;
-        without `ids` each sample matches itself alone.
+        without `ids` each sample matches itself alone; without `groups` none share a source.
 
     Raises:
         UserError: if a file is missing or damaged, or the files do not fit together.
@@ -53,6 +53,7 @@ def _split_of(features: Embeddings) -> Split:
         modalities={name: values.float() for name, values in features.modalities.items()},
         labels=torch.full((samples,), NO_CLASS) if features.labels is None else features.labels.long(),
         ids=torch.arange(samples) if features.ids is None else features.ids.long(),
+        groups=features.groups,
     )
 
 
@@ -61,12 +62,14 @@ def _widths(split: Split) -> dict[str, int]:
 
 
 def _divide(split: Split, test_fraction: float) -> tuple[Split, Split]:
-    """Draw the test samples at random, the same ones every time; samples of one id stay together.
+    """Draw the test samples at random, the same ones every time; samples of one group, or of one id, stay together.
 
     Where ids are classes, as with class names for captions, every class would fall on one side: then single samples
     are drawn.
     """
-    groups = torch.arange(len(split)) if torch.equal(split.ids, split.labels) else split.ids
+    groups = split.groups
+    if groups is None:
+        groups = torch.arange(len(split)) if torch.equal(split.ids, split.labels) else split.ids
     names, group_of = groups.unique(return_inverse=True)
     generator = torch.Generator().manual_seed(_SPLIT_SEED)
     order = torch.randperm(len(names), generator=generator)
