@@ -125,6 +125,14 @@ def test_knn_on_the_split_of_a_stack() -> None:
 
 
 @pytest.mark.parametrize("accuracy", [knn_accuracy, linear_probe])
+def test_several_splits_are_averaged(accuracy) -> None:
+    x, labels = blobs(200, 5, 2.0)
+    one_by_one = [accuracy(x, labels, seed=seed) for seed in (3, 4, 5)]
+    assert len(set(one_by_one)) > 1
+    assert accuracy(x, labels, seed=3, splits=3) == pytest.approx(sum(one_by_one) / 3)
+
+
+@pytest.mark.parametrize("accuracy", [knn_accuracy, linear_probe])
 def test_the_modalities_of_a_sample_stay_on_one_side(accuracy) -> None:
     """Rows say nothing of random labels, but each sample's copy in the other modality would give its label away."""
     x = torch.randn(400, 400, generator=torch.Generator().manual_seed(0))
@@ -263,6 +271,10 @@ def test_errors_of_the_split(accuracy) -> None:
         accuracy(x, labels, groups=[0, 1])
     with pytest.raises(ValueError, match=r"`groups` must hold samples of one label each, got two labels in .* row 1"):
         accuracy(x, labels, groups=[0] * 20)
+    with pytest.raises(ValueError, match=r"`splits` must be an integer >= 1, got 0"):
+        accuracy(x, labels, splits=0)
+    with pytest.raises(ValueError, match=r"`splits` must be 1 where `test` is given, got 2"):
+        accuracy(x, labels, splits=2, test=(x, labels))
     with pytest.raises(ValueError, match=r"`groups` only guides the split, got it together with `test`"):
         accuracy(x, labels, groups=range(20), test=(x, labels))
     with pytest.raises(ValueError, match=r"`test\[0\]` must have as many columns as `embeddings`, 3, got 2"):

@@ -113,6 +113,7 @@ def test_limit_on_samples() -> None:
     both = modalities("image", "text")
     full = evaluate(both, labels=LABELS)
     assert evaluate(both, labels=LABELS, max_samples=N) == full
+    assert evaluate(both, labels=LABELS, splits=2)["knn"] == metrics.knn_accuracy(list(both.values()), LABELS, splits=2)
     few = evaluate(both, labels=LABELS, max_samples=30, groups=range(N))
     assert few == evaluate(both, labels=LABELS, max_samples=30)
     assert few["v_measure"] != full["v_measure"]

@@ -1,6 +1,7 @@
 """All metrics of one set of embeddings in one call."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ def evaluate(
     anchor: str | None = None,
     ks: Sequence[int] = (1, 5, 10),
     k: int = 5,
+    splits: int = 1,
     max_samples: int | None = None,
     seed: int = 0,
 ) -> dict[str, float]:
@@ -39,6 +41,7 @@ def evaluate(
         anchor: the modality that the others are retrieved from and by; the first by default.
         ks: depths of retrieval.
         k: number of neighbours for `knn`.
+        splits: number of splits that kNN and linear probe are averaged over, see `knn_accuracy`.
         max_samples: limit on the samples for clustering, kNN and linear probe, drawn at random; none by default.
         seed: seed of that draw, of k-means and of the split.
 
@@ -104,9 +107,11 @@ def evaluate(
             label_values, group_values = label_values[kept], group_values[kept]
         stacked = list(embeddings.values())
         result |= clustering(stacked, label_values, seed=seed)._asdict()
-        result["knn"] = knn_accuracy(stacked, label_values, k=k, seed=seed, groups=group_values)
-        result["linear_probe"] = linear_probe(stacked, label_values, seed=seed, groups=group_values)
+        knn = partial(knn_accuracy, labels=label_values, k=k, seed=seed, splits=splits, groups=group_values)
+        probe = partial(linear_probe, labels=label_values, seed=seed, splits=splits, groups=group_values)
+        result["knn"] = knn(stacked)
+        result["linear_probe"] = probe(stacked)
         for name, value in embeddings.items():
-            result[f"knn/{name}"] = knn_accuracy(value, label_values, k=k, seed=seed, groups=group_values)
-            result[f"linear_probe/{name}"] = linear_probe(value, label_values, seed=seed, groups=group_values)
+            result[f"knn/{name}"] = knn(value)
+            result[f"linear_probe/{name}"] = probe(value)
     return result
