@@ -50,7 +50,7 @@ _GPU_TESTS = ("backends", "test_loss.py", "test_functional.py", "test_modules.py
 _NO_GPU_TESTS = "not interpreted and not compilation and not on_cpu and not [torch- and not [torch]"
 _TEST_WORKERS = 6
 _TEST_SECONDS = 100  # after which a test has hung
-_BATCH_SIZES = {"cifar10": (32768, 4096, 256), "digits": (512, 128)}
+_BATCH_SIZES = {"cifar10": (32768, 4096, 256), "av-mnist": (4096, 256), "digits": (512, 128)}
 _TOO_LITTLE = 5.0  # seconds, in which no stage could start
 _LOG_LIMIT = 1_000_000  # characters of one stage
 
@@ -286,22 +286,27 @@ def _sanitizer_summary(run: Run, output: str) -> tuple[str, dict[str, Any]]:
 
 
 def _dataset(run: Run) -> str:
-    """CIFAR-10 where its files are at hand."""
+    """CIFAR-10 where its files are at hand, else AV-MNIST where its are."""
     places = ("", "cifar10", "cifar-10-batches-py", "cifar10/cifar-10-batches-py")
     files = ("train-0.npz", "data_batch_1")
-    found = any((run.data / place / name).exists() for place in places for name in files)
-    return "cifar10" if found else "digits"
+    if any((run.data / place / name).exists() for place in places for name in files):
+        return "cifar10"
+    return "av-mnist" if (run.data / "mnist").is_dir() and (run.data / "fsdd").is_dir() else "digits"
 
 
 def _train_command(run: Run, seconds: float) -> list[str]:
     name = _dataset(run)
-    choice = ["--batch-sizes", ",".join(map(str, _BATCH_SIZES[name])), "--methods", "clip-lt,gap", "--seeds", "0"]
+    baseline = "clip-ft" if name == "av-mnist" else "clip-lt"
+    choice = ["--batch-sizes", ",".join(map(str, _BATCH_SIZES[name])), "--methods", f"{baseline},gap", "--seeds", "0"]
     choice += ["--device", "cuda", "--out", str(run.scratch / "training"), "--optim.precision", "bf16"]
     choice += ["--run.deterministic", "false", "--run.eval_every", "1000", "--run.checkpoint_every", "100000"]
     if name == "digits":
         return child_command("gapkernels.cli", "reproduce", "--dataset", "digits", *choice)
-    # All 50,000 images, and a network small enough to see them often in the time there is.
+    # All samples, and networks small enough to see them often in the time there is.
     choice += ["--data-dir", str(run.data), "--data.train_samples", "null", "--run.threads", "8"]
+    if name == "av-mnist":
+        choice += ["--data.test_samples", "null", "--optim.epochs", "100"]
+        return child_command("gapkernels.cli", "reproduce", "--dataset", "av-mnist-small", *choice)
     choice += ["--model.encoders.image.width", "32", "--model.embed_dim", "512", "--optim.epochs", "20"]
     choice += ["--optim.micro_batch_size", "8192"]
     return child_command("gapkernels.cli", "reproduce", "--dataset", "cifar10-small", *choice)

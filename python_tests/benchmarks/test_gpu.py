@@ -30,6 +30,7 @@ from benchmarks.processes import (
     find_tool,
     unpack_wheels,
 )
+from gapkernels.training.config import load_config, parse_override
 
 NO_DEVICE = "needs an NVIDIA GPU and a torch that sees it"
 
@@ -344,6 +345,15 @@ def test_data_and_command_of_the_training(tmp_path: Path) -> None:
     run = Run(tmp_path, tmp_path, data=tmp_path / "data")
     assert gpu._dataset(run) == "digits"
     assert gpu._train_command(run, 60)[4:6] == ["--dataset", "digits"]
+    for part, expected in (("mnist", "digits"), ("fsdd", "av-mnist")):
+        (tmp_path / "data" / part).mkdir(parents=True)
+        assert gpu._dataset(run) == expected
+    command = gpu._train_command(run, 60)
+    assert command[4:8] == ["--dataset", "av-mnist-small", "--batch-sizes", "4096,256"]
+    options = dict(pair for pair in zip(command[4::2], command[5::2], strict=True) if "." in pair[0])
+    settings = {name.removeprefix("--"): parse_override(value) for name, value in options.items()}
+    config = load_config("av-mnist-small", overrides=settings)
+    assert (config.data.train_samples, config.data.test_samples, config.optim.epochs) == (None, None, 100)
     for place in ("cifar10/train-0.npz", "cifar-10-batches-py/data_batch_1"):
         file = tmp_path / "data" / place
         file.parent.mkdir(parents=True)
