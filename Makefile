@@ -22,7 +22,7 @@ train: install  ## train the three methods on real digits; table and report in r
 	$(BIN)/gapkernels train digits
 
 test: install  ## run all tests
-	$(BIN)/python -m pytest -n auto --dist loadgroup
+	$(BIN)/python -m pytest -n auto
 
 # Calls that take longer are left out, which ends the sweeps early; BENCH="--call-seconds 60" goes further.
 BENCH ?= --call-seconds 3 --case-seconds 1
