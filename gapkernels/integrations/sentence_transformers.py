@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gapkernels.functional import gap_loss
+from gapkernels.modules import GapLoss
 
 
 class MultipleNegativesSymmetricRankingLoss(nn.Module):
@@ -33,10 +33,8 @@ class MultipleNegativesSymmetricRankingLoss(nn.Module):
         gather_across_devices: take the batch of all processes of ``torch.distributed`` (each an equal number of
             pairs); every process then returns its loss, while the library's returns that of its own pairs. Under
             DistributedDataParallel the gradients are the same.
-        atp_weight: weight of the alignment of true pairs.
-        cu_weight: weight of the centroid uniformity.
-        uniformity_t: its sharpness.
-        backend: as for :func:`gapkernels.gap_loss`.
+        atp_weight, cu_weight, uniformity_t, backend: as for :class:`gapkernels.GapLoss`, which computes the loss
+            (attribute ``loss``).
 
     Raises:
         ValueError: a scale that is not positive, or another similarity.
@@ -66,10 +64,14 @@ class MultipleNegativesSymmetricRankingLoss(nn.Module):
         self.scale = scale
         self.similarity = _similarity_name(similarity_fct)
         self.gather_across_devices = gather_across_devices
-        self.atp_weight = atp_weight
-        self.cu_weight = cu_weight
-        self.uniformity_t = uniformity_t
-        self.backend = backend
+        self.loss = GapLoss(
+            1 / scale,
+            atp_weight=atp_weight,
+            cu_weight=cu_weight,
+            uniformity_t=uniformity_t,
+            normalize=self.similarity == "cos_sim",
+            backend=backend,
+        )
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
         """Encode the two columns and return the loss, 0-dim; `labels` are not needed."""
@@ -84,17 +86,10 @@ class MultipleNegativesSymmetricRankingLoss(nn.Module):
         """
         if len(embeddings) != 2:
             raise ValueError(f"the data must have two columns, anchors and positives, got {len(embeddings)}")
+        # Often the loss is made before the processes are.
         distributed = self.gather_across_devices and torch.distributed.is_initialized()
-        return gap_loss(
-            *embeddings,
-            logit_scale=self.scale,
-            atp_weight=self.atp_weight,
-            cu_weight=self.cu_weight,
-            uniformity_t=self.uniformity_t,
-            normalize=self.similarity == "cos_sim",
-            backend=self.backend,
-            group=torch.distributed.group.WORLD if distributed else None,
-        )
+        self.loss.group = torch.distributed.group.WORLD if distributed else None
+        return self.loss(*embeddings)
 
     @property
     def temperature(self) -> float:
@@ -106,9 +101,9 @@ class MultipleNegativesSymmetricRankingLoss(nn.Module):
             "scale": self.scale,
             "similarity_fct": self.similarity,
             "gather_across_devices": self.gather_across_devices,
-            "atp_weight": self.atp_weight,
-            "cu_weight": self.cu_weight,
-            "uniformity_t": self.uniformity_t,
+            "atp_weight": self.loss.atp_weight,
+            "cu_weight": self.loss.cu_weight,
+            "uniformity_t": self.loss.uniformity_t,
         }
 
 

@@ -95,7 +95,7 @@ def worker(rank, size, file, results):
     dist.destroy_process_group()
 
 
-@pytest.mark.skipif(DEVICE.type != "cpu", reason="gloo")
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="gloo: the processes of this test are on the CPU")
 def test_two_processes_train_on_the_batch_of_both(tmp_path):
     context = torch.multiprocessing.get_context("spawn")
     results = context.Queue()

@@ -86,14 +86,15 @@ def load(config: AVMNISTData, data_dir: Path | None) -> Dataset:
     audio_std, audio_mean = torch.std_mean(spectrograms[False])
 
     def split(images: Tensor, labels: Tensor, is_test: bool) -> Split:
-        chosen = _pair(labels, recordings.labels[recordings.is_test == is_test], generator)
+        digits = recordings.labels[recordings.is_test == is_test]
+        chosen = _pair(labels, digits, generator)
         table = ((spectrograms[is_test] - audio_mean) / audio_std).unsqueeze(1)
         return Split(
             modalities={"image": (images - mean) / std, "audio": chosen, "text": texts[labels]},
             labels=labels,
             ids=labels,
             transforms={"audio": Lookup(table)},
-            groups=chosen % int((recordings.is_test == is_test).sum()),
+            groups=chosen % len(digits),
         )
 
     height, width = train_images[0].shape[-2:]
