@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from gapkernels import backends, ops
 from gapkernels.backends import reference
+from gapkernels.backends.contract import Scalars, Terms, statistics_dtype
 from gapkernels.spec import LossSpec
 
 if TYPE_CHECKING:
@@ -113,39 +116,43 @@ def gap_loss(  # type: ignore[misc]  # the overloads leave the options to this s
         >>> bool(terms.loss == gap_loss(image, text, logit_scale=10.0))
         True
     """
+    tensors = _check_embeddings(embeddings)
+    _check_anchor(anchor, len(tensors))
     spec = LossSpec(
         anchor=anchor,
         all_pairs=_check_pairs(pairs),
-        nce_weight=_check_number("nce_weight", nce_weight),
-        atp_weight=_check_number("atp_weight", atp_weight),
-        cu_weight=_check_number("cu_weight", cu_weight),
-        uniformity_t=_check_number("uniformity_t", uniformity_t, positive=True),
+        nce=_is_on("nce_weight", nce_weight),
+        atp=_is_on("atp_weight", atp_weight),
+        cu=_is_on("cu_weight", cu_weight),
         normalize=bool(normalize),
         normalize_centroids=bool(normalize_centroids),
     )
-    tensors = _check_embeddings(embeddings)
-    _check_anchor(anchor, len(tensors))
     if backend != "auto" and backend not in backends.NAMES:
         raise ValueError(f"`backend` must be 'auto' or one of {', '.join(map(repr, backends.NAMES))}, got {backend!r}")
     world_size = 1 if group is None else torch.distributed.get_world_size(group)
-    if spec.cu_weight and tensors[0].shape[0] * world_size < 2:
+    if spec.cu and tensors[0].shape[0] * world_size < 2:
         raise ValueError(
             "the centroid uniformity needs at least 2 samples, got embeddings of shape "
             f"{list(tensors[0].shape)}; use a larger batch or cu_weight=0"
         )
-    scale = _logit_scale(logit_scale, temperature, tensors[0])
+    scalars = Scalars(
+        logit_scale=_logit_scale(logit_scale, temperature, tensors[0].device),
+        weights=_weights((nce_weight, atp_weight, cu_weight), tensors[0].device),
+        uniformity_t=_uniformity_t(uniformity_t, tensors[0].device),
+    )
     if backend == "reference":
-        return _by_definition(tensors, scale, spec, return_terms, world_size)
-    loss, terms = ops.loss(tensors, scale, spec, backend, "" if group is None else group.group_name, world_size)
+        return _by_definition(tensors, scalars, spec, return_terms, world_size)
+    loss, values = ops.loss(tensors, scalars, spec, backend, "" if group is None else group.group_name, world_size)
     if not return_terms:
         return loss
+    terms = Terms(*values.unbind())
     return GapLossTerms(
         loss,
-        terms[0] if spec.nce_weight else None,
-        terms[1] if spec.atp_weight else None,
-        terms[2] if spec.cu_weight else None,
-        terms[3].detach(),
-        terms[4].detach(),
+        terms.info_nce if spec.nce else None,
+        terms.align_true_pairs if spec.atp else None,
+        terms.centroid_uniformity if spec.cu else None,
+        terms.modality_gap.detach(),
+        terms.true_pair_cosine.detach(),
     )
 
 
@@ -248,15 +255,15 @@ def centroid_uniformity(
 
 
 def _by_definition(
-    embeddings: list[Tensor], scale: Tensor, spec: LossSpec, return_terms: bool, world_size: int
+    embeddings: list[Tensor], scalars: Scalars, spec: LossSpec, return_terms: bool, world_size: int
 ) -> Tensor | GapLossTerms:
     if world_size > 1:
         raise ValueError('`group` is not supported by backend="reference"; gather the embeddings first')
     dtype = torch.promote_types(embeddings[0].dtype, torch.float32)
     embeddings = [e.to(dtype) for e in embeddings]
     with torch.autocast(embeddings[0].device.type, enabled=False):  # which would round the cosines
-        terms = reference.loss_terms(embeddings, scale.to(dtype), spec)
-        loss = reference.total(terms, spec)
+        terms = reference.loss_terms(embeddings, Scalars(*(number.to(dtype) for number in scalars)), spec)
+        loss = reference.total(terms, scalars.weights.to(dtype))
         return GapLossTerms(loss, *terms, *reference.diagnostics(embeddings)) if return_terms else loss
 
 
@@ -293,21 +300,51 @@ def _check_embeddings(embeddings: tuple[Tensor, ...]) -> list[Tensor]:
     return list(embeddings)
 
 
-def _logit_scale(logit_scale: float | Tensor | None, temperature: float | Tensor | None, like: Tensor) -> Tensor:
+def _logit_scale(
+    logit_scale: float | Tensor | None, temperature: float | Tensor | None, device: torch.device
+) -> Tensor:
     if logit_scale is not None and temperature is not None:
         raise ValueError("give `logit_scale` or `temperature` (its inverse), not both")
-    if temperature is not None:
-        value = _check_scalar("temperature", temperature)
-        value = 1 / value
-    elif logit_scale is not None:
-        value = _check_scalar("logit_scale", logit_scale)
-    else:
-        value = 1 / DEFAULT_TEMPERATURE
+    if temperature is None:
+        value = 1 / DEFAULT_TEMPERATURE if logit_scale is None else _check_scalar("logit_scale", logit_scale)
+        return value.reshape(()).to(device) if isinstance(value, Tensor) else _constant((value,), device).reshape(())
+    value = _check_scalar("temperature", temperature)
+    if isinstance(value, Tensor):  # inverted in the statistics type: a bfloat16 quotient would be off by 0.4 %
+        return value.reshape(()).to(device, statistics_dtype(device)).reciprocal()
+    return _constant((1 / value,), device).reshape(())
+
+
+def _weights(weights: tuple[float | Tensor, ...], device: torch.device) -> Tensor:
+    """The weights of the terms as one tensor in the statistics type."""
+    if not any(isinstance(weight, Tensor) for weight in weights):
+        return _constant(tuple(map(float, weights)), device)
+    return torch.stack([_as_tensor(weight, device) for weight in weights])
+
+
+def _uniformity_t(value: float | Tensor, device: torch.device) -> Tensor:
+    value = _check_scalar("uniformity_t", value)
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise ValueError('`uniformity_t` must not require grad; only backend="reference" could differentiate it')
+    return _as_tensor(value, device)
+
+
+def _as_tensor(value: float | Tensor, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
-        return value.reshape(()).to(like.device)
-    return torch.full(
-        (), value, dtype=torch.float64 if like.device.type != "mps" else torch.float32, device=like.device
-    )
+        return value.reshape(()).to(device, statistics_dtype(device))
+    return _constant((float(value),), device).reshape(())
+
+
+def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """``[len(values)]`` in the statistics type. Kept by eager calls: on a GPU making one costs a copy from the host."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return torch.stack([torch.full((), v, dtype=statistics_dtype(device), device=device) for v in values])
+    return _kept_constant(values, device)
+
+
+@functools.lru_cache(maxsize=256)
+def _kept_constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # or no later call could differentiate through it
+        return torch.tensor(values, dtype=statistics_dtype(device), device=device)
 
 
 def _check_scalar(name: str, value: float | Tensor) -> float | Tensor:
@@ -326,7 +363,20 @@ def _check_number(name: str, value: float, positive: bool = False) -> float:
         raise TypeError(f"`{name}` must be a number, got {type(value).__name__}")
     if not -math.inf < value < math.inf or (positive and value <= 0):  # comparisons, which torch.compile can trace
         raise ValueError(f"`{name}` must be {'positive and ' if positive else ''}finite, got {value}")
-    return float(value)
+    return value if torch.compiler.is_compiling() else float(value)
+
+
+def _is_on(name: str, weight: float | Tensor) -> bool:
+    """Whether a term is computed: its weight is a tensor, or a number that is not zero.
+
+    A number that changes between calls of a compiled function is a symbol there, whose value must not be asked for.
+    """
+    if isinstance(weight, Tensor):
+        _check_scalar(name, weight)
+        return True
+    if torch.compiler.is_compiling():
+        return not statically_known_true(_check_number(name, weight) == 0)
+    return _check_number(name, weight) != 0
 
 
 def _check_pairs(pairs: str) -> bool:

@@ -9,12 +9,13 @@ from gapkernels.spec import LossSpec
 
 
 @pytest.mark.parametrize("requires_grad", [True, False])
-@pytest.mark.parametrize("spec", [LossSpec(), LossSpec(all_pairs=True, cu_weight=0.0), LossSpec(nce_weight=0.0)])
+@pytest.mark.parametrize("spec", [LossSpec(), LossSpec(all_pairs=True, cu=False), LossSpec(nce=False)])
 def test_opcheck(backend, spec, requires_grad):
     x, y, z = (e.requires_grad_(requires_grad) for e in random_embeddings(10, 4, 3))
     scale = torch.tensor(5.0, device=DEVICE, requires_grad=requires_grad)
-    torch.library.opcheck(torch.ops.gapkernels.loss.default, ([x, y, z], scale, *spec, backend, "", 1))
-    _, _, saved = torch.ops.gapkernels.loss([x, y, z], scale, *spec, backend, "", 1)
+    scalars = (scale, *(torch.tensor(v, dtype=torch.float64, device=DEVICE) for v in ([1.0, 0.5, 2.0], 2.0)))
+    torch.library.opcheck(torch.ops.gapkernels.loss.default, ([x, y, z], *scalars, *spec, backend, "", 1))
+    _, _, saved = torch.ops.gapkernels.loss([x, y, z], *scalars, *spec, backend, "", 1)
     saved = [s.detach() for s in saved]
     inputs = [e.detach() for e in (x, y, z)]
     upstream = torch.ones((), device=DEVICE)
@@ -24,7 +25,7 @@ def test_opcheck(backend, spec, requires_grad):
             upstream,
             None,
             inputs,
-            scale.detach(),
+            *(scalar.detach() for scalar in scalars),
             saved,
             *spec,
             backend,

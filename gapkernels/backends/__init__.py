@@ -10,14 +10,14 @@ import torch
 from gapkernels.backends import cuda as cuda_backend
 from gapkernels.backends import triton as triton_backend
 from gapkernels.backends.cuda import measured
-from gapkernels.backends.exponential import Backend
+from gapkernels.backends.contract import Backend
 from gapkernels.backends.tiled import TiledBackend
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from gapkernels.backends.cuda.measured import Region
-    from gapkernels.plan import FusedBackend
+    from gapkernels.spec import LossSpec
 
 NAMES = ("reference", "torch", "triton", "cuda")
 """Names accepted for ``backend``, besides ``"auto"``."""
@@ -46,7 +46,7 @@ def available() -> list[Status]:
     ]
 
 
-def select(name: str, like: Tensor) -> Backend | FusedBackend:
+def select(name: str, like: Tensor, spec: LossSpec) -> Backend:
     """The backend of a name for embeddings like these; ``"auto"`` takes the fastest that is known to be.
 
     That is Triton on a GPU it runs on, the CUDA kernels where a recorded measurement says so
@@ -87,7 +87,7 @@ def _known_of(device: torch.device, dtype: torch.dtype) -> tuple[bool, Region | 
 
 
 @functools.cache
-def _create(name: str, device: torch.device, dtype: torch.dtype) -> Backend | FusedBackend:
+def _create(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
     """The backend, checked and made once for each type on each device."""
     if name == "torch":
         return TiledBackend()
@@ -103,7 +103,7 @@ def _create(name: str, device: torch.device, dtype: torch.dtype) -> Backend | Fu
 
 
 def _cpu_products() -> str:
-    from gapkernels.backends.tiled import onednn_is_faster
+    from gapkernels.backends.tiled.tiles import onednn_is_faster
 
     library = "oneDNN" if onednn_is_faster() else "torch.mm"
     return f"float32 products on this CPU by {library}"
