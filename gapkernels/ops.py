@@ -113,9 +113,7 @@ def _gradients(
     assert upstream is not None, "nothing to differentiate"
     implementation = backends.select(backend, embeddings[0], spec)
     with _no_autocast(embeddings), _on_device(embeddings):
-        return plan.backward(
-            upstream, embeddings, scalars, saved, spec, implementation, world_of(group), needs_grad
-        )
+        return plan.backward(upstream, embeddings, scalars, saved, spec, implementation, world_of(group), needs_grad)
 
 
 def _weight_gradient(grad_loss: Tensor | None, terms: Tensor, weights: Tensor) -> Tensor:
@@ -171,8 +169,10 @@ def _first_derivatives(
     count = 3 + len(embeddings_need)
     scalars, embeddings, *saved = Scalars(*tensors[:3]), list(tensors[3:count]), *tensors[count:]
     terms = saved.pop()
+    spec, backend, group = ctx.arguments
+    needs_grad = [*embeddings_need, scale_needs]
     gradients, scale_gradient = _gradients(
-        grad_loss, grad_terms, embeddings, scalars, Saved(*saved), *ctx.arguments, [*embeddings_need, scale_needs]
+        grad_loss, grad_terms, embeddings, scalars, Saved(*saved), spec, backend, group, needs_grad
     )
     weight_gradient = _weight_gradient(grad_loss, terms, scalars.weights) if weights_need else None
     return None, None, None, scale_gradient, weight_gradient, None, *gradients
@@ -187,7 +187,9 @@ class _LossBackward(torch.autograd.Function):
     ) -> tuple[Any, ...]:
         return _first_derivatives(outer, tensors, grad_loss, grad_terms)
 
-    backward = staticmethod(_no_second_derivative)
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> None:
+        _no_second_derivative()
 
 
 # ---- operators ----------------------------------------------------------------------------------------------------

@@ -78,9 +78,7 @@ def forward(embeddings: list[Tensor], scalars: Scalars, spec: LossSpec, backend:
     cosines = statistics.cosines
     all_cosines = cosines if world.size == 1 else world.gather_rows(cosines.T.contiguous()).T.contiguous()
     first_row = world.rank * rows
-    result = backend.terms(
-        embeddings, statistics, all_cosines, pair_sums, centroid_log_sums, scalars, first_row, spec
-    )
+    result = backend.terms(embeddings, statistics, all_cosines, pair_sums, centroid_log_sums, scalars, first_row, spec)
     return result if world.size == 1 else _added_up(result, scalars, world)
 
 
@@ -125,9 +123,10 @@ def backward(
 
     def finish(row: slice, finished: list[tuple[int, Tensor | None, Tensor | None]]) -> None:
         """Write gradients of some rows, from ``(modality, factor, products)``."""
-        targets, factors, products = ([item[place] for item in finished] for place in range(3))
-        out = [g[row] for m in targets if (g := gradients[m]) is not None]
+        out = [g[row] for m, _, _ in finished if (g := gradients[m]) is not None]
         if out:
+            targets = [m for m, _, _ in finished]
+            factors, products = [f for _, f, _ in finished], [p for _, _, p in finished]
             backend.row_gradients(targets, row, factors, products, centroid_products, evaluation, out)
 
     everything = slice(0, rows)
@@ -269,9 +268,7 @@ def _triangle(world: World, rows: int) -> Iterator[tuple[slice, slice]]:
 def _centroid_log_sums(own: Centroids, backend: Backend, world: World) -> Tensor:
     """log2 Σ_{j≠i} e_ij for the rows of all processes, each of which computes a part of the triangle, ``[N]``."""
     c = _gathered_centroids(own, world)
-    log_sum = torch.full(
-        c.bias.shape, -torch.inf, dtype=statistics_dtype(c.bias.device), device=c.bias.device
-    )
+    log_sum = torch.full(c.bias.shape, -torch.inf, dtype=statistics_dtype(c.bias.device), device=c.bias.device)
     for row, col in _triangle(world, own.rows.shape[0]):
         matrix = _centroid_matrix(c, row, col)
         sums = backend.log_sums([matrix])

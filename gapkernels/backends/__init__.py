@@ -9,8 +9,8 @@ import torch
 
 from gapkernels.backends import cuda as cuda_backend
 from gapkernels.backends import triton as triton_backend
-from gapkernels.backends.cuda import measured
 from gapkernels.backends.contract import Backend
+from gapkernels.backends.cuda import measured
 from gapkernels.backends.tiled import TiledBackend
 
 if TYPE_CHECKING:
@@ -56,19 +56,22 @@ def select(name: str, like: Tensor, spec: LossSpec) -> Backend:
     Args:
         name: of :data:`NAMES` but ``"reference"``, or ``"auto"``.
         like: ``[N, D]``; its device, type and size decide.
+        spec: what is to be computed.
 
     Raises:
         TypeError: the backend does not compute in this type.
         RuntimeError: the backend cannot be used here; says why and what to choose instead.
     """
     if name == "auto":
-        name = _fastest(like)
+        name = _fastest(like, spec)
     return _create(name, like.device, like.dtype)
 
 
-def _fastest(like: Tensor) -> str:
+def _fastest(like: Tensor, spec: LossSpec) -> str:
     if like.device.type != "cuda":
         return "torch"
+    if spec.cu and not spec.normalize and not spec.normalize_centroids:
+        return "torch"  # centroids of any length take float64, which the tiled backend has
     usable, cuda_faster = _known_of(like.device, like.dtype)
     if not usable:
         return "torch"

@@ -206,8 +206,8 @@ class SoftmaxSums(NamedTuple):
         H_ij = unit·row_factor_i·col_factor_j·(e_ij / 2^row_i + e_ij / 2^col_j)      off the diagonal
 
     which multiplies rows and columns of the block as they are stored. The weight of the pair follows in
-    :meth:`Backend.row_gradients`, and so do the positives, ``H_ii = −negative_mass_i``, where a backend does not multiply
-    them along with the rest: they must not be rounded to 16 bits.
+    :meth:`Backend.row_gradients`, and so do the positives, ``H_ii = −negative_mass_i``, where a backend does not
+    multiply them along with the rest: they must not be rounded to 16 bits.
 
     Attributes:
         row, col: ``[R]``, ``[C]`` log sums, positive included, as :meth:`Backend.softmax_sums` prepared them.
@@ -227,8 +227,8 @@ class PreparedSums(NamedTuple):
         cols: ``[P, N]``, likewise.
         reference: 0-dim exponent, near that of the positives, so that float32 logarithms are small numbers.
         centroid_reference: 0-dim, log2 of what the entries of the centroid matrix are divided by.
-        positive_moment: 0-dim in the statistics type, what the positives of the own rows add to the gradient of the
-            scale, Σ negative_mass·(cosine − reference/(s·log2 e)) over all pairs; None where they take part in products.
+        positive_moment: in the statistics type, per pair or in all, what the positives of the own rows add to the
+            gradient of the scale, Σ negative_mass·(cosine − reference/(s·log2 e)); None where products include them.
     """
 
     rows: Tensor
@@ -263,13 +263,11 @@ class Evaluation(NamedTuple):
 
 
 class Backend(Protocol):
-    """The functions that an evaluation consists of. Everything is on one device; rows have unit stride.
+    """The functions that an evaluation consists of. Everything is on one device; rows have unit stride."""
 
-    Attributes:
-        gradient_block: rows and columns of a block of the gradient that is computed at a time; None for all at once.
-    """
-
-    gradient_block: int | None
+    @property
+    def gradient_block(self) -> int | None:
+        """Rows and columns of a block of the gradient that is computed at a time; None for all at once."""
 
     def row_statistics(self, embeddings: list[Tensor], spec: LossSpec) -> tuple[list[Operand], RowStatistics]:
         """Operands (of no modality if there is no InfoNCE) and statistics of the own rows."""

@@ -61,9 +61,7 @@ def loss_terms(embeddings: list[Tensor], scalars: Scalars, spec: LossSpec) -> Te
         info_nce=torch.stack([info_nce(z[m], z[a], scalars.logit_scale) for m, a in nce_pairs]).mean()
         if spec.nce
         else None,
-        align_true_pairs=torch.stack([align_true_pairs(z[m], z[a]) for m, a in atp_pairs]).mean()
-        if spec.atp
-        else None,
+        align_true_pairs=torch.stack([align_true_pairs(z[m], z[a]) for m, a in atp_pairs]).mean() if spec.atp else None,
         centroid_uniformity=centroid_uniformity(centroids(z, spec.normalize_centroids), scalars.uniformity_t)
         if spec.cu
         else None,

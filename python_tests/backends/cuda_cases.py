@@ -16,11 +16,12 @@ from oracle import TOLERANCE, Tolerance, assert_matches_oracle, random_embedding
 
 from gapkernels import backends, gap_loss
 from gapkernels.backends import cuda
-from gapkernels.backends.cuda import build, kernels
-from gapkernels.backends.triton import backend as launcher
-from gapkernels.backends.triton import backward_plan, tile_sums
+from gapkernels.backends.contract import Matrix
+from gapkernels.backends.cuda import build
+from gapkernels.backends.cuda.kernels import CudaBackend
+from gapkernels.backends.triton import backend as triton_backend
+from gapkernels.backends.triton import products, tile_sums
 from gapkernels.backends.triton.device import INTERPRETED
-from gapkernels.backends.triton.matrix import Matrix
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy on infinities that are meant
 SIXTEEN_BIT = [torch.bfloat16, torch.float16]
@@ -50,8 +51,8 @@ def on_cpu(library, monkeypatch):
     assert INTERPRETED
     monkeypatch.setattr(cuda, "unusable_because", lambda device=None, dtype=None: None)
     monkeypatch.setattr(build, "load", lambda: None)
-    monkeypatch.setenv(backward_plan.VARIABLE, "blocks")
-    monkeypatch.setattr(launcher, "add_product", lambda total, left, right: total.addmm_(left.float(), right.float()))
+    product = lambda total, left, right: total.addmm_(left.float(), right.float())  # noqa: E731
+    monkeypatch.setattr(products, "add_product", product)
 
 
 def test_schemas_are_registered(library):
@@ -135,7 +136,7 @@ def test_values_of_centroids_in_float16(on_cpu, dtype, nce_weight):
 
 @pytest.mark.parametrize(("block", "dim", "modalities"), [(128, 24, 3), (200, 256, 2)])
 def test_values_by_blocks_of_gradients(on_cpu, monkeypatch, block, dim, modalities):
-    monkeypatch.setattr(launcher, "BLOCK", block)
+    monkeypatch.setattr(triton_backend, "BLOCK", block)
     embeddings = random_embeddings(260, dim, modalities, dtype=torch.float16)
     assert_matches_oracle(embeddings, 14.3, "cuda", pairs="all")
 
@@ -198,13 +199,13 @@ def test_refusals(on_cpu, library):
 def test_operators_check_what_the_copy_engine_needs(library, change, message):
     x = torch.zeros(20, 8, dtype=torch.float16)
     good = Matrix(x, torch.zeros(20), x, torch.zeros(20), torch.ones(()))
-    kernels.tile_sums([good], None, 100)
+    CudaBackend().tile_sums([good], None, 100)
     with pytest.raises(RuntimeError, match=message):
-        kernels.tile_sums([good._replace(**change)], None, 100)
+        CudaBackend().tile_sums([good._replace(**change)], None, 100)
 
 
 def test_operators_refuse_more_tiles_than_they_can_number(library):
     x = torch.zeros(1, 8, dtype=torch.float16).expand(2**22, 8)
     matrix = Matrix(x, torch.zeros(1), x, torch.zeros(1), torch.ones(()))
     with pytest.raises(RuntimeError, match=r"at most 1073741824 tiles, got 2147483648"):
-        kernels.tile_sums([matrix, matrix], None, 100)
+        CudaBackend().tile_sums([matrix, matrix], None, 100)

@@ -1,8 +1,8 @@
 """The portable backend: tiles of library matrix products, driven from Python. Any device torch runs on.
 
-    row_arithmetic   O(N·D): operands, statistics, centroids, the last step of the gradients
-    tiles            N²: sums of a matrix of exponentials, and its gradient's products
-    tiled (here)     O(N): from log sums to terms, and to what the gradients need
+row_arithmetic   O(N·D): operands, statistics, centroids, the last step of the gradients
+tiles            N²: sums of a matrix of exponentials, and its gradient's products
+tiled (here)     O(N): from log sums to terms, and to what the gradients need
 """
 
 from __future__ import annotations

@@ -206,8 +206,6 @@ def _tiles(matrix: Matrix, shift: Tensor | None) -> Iterator[_Tile]:
     rows, cols = matrix.rows, matrix.cols
     scale = (matrix.scale.to(statistics_dtype(rows.device)) * LOG2_E).to(rows.dtype)
     row_bias, col_bias = matrix.row_factor, matrix.col_factor
-    if not matrix.biased:
-        assert row_bias is None and col_bias is None, "operands of this backend are the vectors themselves"
     if col_bias is None:
         col_bias = rows.new_zeros(cols.shape[0])
     if shift is not None:

@@ -74,42 +74,8 @@ _FLOAT32 = [Config(64, 64, 32, 4, 3, programs_per_processor=4)]
 _FLOAT32_TENSOR = [Config(128, 128, 32, 8, 3), Config(128, 64, 32, 4, 3, programs_per_processor=2)]
 
 
-# Whole rows of the gradient in registers, by their length; where they do not fit, the length is not listed. A program's
-# warps meet at every tile, so more than one program per processor where registers allow; but 128 rows rather than 64
-# where the tiles of the other operand would otherwise take more than L2 delivers. tile_k means nothing here.
-_SIXTEEN_BIT_ROWS = {
-    "sm_80": {
-        64: [Config(128, 64, 64, 8, 3), Config(64, 64, 64, 4, 2, programs_per_processor=2)],
-        128: [Config(128, 64, 64, 8, 2)],
-    },
-    "sm_90": {
-        64: [
-            Config(64, 64, 64, 4, 3, programs_per_processor=2),
-            Config(128, 64, 64, 8, 3),
-            Config(128, 64, 64, 8, 3, tma=True),
-        ],
-        128: [
-            Config(128, 64, 64, 8, 3),
-            Config(128, 64, 64, 8, 3, tma=True),
-            Config(64, 64, 64, 4, 3, programs_per_processor=2),
-        ],
-        256: [Config(128, 64, 64, 8, 2), Config(128, 32, 64, 8, 3)],
-    },
-    "sm_100": {
-        64: [Config(128, 32, 64, 8, 2), Config(128, 32, 64, 8, 2, tma=True)],
-        128: [Config(128, 32, 64, 8, 2), Config(128, 32, 64, 8, 2, tma=True)],
-    },
-    "gfx942": {
-        64: [Config(64, 32, 64, 4, 2, programs_per_processor=2)],
-        128: [Config(64, 32, 64, 4, 2, programs_per_processor=2)],
-    },
-}
-_FLOAT32_ROWS = {64: [Config(32, 16, 64, 4, 2, programs_per_processor=2)]}
-_FLOAT32_TENSOR_ROWS = {64: [Config(64, 32, 64, 4, 2, programs_per_processor=2)]}
-
-
 def candidates(kernel: str, arch: str, dtype: torch.dtype, dim: int) -> tuple[Config, ...]:
-    """The configurations to choose from; the first is the default. None where a kernel does not fit."""
+    """The configurations to choose from; the first is the default."""
     if arch == "interpreter":
         return (INTERPRETER,)
     return _candidates(kernel, arch, dtype, dim, torch.get_float32_matmul_precision() == "highest")
@@ -117,8 +83,6 @@ def candidates(kernel: str, arch: str, dtype: torch.dtype, dim: int) -> tuple[Co
 
 @functools.cache
 def _candidates(kernel: str, arch: str, dtype: torch.dtype, dim: int, true_float32: bool) -> tuple[Config, ...]:
-    if kernel == "gradient_rows":
-        return _row_candidates(nearest(arch), dtype, dim, true_float32)
     float32 = _FLOAT32 if true_float32 else _FLOAT32_TENSOR
     table = float32 if dtype == torch.float32 else _SIXTEEN_BIT[nearest(arch)]
     if kernel == "log_sums":  # runs rarely; the running maxima and sums leave no room for wide tiles
@@ -132,13 +96,6 @@ def _candidates(kernel: str, arch: str, dtype: torch.dtype, dim: int, true_float
     # A step of the K loop longer than a row would be padding.
     shortest = max(16, next_power_of_2(dim))
     return tuple(dict.fromkeys(c._replace(tile_k=min(c.tile_k, shortest)) for c in table))
-
-
-def _row_candidates(arch: str, dtype: torch.dtype, dim: int, true_float32: bool) -> tuple[Config, ...]:
-    """Those of the kernel that keeps whole rows, none if they do not fit."""
-    float32 = _FLOAT32_ROWS if true_float32 else _FLOAT32_TENSOR_ROWS
-    table = float32 if dtype == torch.float32 else _SIXTEEN_BIT_ROWS[arch]
-    return tuple(table.get(max(64, next_power_of_2(dim)), ()))
 
 
 def nearest(arch: str) -> str:
