@@ -1,7 +1,7 @@
 """From log sums to the terms of the loss and to what the backward pass needs. O(N) in float64, in two launches.
 
     row_terms   per row i and pair: odds o = 2^(L − positive), cross-entropy ln(1 + o), negative mass o/(1 + o), of
-                rows and of columns; log2 of the sums with the positive; Σ_i 2^(L_i) of the centroids, relative to a maximum
+                rows and of columns; log2 of the sums with the positive; Σ_i 2^(L_i) of centroids, relative to a maximum
     combine     one program adds up what the programs of the first left, and writes loss and terms
 
 Per row: P·(3 reads + 3 writes) of 8 bytes.
