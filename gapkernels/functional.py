@@ -317,7 +317,7 @@ def _logit_scale(
 def _weights(weights: tuple[float | Tensor, ...], device: torch.device) -> Tensor:
     """The weights of the terms as one tensor in the statistics type."""
     if not any(isinstance(weight, Tensor) for weight in weights):
-        return _constant(tuple(map(float, weights)), device)
+        return _constant(tuple(weights), device)
     return torch.stack([_as_tensor(weight, device) for weight in weights])
 
 
@@ -331,13 +331,16 @@ def _uniformity_t(value: float | Tensor, device: torch.device) -> Tensor:
 def _as_tensor(value: float | Tensor, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
         return value.reshape(()).to(device, statistics_dtype(device))
-    return _constant((float(value),), device).reshape(())
+    return _constant((value,), device).reshape(())
 
 
 def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
     """``[len(values)]`` in the statistics type. Kept by eager calls: on a GPU making one costs a copy from the host."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
-        return torch.stack([torch.full((), v, dtype=statistics_dtype(device), device=device) for v in values])
+        # A number that changes between calls is a symbol here: a product takes it as one, torch.full and torch.tensor
+        # would compile anew for every value or, without gradients, keep an old one.
+        one = torch.ones((), dtype=statistics_dtype(device), device=device)
+        return torch.stack([one * v for v in values])
     return _kept_constant(values, device)
 
 
