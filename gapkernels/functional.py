@@ -14,6 +14,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from gapkernels import backends, ops
 from gapkernels.backends import reference
 from gapkernels.backends.contract import Scalars, Terms, statistics_dtype
+from gapkernels.distributed import group_name_and_size
 from gapkernels.spec import LossSpec
 
 if TYPE_CHECKING:
@@ -61,15 +62,15 @@ def gap_loss(  # type: ignore[misc]  # the overloads leave the options to this s
     temperature: float | Tensor | None = None,
     anchor: int = 0,
     pairs: str = "anchor",
-    nce_weight: float = 1.0,
-    atp_weight: float = 1.0,
-    cu_weight: float = 1.0,
-    uniformity_t: float = 2.0,
+    nce_weight: float | Tensor = 1.0,
+    atp_weight: float | Tensor = 1.0,
+    cu_weight: float | Tensor = 1.0,
+    uniformity_t: float | Tensor = 2.0,
     normalize: bool = True,
     normalize_centroids: bool = True,
     backend: str = "auto",
     return_terms: bool = False,
-    group: ProcessGroup | None = None,
+    group: ProcessGroup | str | None = None,
 ) -> Tensor | GapLossTerms:
     """Contrastive loss that closes the modality gap: InfoNCE + align true pairs + centroid uniformity.
 
@@ -77,13 +78,15 @@ def gap_loss(  # type: ignore[misc]  # the overloads leave the options to this s
 
     Args:
         *embeddings: two or more ``[N, D]`` tensors of one floating type on one device, one per modality.
-        logit_scale: factor of the cosines in InfoNCE, 1/temperature; a number or a tensor of one element, which may
-            require gradient. Give this or ``temperature``; with neither the temperature is 0.07.
+        logit_scale: factor of the cosines in InfoNCE, 1/temperature; a positive number or a tensor of one element,
+            which may require gradient and is copied if it is on another device. Give this or ``temperature``; with
+            neither the temperature is 0.07.
         temperature: as a number or a tensor of one element.
         anchor: index of the modality that the others are aligned with.
         pairs: ``"anchor"``: InfoNCE of every other modality with the anchor. ``"all"``: of every two modalities. The
             alignment of true pairs is always with the anchor.
-        nce_weight: weight of InfoNCE. A term of weight zero costs nothing.
+        nce_weight: weight of InfoNCE, a number or a tensor of one element. A term whose weight is the number zero
+            costs nothing.
         atp_weight: weight of the alignment of true pairs.
         cu_weight: weight of the centroid uniformity.
         uniformity_t: sharpness t of the centroid uniformity.
@@ -94,7 +97,8 @@ def gap_loss(  # type: ignore[misc]  # the overloads leave the options to this s
             (dense, O(N²) memory), or ``"auto"``: the first of ``"triton"`` and ``"torch"`` that can be used, and
             ``"cuda"`` where it has been compiled and a recorded measurement shows it faster.
         return_terms: return all parts instead of the loss alone; costs no extra N² work.
-        group: the ``torch.distributed`` process group that holds the batch, each process an equal number of rows.
+        group: the ``torch.distributed`` process group that holds the batch, each process an equal number of rows;
+            ``"world"`` means all processes there are at the time of the call.
             Every process then returns the loss of the whole batch; gradients are scaled such that their mean over
             processes, which DistributedDataParallel takes, is the gradient of that loss.
 
@@ -129,7 +133,7 @@ def gap_loss(  # type: ignore[misc]  # the overloads leave the options to this s
     )
     if backend != "auto" and backend not in backends.NAMES:
         raise ValueError(f"`backend` must be 'auto' or one of {', '.join(map(repr, backends.NAMES))}, got {backend!r}")
-    world_size = 1 if group is None else torch.distributed.get_world_size(group)
+    group_name, world_size = group_name_and_size(group)
     if spec.cu and tensors[0].shape[0] * world_size < 2:
         raise ValueError(
             "the centroid uniformity needs at least 2 samples, got embeddings of shape "
@@ -142,7 +146,7 @@ def gap_loss(  # type: ignore[misc]  # the overloads leave the options to this s
     )
     if backend == "reference":
         return _by_definition(tensors, scalars, spec, return_terms, world_size)
-    loss, values = ops.loss(tensors, scalars, spec, backend, "" if group is None else group.group_name, world_size)
+    loss, values = ops.loss(tensors, scalars, spec, backend, group_name, world_size)
     if not return_terms:
         return loss
     terms = Terms(*values.unbind())
@@ -164,7 +168,7 @@ def info_nce(
     pairs: str = "anchor",
     normalize: bool = True,
     backend: str = "auto",
-    group: ProcessGroup | None = None,
+    group: ProcessGroup | str | None = None,
 ) -> Tensor:
     """Symmetric InfoNCE (the CLIP loss), averaged over pairs of modalities.
 
@@ -197,7 +201,7 @@ def align_true_pairs(
     anchor: int = 0,
     normalize: bool = True,
     backend: str = "auto",
-    group: ProcessGroup | None = None,
+    group: ProcessGroup | str | None = None,
 ) -> Tensor:
     """Mean squared distance of every sample's embeddings to its anchor embedding.
 
@@ -228,7 +232,7 @@ def centroid_uniformity(
     normalize: bool = True,
     normalize_centroids: bool = True,
     backend: str = "auto",
-    group: ProcessGroup | None = None,
+    group: ProcessGroup | str | None = None,
 ) -> Tensor:
     """Logarithm of the mean Gaussian potential exp(−t‖c_i − c_j‖²) between the centroids of different samples.
 
@@ -316,8 +320,9 @@ def _logit_scale(
 
 def _weights(weights: tuple[float | Tensor, ...], device: torch.device) -> Tensor:
     """The weights of the terms as one tensor in the statistics type."""
-    if not any(isinstance(weight, Tensor) for weight in weights):
-        return _constant(tuple(weights), device)
+    numbers = tuple(weight for weight in weights if not isinstance(weight, Tensor))
+    if len(numbers) == len(weights):
+        return _constant(numbers, device)
     return torch.stack([_as_tensor(weight, device) for weight in weights])
 
 

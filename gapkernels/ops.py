@@ -82,14 +82,16 @@ def _on_device(embeddings: list[Tensor]) -> AbstractContextManager[Any]:
 # ---- evaluation ---------------------------------------------------------------------------------------------------
 
 
-def _evaluate(embeddings: list[Tensor], scalars: Scalars, spec: LossSpec, backend: str, group: str) -> Forward:
+def _evaluate(
+    embeddings: list[Tensor], scalars: Scalars, spec: LossSpec, backend: str, group: str, needs_grad: list[bool]
+) -> Forward:
     if scalars.logit_scale.device.type == "cpu":
         value = scalars.logit_scale.item()
         if value <= 0 or value == float("inf"):  # not a number passes, and gives a loss that is none
             raise ValueError(f"the logit scale (1/temperature) must be positive and finite, got {value}")
     implementation = backends.select(backend, embeddings[0], spec)
     with _no_autocast(embeddings), _on_device(embeddings):
-        return plan.forward(embeddings, scalars, spec, implementation, world_of(group))
+        return plan.forward(embeddings, scalars, spec, implementation, world_of(group), needs_grad)
 
 
 def _gradients(
@@ -139,7 +141,9 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, spec: LossSpec, backend: str, group: str, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         scalars, embeddings = Scalars(*tensors[:3]), list(tensors[3:])
-        result = _evaluate(embeddings, scalars, spec, backend, group)
+        result = _evaluate(
+            embeddings, scalars, spec, backend, group, [*ctx.needs_input_grad[6:], ctx.needs_input_grad[3]]
+        )
         ctx.set_materialize_grads(False)
         ctx.arguments = spec, backend, group
         ctx.save_for_backward(*tensors, *result.saved, result.terms)
@@ -204,7 +208,8 @@ def _forward_operator(
     embeddings: list[Tensor], logit_scale: Tensor, weights: Tensor, uniformity_t: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     spec, (backend, group, _) = _split(arguments)
-    result = _evaluate(embeddings, Scalars(logit_scale, weights, uniformity_t), spec, backend, group)
+    needs_grad = [tensor.requires_grad for tensor in (*embeddings, logit_scale)]
+    result = _evaluate(embeddings, Scalars(logit_scale, weights, uniformity_t), spec, backend, group, needs_grad)
     return result.loss, result.terms, list(result.saved)
 
 

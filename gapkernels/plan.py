@@ -40,11 +40,18 @@ from gapkernels.backends.contract import (
     compute_dtype,
     statistics_dtype,
 )
-from gapkernels.distributed import World, triangle_blocks
+from gapkernels.distributed import DTYPES, NEEDS_GRAD, World, triangle_blocks
 from gapkernels.spec import LossSpec
 
 
-def forward(embeddings: list[Tensor], scalars: Scalars, spec: LossSpec, backend: Backend, world: World) -> Forward:
+def forward(
+    embeddings: list[Tensor],
+    scalars: Scalars,
+    spec: LossSpec,
+    backend: Backend,
+    world: World,
+    needs_grad: list[bool] | None = None,
+) -> Forward:
     """Evaluate the loss.
 
     Args:
@@ -53,10 +60,15 @@ def forward(embeddings: list[Tensor], scalars: Scalars, spec: LossSpec, backend:
         spec: what to compute.
         backend: how to compute it.
         world: the processes that hold the batch.
+        needs_grad: what the backward pass will be asked for; several processes must ask for the same.
+
+    Raises:
+        ValueError: the processes do not evaluate the same loss.
     """
+    if world.size > 1:
+        world.agree(_description(embeddings, spec, needs_grad or []), scalars)
     embeddings = _readable(embeddings)
     rows = embeddings[0].shape[0]
-    world.check_equal_shards(rows, embeddings[0].device)
     operands, statistics = backend.row_statistics(embeddings, spec)
     statistics = statistics._replace(sums=world.sum(statistics.sums))
     matrices = _pair_matrices(embeddings, operands, scalars, spec, backend, world)
@@ -315,6 +327,19 @@ def _readable(embeddings: list[Tensor]) -> list[Tensor]:
 def _blocks(length: int, side: int | None) -> list[slice]:
     side = side or length
     return [slice(start, min(start + side, length)) for start in range(0, length, side)]
+
+
+def _description(embeddings: list[Tensor], spec: LossSpec, needs_grad: list[bool]) -> dict[str, float]:
+    """What processes must agree on before they talk about anything else: always as many numbers."""
+    rows, dim = embeddings[0].shape
+    return {
+        "number of rows": rows,
+        "dimension D": dim,
+        "number of embeddings": len(embeddings),
+        "dtype": DTYPES.index(embeddings[0].dtype),
+        **{{"nce": "InfoNCE", "atp": "ATP", "cu": "CU"}.get(k, k): float(v) for k, v in spec._asdict().items()},
+        NEEDS_GRAD: sum(2**place for place, needed in enumerate(needs_grad) if needed),
+    }
 
 
 def _own_rows(x: Tensor, world: World) -> Tensor:
