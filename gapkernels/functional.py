@@ -7,6 +7,7 @@ import math
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -267,7 +268,7 @@ def _by_definition(
     embeddings = [e.to(dtype) for e in embeddings]
     with torch.autocast(embeddings[0].device.type, enabled=False):  # which would round the cosines
         terms = reference.loss_terms(embeddings, Scalars(*(number.to(dtype) for number in scalars)), spec)
-        loss = reference.total(terms, scalars.weights.to(dtype))
+        loss = reference.total(terms, scalars.weights.to(dtype), embeddings)
         return GapLossTerms(loss, *terms, *reference.diagnostics(embeddings)) if return_terms else loss
 
 
@@ -355,18 +356,35 @@ def _kept_constant(values: tuple[float, ...], device: torch.device) -> Tensor:
         return torch.tensor(values, dtype=statistics_dtype(device), device=device)
 
 
-def _check_scalar(name: str, value: float | Tensor) -> float | Tensor:
+def _check_scalar(name: str, value: float | Tensor, positive: bool = True) -> float | Tensor:
     if isinstance(value, Tensor):
         if value.numel() != 1 or not value.is_floating_point():
             raise ValueError(
                 f"`{name}` must be a number or a floating tensor of one element, got {_name(value.dtype)} of shape "
                 f"{list(value.shape)}"
             )
+        if positive and _is_readable(value):
+            number = value.item()
+            if number <= 0 or number == math.inf:  # not a number passes: a training that diverged says so in its loss
+                which = f"`{name}`" if name == "uniformity_t" else "the logit scale (1/temperature)"
+                raise ValueError(f"{which} must be {'positive' if number <= 0 else 'finite'}, got {number}")
         return value
-    return _check_number(name, value, positive=True)
+    return _check_number(name, value, positive=positive)
+
+
+def _is_readable(tensor: Tensor) -> bool:
+    """Whether a value can be looked at without waiting for a device, and without a tracer or transform in the way."""
+    return (
+        tensor.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 def _check_number(name: str, value: float, positive: bool = False) -> float:
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value.item()
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"`{name}` must be a number, got {type(value).__name__}")
     if not -math.inf < value < math.inf or (positive and value <= 0):  # comparisons, which torch.compile can trace
@@ -380,7 +398,7 @@ def _is_on(name: str, weight: float | Tensor) -> bool:
     A number that changes between calls of a compiled function is a symbol there, whose value must not be asked for.
     """
     if isinstance(weight, Tensor):
-        _check_scalar(name, weight)
+        _check_scalar(name, weight, positive=False)
         return True
     if torch.compiler.is_compiling():
         return not statically_known_true(_check_number(name, weight) == 0)

@@ -85,10 +85,6 @@ def _on_device(embeddings: list[Tensor]) -> AbstractContextManager[Any]:
 def _evaluate(
     embeddings: list[Tensor], scalars: Scalars, spec: LossSpec, backend: str, group: str, needs_grad: list[bool]
 ) -> Forward:
-    if scalars.logit_scale.device.type == "cpu":
-        value = scalars.logit_scale.item()
-        if value <= 0 or value == float("inf"):  # not a number passes, and gives a loss that is none
-            raise ValueError(f"the logit scale (1/temperature) must be positive and finite, got {value}")
     implementation = backends.select(backend, embeddings[0], spec)
     with _no_autocast(embeddings), _on_device(embeddings):
         return plan.forward(embeddings, scalars, spec, implementation, world_of(group), needs_grad)
@@ -208,6 +204,10 @@ def _forward_operator(
     embeddings: list[Tensor], logit_scale: Tensor, weights: Tensor, uniformity_t: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     spec, (backend, group, _) = _split(arguments)
+    if logit_scale.device.type == "cpu":  # eager calls have been checked
+        value = logit_scale.item()
+        if value <= 0 or value == float("inf"):
+            raise ValueError(f"the logit scale (1/temperature) must be positive and finite, got {value}")
     needs_grad = [tensor.requires_grad for tensor in (*embeddings, logit_scale)]
     result = _evaluate(embeddings, Scalars(logit_scale, weights, uniformity_t), spec, backend, group, needs_grad)
     return result.loss, result.terms, list(result.saved)

@@ -311,3 +311,29 @@ def test_chunked_oracle_is_the_definition():
     assert abs(value - loss.item()) < 1e-10
     torch.testing.assert_close(gradient_x, leaves[0].grad, rtol=1e-8, atol=1e-12)
     torch.testing.assert_close(gradient_y, leaves[1].grad, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("length", [1.0, 10.0, 100.0, 1000.0])
+def test_raw_centroids_far_apart(length):
+    """Near copies of long vectors: in float32 ‖c_i‖² + ‖c_j‖² − 2⟨c_i, c_j⟩ loses every digit of their distance."""
+    things = torch.nn.functional.normalize(random_embeddings(16, 32)[0], dim=1) * length
+    x = things.repeat(4, 1) + 0.1 * random_embeddings(64, 32, seed=1)[0] / 32**0.5
+    leaf, exact = x.clone().requires_grad_(), x.double().requires_grad_()
+    options = {"nce_weight": 0.0, "atp_weight": 0.0, "normalize": False, "normalize_centroids": False}
+    loss = gap_loss(leaf, leaf, **options)
+    distances = torch.pdist(exact).square()
+    expected = distances.mul(-2).exp().mean().log()
+    loss.backward()
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert (leaf.grad - exact.grad).norm() <= 1e-6 * exact.grad.norm()
+
+
+def test_float64_rows_of_any_length(backend):
+    """Squares of 1e200 leave the range of float64."""
+    if backend == "triton":
+        pytest.skip("takes no float64")
+    x, y = random_embeddings(8, 4, dtype=torch.float64)
+    expected = gap_loss(x, y, backend="reference").item()
+    for length in (1e200, 1e-8):
+        assert gap_loss(x * length, y, backend=backend).item() == pytest.approx(expected, rel=1e-12)

@@ -68,10 +68,10 @@ def loss_terms(embeddings: list[Tensor], scalars: Scalars, spec: LossSpec) -> Te
     )
 
 
-def total(terms: Terms, weights: Tensor) -> Tensor:
-    """The weighted sum of the terms; zero, attached to nothing, when all are off."""
+def total(terms: Terms, weights: Tensor, embeddings: list[Tensor]) -> Tensor:
+    """The weighted sum of the terms; zero, with a gradient of zeros, when all are off."""
     present = [w * term for w, term in zip(weights, terms, strict=True) if term is not None]
-    return torch.stack(present).sum() if present else weights.new_zeros(())
+    return torch.stack(present or [0 * e.sum() for e in embeddings]).sum()
 
 
 def diagnostics(embeddings: list[Tensor]) -> tuple[Tensor, Tensor]:
