@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from numbers import Real
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict, overload
 
 import numpy as np
 import torch
@@ -45,19 +45,39 @@ class GapLossTerms(NamedTuple):
     true_pair_cosine: Tensor
 
 
-@overload
-def gap_loss(*embeddings: Tensor, return_terms: Literal[False] = ..., **options: Any) -> Tensor: ...
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    class _Options(TypedDict, total=False):
+        """The keyword arguments that all three overloads of :func:`gap_loss` take, written once."""
+
+        logit_scale: float | Tensor | None
+        temperature: float | Tensor | None
+        anchor: int
+        pairs: str
+        nce_weight: float | Tensor
+        atp_weight: float | Tensor
+        cu_weight: float | Tensor
+        uniformity_t: float | Tensor
+        normalize: bool
+        normalize_centroids: bool
+        backend: str
+        group: ProcessGroup | str | None
 
 
 @overload
-def gap_loss(*embeddings: Tensor, return_terms: Literal[True], **options: Any) -> GapLossTerms: ...
+def gap_loss(*embeddings: Tensor, return_terms: Literal[False] = ..., **options: Unpack[_Options]) -> Tensor: ...
 
 
 @overload
-def gap_loss(*embeddings: Tensor, return_terms: bool, **options: Any) -> Tensor | GapLossTerms: ...
+def gap_loss(*embeddings: Tensor, return_terms: Literal[True], **options: Unpack[_Options]) -> GapLossTerms: ...
 
 
-def gap_loss(  # type: ignore[misc]  # the overloads leave the options to this signature instead of repeating them
+@overload
+def gap_loss(*embeddings: Tensor, return_terms: bool, **options: Unpack[_Options]) -> Tensor | GapLossTerms: ...
+
+
+def gap_loss(
     *embeddings: Tensor,
     logit_scale: float | Tensor | None = None,
     temperature: float | Tensor | None = None,
