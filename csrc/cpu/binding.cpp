@@ -56,11 +56,6 @@ int64_t integer(PyObject* o) {
     if (value == -1 && PyErr_Occurred()) throw PythonError();
     return value;
 }
-double number(PyObject* o) {
-    const double value = PyFloat_AsDouble(o);
-    if (value == -1 && PyErr_Occurred()) throw PythonError();
-    return value;
-}
 bool truth(PyObject* o) { return PyObject_IsTrue(o) == 1; }
 
 // The contract's named tuples, given by bind().
@@ -203,8 +198,8 @@ PyObject* new_scalar(double value) {
 // ---- the contract's values ------------------------------------------------------------------------------------------
 
 Spec spec_of(PyObject* o) {
-    return {integer(item(o, 0)), truth(item(o, 1)), number(item(o, 2)), number(item(o, 3)), number(item(o, 4)),
-            truth(item(o, 6)),   truth(item(o, 7))};
+    return {integer(item(o, 0)), truth(item(o, 1)), truth(item(o, 2)), truth(item(o, 3)),
+            truth(item(o, 4)),   truth(item(o, 5)), truth(item(o, 6))};
 }
 
 std::vector<Rows> all_rows_of(PyObject* list) {
@@ -288,7 +283,7 @@ PyObject* py_row_statistics(PyObject* const* args) {
     const int64_t n = rows[0].count, dim = rows[0].dim, pairs = static_cast<int64_t>(nce_pairs(modalities, spec).size());
     const Type type = compute_type(rows[0].type);
     const bool wide = type == Type::f64;
-    NewTensor cosines({pairs, n}, type), sums({(modalities + 1) * dim + sum_scalars}, Type::f64);
+    NewTensor cosines({pairs, n}, Type::f64), sums({(modalities + 1) * dim + sum_scalars}, Type::f64);
     std::vector<std::unique_ptr<NewTensor>> factors;
     std::vector<Numbers> numbers;
     for (int m = 0; pairs && spec.normalize && m < modalities; ++m) {
@@ -298,7 +293,7 @@ PyObject* py_row_statistics(PyObject* const* args) {
     std::vector<bool> moderate;
     {
         NoGil no_gil;
-        moderate = row_statistics(rows, spec, numbers, {cosines.data(), wide}, sums.data<double>());
+        moderate = row_statistics(rows, spec, numbers, cosines.data<double>(), sums.data<double>());
     }
     Object operands(PyList_New(pairs ? modalities : 0));
     for (int m = 0; pairs && m < modalities; ++m) {
@@ -353,13 +348,14 @@ PyObject* py_log_sums(PyObject* const* args) {
 }
 
 PyObject* py_terms(PyObject* const* args) {
-    PyObject *statistics = args[0], *pair_sums = args[2], *centroid_logs = args[3], *scalars = args[4];
-    const DLTensor cosines = view(item(statistics, 0)), all_cosines = view(args[1]), sums = view(item(statistics, 1));
+    PyObject *embeddings = args[0], *statistics = args[1], *pair_sums = args[3], *centroid_logs = args[4], *scalars = args[5];
+    const Rows first = rows_of(item(embeddings, 0));
+    const DLTensor cosines = view(item(statistics, 0)), all_cosines = view(args[2]);
     TermsTask task;
     task.spec = spec_of(args[7]);
-    task.first_row = integer(args[5]);
-    task.dim = integer(args[6]);
-    task.modalities = static_cast<int>((sums.shape[0] - sum_scalars) / task.dim - 1);
+    task.first_row = integer(args[6]);
+    task.dim = first.dim;
+    task.modalities = static_cast<int>(length(embeddings));
     task.num_pairs = static_cast<int>(cosines.shape[0]);
     task.num_rows = cosines.shape[1];
     task.total_rows = all_cosines.shape[1];
@@ -368,7 +364,7 @@ PyObject* py_terms(PyObject* const* args) {
     std::copy(weights, weights + 3, task.weights);
     task.uniformity_t = scalar_of(item(scalars, 2));
     task.sums = doubles_of(item(statistics, 1));
-    task.all_cosines = numbers_of(args[1]);
+    task.all_cosines = doubles_of(args[2]);
     task.row_logs = pair_sums == Py_None ? nullptr : doubles_of(item(pair_sums, 0));
     task.col_logs = pair_sums == Py_None ? nullptr : doubles_of(item(pair_sums, 1));
     task.centroid_logs = centroid_logs == Py_None ? nullptr : doubles_of(centroid_logs);
@@ -386,7 +382,7 @@ PyObject* py_terms(PyObject* const* args) {
         NoGil no_gil;
         terms(task);
     }
-    const Type type = type_of(cosines);
+    const Type type = compute_type(first.type);
     NewTensor loss({}, type), values({5}, type);
     const bool wide = type == Type::f64;
     Numbers{loss.data(), wide}.set(0, task.loss);
@@ -410,12 +406,11 @@ PyObject* py_softmax_sums(PyObject* const* args) {
     task.row_log_sum = doubles_of(item(saved, 0));
     task.col_log_sum = doubles_of(item(saved, 1));
     task.negative_mass = doubles_of(item(saved, 2));
-    task.cosines = numbers_of(item(saved, 3));
+    task.cosines = doubles_of(item(saved, 3));
     task.cosine_sum = doubles_of(item(saved, 4))[sums.shape[0] - 1];
-    const Type type = type_of(view(item(saved, 3)));
-    NewTensor rows({task.num_pairs, task.num_rows}, type), cols({task.num_pairs, task.total_rows}, type);
-    task.rows = {rows.data(), type == Type::f64};
-    task.cols = {cols.data(), type == Type::f64};
+    NewTensor rows({task.num_pairs, task.num_rows}, Type::f64), cols({task.num_pairs, task.total_rows}, Type::f64);
+    task.rows = rows.data<double>();
+    task.cols = cols.data<double>();
     {
         NoGil no_gil;
         softmax_sums(task);
@@ -429,13 +424,10 @@ PyObject* py_softmax_sums(PyObject* const* args) {
 PyObject* py_add_products(PyObject* const* args) {
     const Matrix block = matrix_of(args[0]);
     PyObject *sums = args[1], *prepared = args[2];
-    const bool wide = block.rows.type == Type::f64;
     Products products = {};
     if (sums != Py_None) {
-        const Numbers row = numbers_of(item(sums, 0)), col = numbers_of(item(sums, 1));
-        if (row.wide != wide || col.wide != wide) throw std::invalid_argument("log sums must have the type of the factors");
-        products.row_log = row.data;
-        products.col_log = col.data;
+        products.row_log = doubles_of(item(sums, 0));
+        products.col_log = doubles_of(item(sums, 1));
     }
     products.reference = scalar_of(item(prepared, sums == Py_None ? 3 : 2));
     const auto accumulator = [&](PyObject* tensor, const Rows& like, void*& data, int64_t& stride) {

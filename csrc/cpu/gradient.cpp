@@ -34,8 +34,8 @@ constexpr double largest_range = 100;
 // What the epilogue multiplies exponentials with, per row and per column.
 template <class A>
 struct Weights {
-    const A *row_log, *row_share, *row_factor;  // L_i (two exponentials) or u_i (one)
-    const A *col_log, *col_share;
+    const A *row, *col;  // u_i, v_j, or L_i, L_j where they take two exponentials
+    const A* row_factor;
     A middle;
 };
 
@@ -61,7 +61,7 @@ double gradient_tile(const A* s, int64_t height, int64_t width, const Exponents<
             const int64_t at = col + j + v * V::size;
             factor[v] = V::load(x.col + at);
             shift[v] = V::load(x.shift + at);
-            if constexpr (!biased) share[v] = V::load((one_exponential ? w.col_share : w.col_log) + at);
+            if constexpr (!biased) share[v] = V::load(w.col + at);
             sum[v] = V::zero();
         }
         const auto entry = [&](int64_t i, int v) {
@@ -72,10 +72,10 @@ double gradient_tile(const A* s, int64_t height, int64_t width, const Exponents<
             } else {
                 V t;
                 if constexpr (one_exponential) {
-                    t = exp2(y) * (V::all(w.row_share[row + i]) + share[v]);
+                    t = exp2(y) * (V::all(w.row[row + i]) + share[v]);
                     if constexpr (moment) sum[v] = fma(t, max_or_nan(y + middle, lowest), sum[v]);
                 } else {
-                    t = exp2(y - V::all(w.row_log[row + i])) + exp2(y - share[v]);
+                    t = exp2(y - V::all(w.row[row + i])) + exp2(y - share[v]);
                     if constexpr (moment) sum[v] = fma(t, max_or_nan(y, lowest), sum[v]);
                 }
                 return t * (factor[v] * V::all(w.row_factor[row + i]));
@@ -160,7 +160,7 @@ class Gradient {
 
     size_t bytes() const {
         using W = Workspace;
-        size_t total = 3 * W::bytes<A>(n_) + 4 * W::bytes<A>(padded_cols_);
+        size_t total = 3 * W::bytes<A>(n_) + 3 * W::bytes<A>(padded_cols_);
         total += W::bytes<T>((height_ + 1) * row_ld_) + W::bytes<T>(dim_ * transposed_ld_);
         if (packed) total += W::bytes<T>(height_ * width_) + W::bytes<T>(round_up(dim_, panel_width) * width_);
         return total + W::bytes<double>(max_tiles()) + W::bytes<A>(num_threads() * scratch_size);
@@ -168,37 +168,36 @@ class Gradient {
 
     // Everything per row and per column that the epilogue reads.
     void prepare() {
-        const A* row_log = static_cast<const A*>(products_.row_log);
-        const A* col_log = static_cast<const A*>(products_.col_log);
+        const double *row_log = products_.row_log, *col_log = products_.col_log;
         double middle = 0;
         one_exponential_ = true;
         if (!matrix_.biased) {
-            A low = infinity<A>, high = -infinity<A>;
+            double low = INFINITY, high = -INFINITY;
             bool ordered = true;  // not a number takes the way that is right for anything
-            const auto look = [&](A log) {
+            const auto look = [&](double log) {
                 low = std::min(low, log);
                 high = std::max(high, log);
                 ordered = ordered && log == log;
             };
             for (int64_t i = 0; i < n_; ++i) look(row_log[i]);
             for (int64_t j = 0; j < cols_; ++j) look(col_log[j]);
-            one_exponential_ = ordered && high - low <= A(largest_range);
-            if (one_exponential_) middle = 0.5 * (static_cast<double>(low) + static_cast<double>(high));
+            one_exponential_ = ordered && high - low <= largest_range;
+            if (one_exponential_) middle = 0.5 * (low + high);
         }
         exponents_ = fold_factors<A>(matrix_, products_.reference + middle, per_row_[0], per_col_[0], per_col_[1], n_,
                                      cols_, padded_cols_);
-        weights_ = {row_log, per_row_[1], per_row_[2], per_col_[2], per_col_[3], static_cast<A>(middle)};
+        weights_ = {per_row_[1], per_col_[2], per_row_[2], static_cast<A>(middle)};
         if (matrix_.biased) return;
         const A* factor = static_cast<const A*>(matrix_.row_factor);
+        const auto weight = [&](double log) {
+            return one_exponential_ ? std::exp2(static_cast<A>(middle - log)) : static_cast<A>(log);
+        };
         for (int64_t i = 0; i < n_; ++i) {
-            per_row_[1][i] = std::exp2(static_cast<A>(middle) - row_log[i]);
+            per_row_[1][i] = weight(row_log[i]);
             per_row_[2][i] = factor ? factor[i] : A(1);
         }
-        for (int64_t j = 0; j < padded_cols_; ++j) {
-            const A log = j < cols_ ? col_log[j] : static_cast<A>(middle);
-            per_col_[2][j] = log;
-            per_col_[3][j] = std::exp2(static_cast<A>(middle) - log);
-        }
+        for (int64_t j = 0; j < cols_; ++j) per_col_[2][j] = weight(col_log[j]);
+        std::fill(per_col_[2] + cols_, per_col_[2] + padded_cols_, A(0));
     }
 
     void add_block(int64_t row, int64_t height, int64_t col, int64_t width, bool fresh) {
@@ -336,7 +335,7 @@ class Gradient {
     Workspace workspace_;
     Exponents<A> exponents_;
     Weights<A> weights_;
-    A *per_row_[3], *per_col_[4], *scratch_;
+    A *per_row_[3], *per_col_[3], *scratch_;
     T *h_rows_, *h_cols_, *rows_transposed_, *cols_interleaved_;
     double* moments_;
 };

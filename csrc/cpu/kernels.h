@@ -10,9 +10,7 @@
 // The settings of a loss, gapkernels.spec.LossSpec.
 struct Spec {
     int64_t anchor;
-    bool all_pairs;
-    double nce_weight, atp_weight, cu_weight;
-    bool normalize, normalize_centroids;
+    bool all_pairs, nce, atp, cu, normalize, normalize_centroids;
 };
 
 struct Pair {
@@ -36,14 +34,14 @@ inline std::vector<Pair> anchor_pairs(int modalities, const Spec& spec) {
 }
 
 inline std::vector<Pair> nce_pairs(int modalities, const Spec& spec) {
-    if (!spec.nce_weight) return {};
+    if (!spec.nce) return {};
     return spec.all_pairs ? unordered_pairs(modalities) : anchor_pairs(modalities, spec);
 }
 
 constexpr double log2_e = 1.4426950408889634, ln_2 = 0.6931471805599453, norm_eps = 1e-12;
 constexpr int sum_scalars = 4;
 
-// Where a factor, a bias or a cosine is float or double.
+// Factors or biases, float or double.
 struct Numbers {
     void* data;
     bool wide;
@@ -65,7 +63,7 @@ struct Numbers {
 // factors: per modality, empty without InfoNCE or where rows are taken as they are. cosines [P, n].
 // Returns for each modality whether all norms are moderate, so that rows can be operands as they are.
 std::vector<bool> row_statistics(const std::vector<Rows>& embeddings, const Spec& spec, const std::vector<Numbers>& factors,
-                                 Numbers cosines, double* sums);
+                                 double* cosines, double* sums);
 
 // factors [n] of one modality; whether its norms are moderate.
 bool inverse_norms(const Rows& rows, Numbers factors);
@@ -107,7 +105,7 @@ void log_sums(const std::vector<Matrix>& matrices, double* row_logs, double* col
 // gradient.cpp --------------------------------------------------------------------------------------------------------
 
 struct Products {
-    const void *row_log, *col_log;  // relative to the reference, in the type of factors; null for centroids
+    const double *row_log, *col_log;  // relative to the reference; null for centroids
     double reference;               // for centroids that of their entries
     void *rows, *cols;              // accumulators, in the type of factors; null if not needed
     int64_t row_stride, col_stride;
@@ -123,7 +121,7 @@ struct TermsTask {
     Spec spec;
     double weights[3], logit_scale, uniformity_t;
     const double* sums;
-    Numbers all_cosines;                   // [P, N]
+    const double* all_cosines;             // [P, N]
     const double *row_logs, *col_logs;     // [P, n], [P, N]
     const double* centroid_logs;           // [N], or null
     double *row_log_sum, *col_log_sum, *negative_mass;
@@ -136,10 +134,9 @@ struct SoftmaxTask {
     int64_t num_rows, total_rows;
     int num_pairs;
     double logit_scale;
-    const double *row_log_sum, *col_log_sum, *negative_mass, *sums;
-    Numbers cosines;
+    const double *row_log_sum, *col_log_sum, *negative_mass, *cosines;
     double cosine_sum;
-    Numbers rows, cols;                    // relative logs
-    double reference, positive_moment;
+    double *rows, *cols;                   // results: relative to the reference
+    double reference, positive_moment;  // results
 };
 void softmax_sums(SoftmaxTask& task);

@@ -206,7 +206,7 @@ void through_normalization(double* gradient, const double* unit, double norm, in
 }  // namespace
 
 std::vector<bool> row_statistics(const std::vector<Rows>& embeddings, const Spec& spec, const std::vector<Numbers>& factors,
-                                 Numbers cosines, double* sums) {
+                                 double* cosines, double* sums) {
     const int modalities = static_cast<int>(embeddings.size());
     const int64_t n = embeddings[0].count, dim = embeddings[0].dim;
     const int64_t size = (modalities + 1) * dim + sum_scalars;
@@ -230,10 +230,10 @@ std::vector<bool> row_statistics(const std::vector<Rows>& embeddings, const Spec
             for (const Pair& p : pairs) scalars[1] += dot(row.direction(p.row), row.direction(p.col), dim);
             for (size_t p = 0; p < nce.size(); ++p) {
                 const double cosine = dot(row.used(nce[p].row), row.used(nce[p].col), dim);
-                cosines.set(static_cast<int64_t>(p) * n + i, cosine);
+                cosines[static_cast<int64_t>(p) * n + i] = cosine;
                 scalars[3] += cosine;
             }
-            if (spec.atp_weight) {
+            if (spec.atp) {
                 for (const Pair& p : atp) {
                     const double *x = row.used(p.row), *y = row.used(p.col);
                     double distance = 0;
@@ -242,7 +242,7 @@ std::vector<bool> row_statistics(const std::vector<Rows>& embeddings, const Spec
                     scalars[0] += distance;
                 }
             }
-            if (spec.cu_weight) {
+            if (spec.cu) {
                 row.centroid();
                 add_to(out + modalities * dim, row.centroid_data(), dim);
                 scalars[2] += dot(row.centroid_data(), row.centroid_data(), dim);
@@ -373,7 +373,7 @@ void row_gradients(const GradientOfRows& task) {
                         for (int64_t k = 0; k < dim; ++k) g[k] -= share * partner[k];
                     }
                 }
-                if (spec.atp_weight) {
+                if (spec.atp) {
                     for (int m = 0; m < modalities; ++m) {
                         if (m == target || (target != spec.anchor && m != spec.anchor)) continue;
                         const double* partner = row.used(m);

@@ -70,7 +70,7 @@ void terms(TermsTask& task) {
 
     const double* scalars = task.sums + (task.modalities + 1) * task.dim;
     const auto pairs = unordered_pairs(task.modalities);
-    const double align = task.spec.atp_weight ? scalars[0] / (rows * (task.modalities - 1)) : 0;
+    const double align = task.spec.atp ? scalars[0] / (rows * (task.modalities - 1)) : 0;
     const double cosine = scalars[1] / (rows * static_cast<double>(pairs.size()));
     double gap = 0;
     for (const Pair& p : pairs) {
@@ -81,8 +81,7 @@ void terms(TermsTask& task) {
     }
     const double values[5] = {info_nce, align, uniformity, gap, cosine};
     std::copy(values, values + 5, task.terms);
-    // A term of weight zero is not there, even where it is not a number.
-    const double present[3] = {task.spec.nce_weight, task.spec.atp_weight, task.spec.cu_weight};
+    const bool present[3] = {task.spec.nce, task.spec.atp, task.spec.cu};
     task.loss = 0;
     for (int t = 0; t < 3; ++t) task.loss += present[t] ? task.weights[t] * values[t] : 0;
 }
@@ -93,8 +92,8 @@ void softmax_sums(SoftmaxTask& task) {
     const double count = static_cast<double>(total) * std::max(task.num_pairs, 1);
     // That of the positives: Σ G_ij·x_ij then loses no digits to what positives and negatives have in common.
     task.reference = task.num_pairs ? task.cosine_sum / count * exponent_per_cosine : 0;
-    for (int64_t i = 0; i < task.num_pairs * n; ++i) task.rows.set(i, task.row_log_sum[i] - task.reference);
-    for (int64_t j = 0; j < task.num_pairs * total; ++j) task.cols.set(j, task.col_log_sum[j] - task.reference);
+    for (int64_t i = 0; i < task.num_pairs * n; ++i) task.rows[i] = task.row_log_sum[i] - task.reference;
+    for (int64_t j = 0; j < task.num_pairs * total; ++j) task.cols[j] = task.col_log_sum[j] - task.reference;
     double moment = 0;
     const double mean = task.num_pairs ? task.cosine_sum / count : 0;
     for (int64_t i = 0; i < task.num_pairs * n; ++i) moment += task.negative_mass[i] * (task.cosines[i] - mean);
