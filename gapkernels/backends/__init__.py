@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from gapkernels.backends import cpu as cpu_backend
 from gapkernels.backends import cuda as cuda_backend
 from gapkernels.backends import triton as triton_backend
 from gapkernels.backends.contract import Backend
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from gapkernels.backends.cuda.measured import Region
     from gapkernels.spec import LossSpec
 
-NAMES = ("reference", "torch", "triton", "cuda")
+NAMES = ("reference", "torch", "cpu", "triton", "cuda")
 """Names accepted for ``backend``, besides ``"auto"``."""
 
 
@@ -36,11 +37,12 @@ def available() -> list[Status]:
 
     Example:
         >>> [status.name for status in available()]
-        ['reference', 'torch', 'triton', 'cuda']
+        ['reference', 'torch', 'cpu', 'triton', 'cuda']
     """
     return [
         Status("reference", True, "dense autograd, O(N²) memory, any device: the definition; never chosen by auto"),
         Status("torch", True, f"tiled, O(N·D) memory, any device ({_cpu_products()})"),
+        _cpu_status(),
         _triton_status(),
         _cuda_status(),
     ]
@@ -68,6 +70,8 @@ def select(name: str, like: Tensor, spec: LossSpec) -> Backend:
 
 
 def _fastest(like: Tensor, spec: LossSpec) -> str:
+    if like.device.type == "cpu" and cpu_backend.ready():
+        return "cpu"
     if like.device.type != "cuda":
         return "torch"
     if spec.cu and not spec.normalize and not spec.normalize_centroids:
@@ -94,7 +98,11 @@ def _create(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
     """The backend, checked and made once for each type on each device."""
     if name == "torch":
         return TiledBackend()
-    backend, instead = {"triton": (triton_backend, "torch"), "cuda": (cuda_backend, "triton")}[name]
+    backend, instead = {
+        "cpu": (cpu_backend, "torch"),
+        "triton": (triton_backend, "torch"),
+        "cuda": (cuda_backend, "triton"),
+    }[name]
     if dtype not in backend.DTYPES:
         accepted = ", ".join(str(d).removeprefix("torch.") for d in backend.DTYPES)
         given, other = str(dtype).removeprefix("torch."), "torch" if dtype == torch.float64 else instead
@@ -110,6 +118,17 @@ def _cpu_products() -> str:
 
     library = "oneDNN" if onednn_is_faster() else "torch.mm"
     return f"float32 products on this CPU by {library}"
+
+
+def _cpu_status() -> Status:
+    reason = cpu_backend.unusable_because()
+    if reason is not None:
+        return Status("cpu", False, reason)
+    compiled = cpu_backend.is_compiled()
+    how = "" if compiled else f", not compiled yet (about 15 s: {cpu_backend.BUILD_COMMAND}, or first use)"
+    from gapkernels.backends.cpu.build import instruction_set
+
+    return Status("cpu", True, f"fused C++ kernels for {instruction_set()}{how}; auto's choice on a CPU")
 
 
 def _triton_status() -> Status:
