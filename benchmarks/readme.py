@@ -14,13 +14,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.processes import ROOT
 from gapkernels.benchmark_report import plots, tables
 from gapkernels.benchmark_report.page import scaling_sections
 from gapkernels.benchmark_report.results import Problem, Results, fastest_of_ours, load
 from gapkernels.training.results import Statistic, table_rows
 
 SPEED, DIGITS = "speed", "digits"
+ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 IMAGES = ROOT / "docs" / "images"
