@@ -73,7 +73,7 @@ gpu-speed:
 		$(GPU_PYTHON) $(MEASURE) --out $(GPU_OUT)/speed.json && exit; done; exit 1'
 
 # NAME:VARIABLE=VALUE, what the backends read when they start.
-GPU_SETTINGS ?= rows:GAPKERNELS_BACKWARD=rows blocks:GAPKERNELS_BACKWARD=blocks tuned:GAPKERNELS_TUNE=1
+GPU_SETTINGS ?= tuned:GAPKERNELS_TUNE=1
 gpu-settings:
 	@rm -f $(GPU_OUT)/settings.json
 	@GAPKERNELS_TUNING_FILE=$(abspath $(GPU_OUT))/tuning.json $(STAGE) settings 20 sh -c 'failed=0; \
