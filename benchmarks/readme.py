@@ -110,8 +110,7 @@ def _section(results: Results) -> str:
     lines = [
         f"Measured on {results.device}, torch {results.versions['torch']}, {results.date} "
         f"([all rows](benchmarks/results/{results.name}.json)); {tables.yardstick(results.rows)}. "
-        "Extra memory is the peak beyond the inputs, gradients included; errors are relative, against float64. "
-        f"{tables.clock_note(results)}".strip()
+        "Extra memory is the peak beyond the inputs, gradients included; errors are relative, against float64."
     ]
     for problem in results.peer_problems():
         if problem.backward:
