@@ -30,9 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = torch.device(options.device)
     names = [f"gapkernels-{name}" for name in options.backends.split(",") if name] or our_backends(device)
     cases = [
-        Case(name, loss, *map(int, size.split("x")), dtype, modalities)
+        Case(name, loss, samples, width, dtype, modalities)
         for name in names
-        for size in options.sizes.split(",")
+        for samples, width in (map(int, size.split("x")) for size in options.sizes.split(","))
         for dtype in options.dtypes.split(",")
         for modalities in map(int, options.modalities.split(","))
         for loss in options.losses.split(",")
