@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import DEVICE, TOLERANCE, Tolerance, assert_matches_oracle, chunked_oracle, random_embeddings
+from oracle import DEVICE, TOLERANCE, Tolerance, assert_matches_oracle, random_embeddings
 
 from gapkernels import gap_loss, plan
 from gapkernels.backends.contract import Scalars
@@ -300,17 +300,6 @@ def test_nothing_of_size_n_squared_is_allocated(monkeypatch):
         upstream = torch.ones(3, dtype=torch.float64, device=DEVICE)
         plan.backward(upstream, *arguments, result.saved, LossSpec(), TiledBackend(), World(), [True, True, True])
     assert max(sizes) <= max(64 * 64, 2 * n * dim) < n * n / 10
-
-
-def test_chunked_oracle_is_the_definition():
-    x, y = random_embeddings(70, 16, dtype=torch.float64)
-    leaves = [x.clone().requires_grad_(), y.clone().requires_grad_()]
-    loss = gap_loss(*leaves, logit_scale=20.0, backend="reference")
-    loss.backward()
-    value, gradient_x, gradient_y = chunked_oracle(x, y, 20.0, chunk=32)
-    assert abs(value - loss.item()) < 1e-10
-    torch.testing.assert_close(gradient_x, leaves[0].grad, rtol=1e-8, atol=1e-12)
-    torch.testing.assert_close(gradient_y, leaves[1].grad, rtol=1e-8, atol=1e-12)
 
 
 @pytest.mark.parametrize("length", [1.0, 10.0, 100.0, 1000.0])
