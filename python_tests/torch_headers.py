@@ -1,4 +1,4 @@
-"""Headers of other versions of torch than the one installed, from their wheels, which are unpacked and not installed."""
+"""Headers of other versions of torch than the installed one, from wheels that are unpacked and not installed."""
 
 from __future__ import annotations
 
