@@ -4,7 +4,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test bench lint format gpu gpu-% clean
+.PHONY: help install train test test-slow bench lint format gpu gpu-% clean
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,6 +23,9 @@ train: install  ## train the three methods on real digits; table and report in r
 
 test: install  ## run all tests
 	$(BIN)/python -m pytest -n auto
+
+test-slow: install  ## tests that download: the CUDA binding with the headers of other torch versions (1.4 GB once)
+	GAPKERNELS_TEST_DOWNLOADS=1 $(BIN)/python -m pytest python_tests/backends/test_cuda_compilation.py -k headers
 
 # Calls that take longer are left out, which ends the sweeps early; BENCH="--call-seconds 60" goes further.
 BENCH ?= --call-seconds 3 --case-seconds 1

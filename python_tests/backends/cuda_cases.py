@@ -34,15 +34,19 @@ def library(tmp_path_factory):
     from torch.utils import cpp_extension
 
     folder = tmp_path_factory.mktemp("cuda_host")
-    cpp_extension.load(
-        "gapkernels_cuda_host",
-        [str(build.source_folder() / "binding.cpp"), str(Path(__file__).parent / "cuda_host" / "kernels.cpp")],
-        extra_cflags=[*WARNINGS, *(flag for flag in build.BINDING_FLAGS if flag != "-DUSE_CUDA")],
-        extra_include_paths=[str(build.source_folder())],
-        build_directory=str(folder),
-        is_python_module=False,
-    )
-    return ctypes.CDLL(str(folder / "gapkernels_cuda_host.so"))
+    with build.ninja_on_path():
+        cpp_extension.load(
+            "gapkernels_cuda_host",
+            [str(build.source_folder() / "binding.cpp"), str(Path(__file__).parent / "cuda_host" / "kernels.cpp")],
+            extra_cflags=[*WARNINGS, *(flag for flag in build.BINDING_FLAGS if flag != "-DUSE_CUDA")],
+            extra_include_paths=[str(build.source_folder())],
+            build_directory=str(folder),
+            is_python_module=False,
+        )
+    loaded = ctypes.CDLL(str(folder / "gapkernels_cuda_host.so"))
+    loaded.gapkernels_driver_problem.restype = ctypes.c_char_p
+    loaded.gapkernels_is_encoded.restype = ctypes.c_bool
+    return loaded
 
 
 @pytest.fixture
@@ -87,6 +91,37 @@ def test_order_of_tiles_is_balanced(library):
     """No cluster has many more tiles than another: they all take the same time."""
     counts = [len(walk(library, 8192, 8192, 2, 0b10, cluster, 66, 2)) for cluster in range(66)]
     assert max(counts) - min(counts) <= 1
+
+
+def test_quotients_by_multiplication(library):
+    """Of every divisor that a launch may have, at the edges of every quotient's range."""
+    largest = 2**31 - 1
+    divisors = [*range(1, 1200), *(2**b + d for b in range(11, 30) for d in (-1, 0, 1)), largest]
+    for divisor in divisors:
+        quotients = {0, 1, 2, 7, largest // divisor // 2, largest // divisor}
+        numbers = {q * divisor + d for q in quotients for d in (-1, 0, 1)} | {largest}
+        for number in (n for n in numbers if 0 <= n <= largest):
+            assert library.gapkernels_quotient(number, divisor) == number // divisor, (number, divisor)
+
+
+@pytest.mark.parametrize(
+    ("version", "problem"),
+    [
+        (0, b"there is no NVIDIA driver"),
+        (11080, b"the driver is for CUDA 11.8, the kernels need one for 12.1 or newer"),
+        (12000, b"the driver is for CUDA 12.0, the kernels need one for 12.1 or newer"),
+        (12010, None),
+        (13020, None),
+    ],
+)
+def test_old_drivers_are_named(library, version, problem):
+    assert library.gapkernels_driver_problem(version) == problem
+
+
+def test_copy_descriptors_that_the_driver_refused_are_noticed(library):
+    """CUTLASS leaves zeros in their place."""
+    assert not library.gapkernels_is_encoded(bytes(128), 128)
+    assert library.gapkernels_is_encoded(bytes(127) + b"\1", 128)
 
 
 def walk(library, rows, cols, matrices, symmetric, cluster, clusters, height):

@@ -25,6 +25,7 @@ GROUPS = {
     "blocks": "blocks",
     "tiles": "tiles",
     "distributed": "distributed",
+    "products": "both_products",
 }
 
 

@@ -10,6 +10,7 @@ from gapkernels import gap_loss
 from gapkernels.backends.triton import backend as triton_backend
 from gapkernels.backends.triton import tuning
 from gapkernels.backends.triton.device import INTERPRETED
+from gapkernels.backends.triton.products import add_products
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy on infinities that are meant
@@ -239,3 +240,32 @@ def test_distributed(size, tmp_path):
     for _, value, _, scale_gradient in by_rank:
         assert abs(value - loss.item()) < 1e-5 * abs(loss.item())
         assert abs(scale_gradient - scale.grad.item()) < 1e-5
+
+
+@pytest.mark.parametrize("copy_engine", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("rows", "cols", "dim"), [(1, 1, 16), (33, 70, 48), (128, 65, 80), (97, 128, 144)])
+def test_both_products_in_one_launch(monkeypatch, rows, cols, dim, dtype, copy_engine):
+    """Added to what is there, or put in its place; either one alone; the room of H past its edges does not count."""
+    monkeypatch.setattr(tuning, "INTERPRETER", tuning.INTERPRETER._replace(tile_n=128, group=2, tma=copy_engine))
+    generator = torch.Generator().manual_seed(0)
+    h = torch.full((rows + 64, cols + 96 - cols % 32), torch.nan, dtype=dtype)[:rows, :cols]
+    h.copy_(torch.rand(rows, cols, generator=generator))
+    y, x = (torch.randn(side, dim, generator=generator).to(dtype) for side in (cols, rows))
+    products = h.double() @ y.double(), h.double().T @ x.double()
+    for first, first_cols, with_rows, with_cols in itertools.product([True, False], repeat=4):
+        sides = ((first, with_rows, rows), (first_cols, with_cols, cols))
+        before = [torch.full((n, dim), torch.nan if overwritten else 3.0) for overwritten, _, n in sides]
+        totals = [b.clone() if wanted else None for b, (_, wanted, _) in zip(before, sides, strict=True)]
+        add_products(*totals, h, y, x, first, first_cols)
+        for total, product, (overwritten, _, _) in zip(totals, products, sides, strict=True):
+            if total is not None:
+                expected = product if overwritten else 3.0 + product
+                torch.testing.assert_close(total.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_both_products_in_one_launch_need_room(monkeypatch):
+    """Rows of H end within a tile: reading on would leave the buffer."""
+    h, x = torch.ones(40, 40), torch.ones(40, 16)
+    with pytest.raises(AssertionError, match="room for whole tiles"):
+        add_products(None, torch.ones(40, 16), h, x, x, True)
