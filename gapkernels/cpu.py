@@ -29,3 +29,8 @@ def cpu_model() -> str:
 def is_amd() -> bool:
     """Whether the processor is AMD's, as far as the operating system tells."""
     return _fields().get("vendor_id") == "AuthenticAMD"
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the processor has instructions for products of bfloat16 (AMX or AVX-512), as far as the system tells."""
+    return not {"amx_bf16", "avx512_bf16"}.isdisjoint(_fields().get("flags", "").split())
