@@ -34,3 +34,8 @@ def is_amd() -> bool:
 def has(flag: str) -> bool:
     """Whether the processor has a feature, by its name in /proc/cpuinfo: ``avx512_bf16``."""
     return flag in _fields().get("flags", "").split()
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the processor has instructions for products of bfloat16 (AMX or AVX-512), as far as the system tells."""
+    return has("amx_bf16") or has("avx512_bf16")

@@ -46,7 +46,9 @@ def ninja() -> str | None:
 def cache_folder() -> Path:
     """Where torch keeps compiled extensions."""
     chosen = os.environ.get("TORCH_EXTENSIONS_DIR")
-    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "torch_extensions")
+    return (
+        Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "torch_extensions")
+    )
 
 
 def library_path(name: str, files: Iterable[Path], settings: object) -> Path:

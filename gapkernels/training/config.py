@@ -90,6 +90,7 @@ class CIFAR10Data(_Samples):
 
     dataset: Literal["cifar10"] = Field(default="cifar10", description="name of the data set")
     augment: bool = Field(default=True, description="random crops and flips of training images")
+    crop_padding: Integer = Field(default=4, ge=0, description="pixels by which a random crop moves an image at most")
 
 
 class AVMNISTData(_Samples):
@@ -137,6 +138,15 @@ class ImageCNNConfig(Section):
     width: Integer = Field(default=32, gt=0, description="channels of the first stage")
     depth: Integer = Field(default=2, gt=0, description="number of stages")
     stem_stride: Integer = Field(default=1, gt=0, description="stride of the first convolution; 2 is 4 times faster")
+
+
+class FastCNNConfig(Section):
+    """Convolutional image encoder of the CIFAR-10 speed runs: whitening, then groups that halve the resolution."""
+
+    kind: Literal["fast-cnn"]
+    widths: tuple[Annotated[Integer, Field(gt=0)], ...] = Field(
+        default=(64, 256, 256), min_length=1, description="channels of each group"
+    )
 
 
 class TextTransformerConfig(Section):
@@ -212,6 +222,7 @@ class OpenCLIPConfig(Section):
 
 EncoderConfig = Annotated[
     ImageCNNConfig
+    | FastCNNConfig
     | TextTransformerConfig
     | ResNetConfig
     | ViTConfig
@@ -251,7 +262,10 @@ class Optim(Section):
         default=None, gt=0, description="samples encoded at a time, by gradient caching (null: the whole batch)"
     )
     grad_clip: Number | None = Field(default=None, gt=0, description="largest gradient norm (null: no clipping)")
-    precision: Literal["fp32", "bf16"] = Field(default="fp32", description="bf16 runs the encoders under autocast")
+    precision: Literal["fp32", "bf16", "auto"] = Field(
+        default="fp32",
+        description="bf16 runs the encoders under autocast; auto does so where the device multiplies in bf16",
+    )
 
 
 class Run(Section):

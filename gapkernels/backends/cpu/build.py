@@ -1,6 +1,6 @@
 """Compiles ``csrc/cpu`` for this machine's processor.
 
-    python -m gapkernels.backends.cpu.build        ahead of time, instead of at the first use
+python -m gapkernels.backends.cpu.build        ahead of time, instead of at the first use
 """
 
 from __future__ import annotations
@@ -23,7 +23,16 @@ from gapkernels.backends.native_build import BuildError
 
 NAME = "gapkernels_cpu"
 
-FLAGS = ("-std=c++20", "-O3", "-DNDEBUG", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden")
+FLAGS = (
+    "-std=c++20",
+    "-O3",
+    "-DNDEBUG",
+    "-fPIC",
+    "-fopenmp",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fvisibility=hidden",
+)
 INSTRUCTION_SETS = {
     "AVX512-BF16": (
         *("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16"),
@@ -92,7 +101,9 @@ def build(again: bool = False) -> Path:
     try:
         return native_build.build(library(), _compile, what, again)
     except BuildError as error:
-        raise BuildError(f"the CPU kernels could not be compiled; backend='torch' needs no compiler\n{error}") from error
+        raise BuildError(
+            f"the CPU kernels could not be compiled; backend='torch' needs no compiler\n{error}"
+        ) from error
 
 
 def _compile(folder: Path) -> Path:

@@ -196,7 +196,7 @@ def both_products_kernel(
                 rows_are_first, False, TILE_M, TILE_N, TILE_K, GROUP, PRECISION, USE_TMA,
             )  # fmt: skip
     if total_cols is not None:  # in two steps: what is absent is not compiled
-        if tile >= row_tiles:  # noqa: SIM102
+        if tile >= row_tiles:
             product_tile(
                 h_transposed, h_stride, rows, row_stride, total_cols, total_col_stride, tile - row_tiles, num_cols,
                 dim, num_rows, cols_are_first, True, TILE_M, TILE_N, TILE_K, GROUP, PRECISION, USE_TMA,
