@@ -41,6 +41,11 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def part(x: Tensor, rows: slice) -> Tensor:
+    """Some rows; the tensor itself where these are all: small problems are bound by what the host does."""
+    return x if rows.stop - rows.start == x.shape[0] else x[rows]
+
+
 class Scalars(NamedTuple):
     """The numbers that may change from step to step, as 0-dim tensors on the device of the embeddings.
 
@@ -127,11 +132,13 @@ class Matrix(NamedTuple):
 
     def block(self, row: slice, col: slice) -> Matrix:
         """The part that covers these rows and columns; of a symmetric matrix one on the diagonal stays symmetric."""
+        if row.stop - row.start == self.rows.shape[0] and col.stop - col.start == self.cols.shape[0]:
+            return self
         return self._replace(
-            rows=self.rows[row],
-            row_factor=None if self.row_factor is None else self.row_factor[row],
-            cols=self.cols[col],
-            col_factor=None if self.col_factor is None else self.col_factor[col],
+            rows=part(self.rows, row),
+            row_factor=None if self.row_factor is None else part(self.row_factor, row),
+            cols=part(self.cols, col),
+            col_factor=None if self.col_factor is None else part(self.col_factor, col),
             diagonal=NO_DIAGONAL if self.diagonal == NO_DIAGONAL else self.diagonal + row.start - col.start,
             symmetric=self.symmetric and row == col,
         )
