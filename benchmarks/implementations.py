@@ -111,7 +111,8 @@ def _ours(backend: str) -> Callable[[Case], Loss]:
 def our_backends(device: torch.device) -> list[str]:
     """Names of our implementations that a device can run, the newest first: time may run out."""
     usable = [status.name for status in reversed(available()) if status.usable and status.name != "reference"]
-    return [f"gapkernels-{name}" for name in usable if device.type == "cuda" or name not in GPU_BACKENDS]
+    others = {"cpu"} if device.type == "cuda" else GPU_BACKENDS
+    return [f"gapkernels-{name}" for name in usable if name not in others]
 
 
 def groups(device: torch.device) -> dict[str, list[str]]:
