@@ -15,7 +15,7 @@
 #include <string>
 
 #include "kernels.h"
-#include "operands.h"
+#include "vector.h"
 
 namespace {
 
