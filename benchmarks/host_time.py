@@ -2,11 +2,12 @@
 
     python -m benchmarks.host_time --size 1024x512
 
-Small batches are bound by the host: a GPU waits for launches longer than it computes. Everything up to the driver's call
-is real here: autograd, the plan, buffers, and Triton's way from arguments to a compiled kernel. The kernels are never
-compiled, library products do nothing, and tensors lie in the CPU's memory, where an allocation costs about as much as from
-torch's cache of GPU memory. Left out are therefore the driver's calls (2 to 3 µs each) and the thread in which autograd runs
-the backward pass of a GPU.
+Small batches are bound by the host: a GPU waits for launches longer than it computes. Everything up to the driver's
+call is real here: autograd, the plan, buffers, and the way from arguments to a compiled kernel. Kernels are never
+compiled, library products do nothing, nothing is filled with zeros, sums take one row, and tensors lie in the CPU's
+memory, where an allocation costs about as much as from torch's cache of GPU memory. Left out are therefore the driver's
+calls (2 to 3 µs each) and the second thread, in which autograd runs the backward pass of a GPU. What is counted is the
+time of the thread on the processor: other processes disturb it little.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gapkernels import gap_loss
 
 # What torch does without launching anything: memory, views, and what only asks.
-_NO_LAUNCH = ("empty", "view", "slice", "select", "expand", "as_strided", "detach", "split", "alias", "transpose", "t.", "permute", "unbind", "unsqueeze", "squeeze", "reshape", "resize", "set_", "lift_fresh")  # fmt: skip
+_NO_LAUNCH = (
+    "alias", "as_strided", "detach", "empty", "expand", "item", "new_empty", "permute", "reshape", "select", "slice",
+    "split", "squeeze", "t.", "transpose", "unbind", "unsqueeze", "view", "_local_scalar_dense",
+)  # fmt: skip
 
 
 @dataclass
@@ -42,7 +46,7 @@ class HostTime:
         microseconds: median of all.
         forward, backward: medians of the two passes.
         launches: kernels of ours, library products and torch's own operations that launch something, in order.
-        in_launches: microseconds from a launcher's call until the driver would be called, by kernel, all calls together.
+        in_launches: microseconds in Triton's launcher, by kernel, all calls of a step together.
         steps: how many were timed.
     """
 
@@ -58,7 +62,9 @@ class _Kernel:
     """In place of a compiled one."""
 
     function = packed_metadata = None
-    metadata = SimpleNamespace(shared=0)
+
+    def __init__(self, name: str) -> None:
+        self.name = name
 
     def launch_metadata(self, *args: object) -> None:
         return None
@@ -88,8 +94,13 @@ def stubbed(capability: int = 90, processors: int = 132) -> Iterator[None]:
     )
 
     def compile_(self: Any, key: str, signature: object, device: int, *rest: object) -> _Kernel:
-        kernel = self.device_caches[device][0][key] = _Kernel()
+        kernel = self.device_caches[device][0][key] = _Kernel(self.__name__)
         return kernel
+
+    add_up = Tensor.sum
+
+    def sum_of_a_row(self: Tensor, *args: object, **kwargs: object) -> Tensor:
+        return add_up(self[:1] if self.dim() > 1 else self, *args, **kwargs)
 
     properties = SimpleNamespace(multi_processor_count=processors, major=capability // 10, minor=capability % 10)
     with contextlib.ExitStack() as stack:
@@ -101,6 +112,10 @@ def stubbed(capability: int = 90, processors: int = 132) -> Iterator[None]:
             (torch.cuda, "is_current_stream_capturing", lambda: False),
             (torch, "addmm", _library_product),
             (Tensor, "addmm_", _library_product),
+            (torch, "zeros", torch.empty),
+            (torch, "zeros_like", torch.empty_like),
+            (Tensor, "new_zeros", Tensor.new_empty),
+            (Tensor, "sum", sum_of_a_row),
         ):
             stack.enter_context(patch.object(owner, name, value))
         backends._create.cache_clear()
@@ -116,44 +131,63 @@ def _library_product(total: Tensor, *args: object, **kwargs: object) -> Tensor:
 
 
 @contextlib.contextmanager
-def _recorded(launches: list[str], seconds: dict[str, float]) -> Iterator[None]:
-    """Note each launch, and the time from the launcher's call until the driver would be called."""
+def _timed(seconds: dict[str, float]) -> Iterator[None]:
+    """Note the time in Triton's own launcher."""
     from triton.runtime.jit import JITFunction
 
     run = JITFunction.run
 
     def timed(self: Any, *args: object, **kwargs: object) -> object:
-        started = time.perf_counter()
+        started = time.thread_time()
         result = run(self, *args, **kwargs)
-        seconds[self.__name__] += time.perf_counter() - started
-        launches.append(self.__name__)
+        seconds[self.__name__] += time.thread_time() - started
         return result
 
-    def product(total: Tensor, *args: object, **kwargs: object) -> Tensor:
-        launches.append("library product")
-        return total
-
-    with (
-        patch.object(JITFunction, "run", timed),
-        patch.object(torch, "addmm", product),
-        patch.object(Tensor, "addmm_", product),
-    ):
+    with patch.object(JITFunction, "run", timed):
         yield
 
 
-class _TorchOperations(TorchDispatchMode):
-    """Notes what torch itself would launch."""
+class _Launches(TorchDispatchMode):
+    """Notes what torch would launch, and through :meth:`stubs` what the kernels' launchers would."""
 
-    def __init__(self, launches: list[str]) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._launches = launches
+        self.names: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        namespace, name = func.__module__, str(func).removeprefix("aten.")
-        if func.namespace == "aten" and not name.startswith(_NO_LAUNCH) and not name.startswith(("_to_copy", "item")):
-            self._launches.append(f"torch.{name.split('.')[0]}")
-        del namespace
+        name = str(func).removeprefix("aten.")
+        if func.namespace == "aten" and not name.startswith(_NO_LAUNCH):
+            self.names.append(f"torch.{name.split('.')[0]}")
         return func(*args, **(kwargs or {}))
+
+    @contextlib.contextmanager
+    def stubs(self) -> Iterator[None]:
+        def product(total: Tensor, *args: object, **kwargs: object) -> Tensor:
+            self.names.append("library product")
+            return total
+
+        def noted(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+            def call(*args: object, **kwargs: object) -> Tensor:
+                self.names.append(name)
+                return function(*args, **kwargs)
+
+            return call
+
+        kernel_run = _Kernel.run
+
+        def run(kernel: _Kernel, *args: object) -> None:
+            self.names.append(kernel.name)
+            kernel_run(kernel, *args)
+
+        with (
+            patch.object(_Kernel, "run", run),
+            patch.object(torch, "addmm", product),
+            patch.object(Tensor, "addmm_", product),
+            patch.object(torch, "zeros", noted("torch.zeros", torch.empty)),
+            patch.object(torch, "zeros_like", noted("torch.zeros_like", torch.empty_like)),
+            patch.object(Tensor, "new_zeros", noted("torch.new_zeros", Tensor.new_empty)),
+        ):
+            yield
 
 
 def measure(
@@ -174,28 +208,31 @@ def measure(
     def step() -> tuple[float, float, float]:
         for leaf in leaves:
             leaf.grad = None
-        started = time.perf_counter()
+        started = time.thread_time()
         loss = gap_loss(*embeddings, logit_scale=scale, backend="triton")
-        between = time.perf_counter()
+        between = time.thread_time()
         loss.backward()
-        return started, between, time.perf_counter()
+        return started, between, time.thread_time()
 
-    launches: list[str] = []
     spent: dict[str, float] = defaultdict(float)
-    with stubbed():
-        for _ in range(20):
-            step()
-        times = []
-        end = time.perf_counter() + seconds
-        while time.perf_counter() < end:
-            times.append(step())
-        with _recorded(launches, spent):
-            for _ in range(100):
+    found = _Launches()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with stubbed():
+            for _ in range(20):
                 step()
-        per_launch = {name: 1e6 * total / 100 for name, total in spent.items()}
-        launches.clear()
-        with _recorded(launches, spent), _TorchOperations(launches):
-            step()
+            times = []
+            end = time.thread_time() + seconds
+            while time.thread_time() < end:
+                times.append(step())
+            with _timed(spent):
+                for _ in range(100):
+                    step()
+            with found.stubs(), found:
+                step()
+    finally:
+        torch.set_num_threads(threads)
 
     def median(part: Callable[[tuple[float, float, float]], float]) -> float:
         return 1e6 * statistics.median(map(part, times))
@@ -204,8 +241,8 @@ def measure(
         microseconds=median(lambda t: t[2] - t[0]),
         forward=median(lambda t: t[1] - t[0]),
         backward=median(lambda t: t[2] - t[1]),
-        launches=launches,
-        in_launches=per_launch,
+        launches=found.names,
+        in_launches={name: 1e6 * total / 100 for name, total in spent.items()},
         steps=len(times),
     )
 
@@ -214,7 +251,8 @@ def described(found: HostTime) -> str:
     """As a table."""
     lines = [
         f"{found.microseconds:.0f} µs a step ({found.forward:.0f} forward, {found.backward:.0f} backward), "
-        f"{len(found.launches)} launches, median of {found.steps}",
+        f"{sum(not name.startswith('torch.') for name in found.launches)} launches and "
+        f"{sum(name.startswith('torch.') for name in found.launches)} by torch, median of {found.steps}",
         "",
         f"{'launched':34} {'times':>5} {'µs':>7}",
     ]
