@@ -49,8 +49,8 @@ def test_gradients_nobody_needs_are_not_computed():
     names = [launch.name for launch in launches]
     products = [launch for launch in launches if launch.name == "both_products_kernel"]
     assert len(products) == 2
-    for launch in products:  # of the centroids, of the pair
-        assert sum(launch.signature[total] == "*fp32" for total in ("total_rows", "total_cols")) == 1
+    for each in products:  # of the centroids, of the pair
+        assert sum(each.signature[total] == "*fp32" for total in ("total_rows", "total_cols")) == 1
     assert names.count("row_gradients_kernel") == 1
 
 

@@ -129,7 +129,7 @@ def both_products_kernel(
                 h, h_stride, cols, col_stride, total_rows, total_row_stride, tile, num_rows, dim, num_cols,
                 rows_are_first, False, TILE_M, TILE_N, TILE_K, GROUP, PRECISION, USE_TMA,
             )  # fmt: skip
-    if total_cols is not None:  # in two steps: what is absent is not compiled
+    if total_cols is not None:  # noqa: SIM102 (by itself: what is absent is not compiled)
         if tile >= row_tiles:
             product_tile(
                 h_transposed, h_stride, rows, row_stride, total_cols, total_col_stride, tile - row_tiles, num_cols,

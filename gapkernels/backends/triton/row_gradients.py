@@ -86,7 +86,7 @@ def row_gradients_kernel(
             one_target(
                 embeddings, strides, factors[t], products[t], centroid_products, negative_mass, centroid_logs,
                 log_total, reference, sums, upstream, logit_scale, out[t], num_rows, all_rows, first_row, total_rows,
-                dim, padded_dim, entry_scale, uniformity_t, world_size, TARGETS[t], POSITIVES[t], ATP_PARTNERS[t],
+                dim, padded_dim, entry_scale, uniformity_t, world_size, t, TARGETS, POSITIVES, ATP_PARTNERS,
                 NUM_PAIRS, NCE, CENTROIDS, NORMALIZE, NORMALIZE_CENTROIDS, BLOCK_N, BLOCK_D,
             )  # fmt: skip
 
@@ -115,7 +115,8 @@ def one_target(
     entry_scale,
     uniformity_t,
     world_size,
-    TARGET: tl.constexpr,
+    PLACE: tl.constexpr,
+    TARGETS: tl.constexpr,
     POSITIVES: tl.constexpr,
     ATP_PARTNERS: tl.constexpr,
     NUM_PAIRS: tl.constexpr,
@@ -126,7 +127,7 @@ def one_target(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Rows of one modality."""
+    """Rows of one modality, the one at this place among the targets."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     k = tl.arange(0, BLOCK_D)
     rows_in_all = total_rows.to(tl.float64)
@@ -144,23 +145,27 @@ def one_target(
         exists = local < num_rows
         i = tl.where(exists, local + first_row, all_rows)  # within all rows of this process
         inside = exists[:, None] & (k < dim)[None, :]
-        z, inverse, clamped = unit_rows(embeddings[TARGET], strides[TARGET], i, all_rows, dim, BLOCK_D, NORMALIZE)
+        z, inverse, clamped = unit_rows(
+            embeddings[TARGETS[PLACE]], strides[TARGETS[PLACE]], i, all_rows, dim, BLOCK_D, NORMALIZE
+        )
         gradient = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         if NCE:
             factor = tl.load(factors + local, mask=exists, other=1.0)
             product = load_rows(products, padded_dim, local, num_rows, dim, BLOCK_D)
             gradient += product * (weight / entry_scale / factor)[:, None]
             for p in tl.static_range(len(POSITIVES)):
-                partner, _, _ = unit_rows(
-                    embeddings[POSITIVES[p][1]], strides[POSITIVES[p][1]], i, all_rows, dim, BLOCK_D, NORMALIZE
-                )
-                share = tl.load(negative_mass + POSITIVES[p][0] * all_rows.to(tl.int64) + i, mask=exists, other=0.0)
-                gradient -= (weight * share.to(tl.float32))[:, None] * partner
+                if POSITIVES[p][0] == PLACE:
+                    partner, _, _ = unit_rows(
+                        embeddings[POSITIVES[p][2]], strides[POSITIVES[p][2]], i, all_rows, dim, BLOCK_D, NORMALIZE
+                    )
+                    share = tl.load(negative_mass + POSITIVES[p][1] * all_rows.to(tl.int64) + i, mask=exists, other=0.0)
+                    gradient -= (weight * share.to(tl.float32))[:, None] * partner
         for p in tl.static_range(len(ATP_PARTNERS)):
-            partner, _, _ = unit_rows(
-                embeddings[ATP_PARTNERS[p]], strides[ATP_PARTNERS[p]], i, all_rows, dim, BLOCK_D, NORMALIZE
-            )
-            gradient += atp_weight * (z - partner)
+            if ATP_PARTNERS[p][0] == PLACE:
+                partner, _, _ = unit_rows(
+                    embeddings[ATP_PARTNERS[p][1]], strides[ATP_PARTNERS[p][1]], i, all_rows, dim, BLOCK_D, NORMALIZE
+                )
+                gradient += atp_weight * (z - partner)
         if CENTROIDS:
             c, mean_inverse, mean_clamped = centroid_rows(
                 embeddings, strides, i, all_rows, dim, BLOCK_D, NORMALIZE, NORMALIZE_CENTROIDS
@@ -199,12 +204,15 @@ def row_gradients(
 
     def constants() -> dict[str, object]:
         pairs = spec.nce_pairs(modalities) if has_products else []
-        partners = {t: [(p, k if m == t else m) for p, (m, k) in enumerate(pairs) if t in (m, k)] for t in targets}
-        others = {t: [k for k in range(modalities) if k != t] if t == spec.anchor else [spec.anchor] for t in targets}
+        positives, partners = [], []  # place among the targets, pair, partner; place, partner
+        for place, t in enumerate(targets):
+            positives += [(place, p, k if m == t else m) for p, (m, k) in enumerate(pairs) if t in (m, k)]
+            others = [k for k in range(modalities) if k != t] if t == spec.anchor else [spec.anchor]
+            partners += [(place, k) for k in others if spec.atp]
         return {
             "TARGETS": tuple(targets),
-            "POSITIVES": tuple(tuple(partners[t]) for t in targets),
-            "ATP_PARTNERS": tuple(tuple(others[t]) if spec.atp else () for t in targets),
+            "POSITIVES": tuple(positives),
+            "ATP_PARTNERS": tuple(partners),
             "NUM_PAIRS": len(pairs),
             "NCE": has_products,
             "CENTROIDS": centroid_products is not None,
