@@ -27,7 +27,6 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from gapkernels import gap_loss
 
@@ -44,17 +43,20 @@ class HostTime:
 
     Args:
         microseconds: median of all.
+        fastest: of every twentieth step at least; what a machine that others disturb is best compared by.
         forward, backward: medians of the two passes.
         launches: kernels of ours, library products and torch's own operations that launch something, in order.
-        in_launches: microseconds in Triton's launcher, by kernel, all calls of a step together.
+        leading_up: microseconds from one launch of ours (or the step's begin) to the next, by the kernel launched then,
+            all launches of a step together; ``""`` is what follows the last.
         steps: how many were timed.
     """
 
     microseconds: float
+    fastest: float
     forward: float
     backward: float
     launches: list[str] = field(default_factory=list)
-    in_launches: dict[str, float] = field(default_factory=dict)
+    leading_up: dict[str, float] = field(default_factory=dict)
     steps: int = 0
 
 
@@ -130,64 +132,57 @@ def _library_product(total: Tensor, *args: object, **kwargs: object) -> Tensor:
     return total
 
 
-@contextlib.contextmanager
-def _timed(seconds: dict[str, float]) -> Iterator[None]:
-    """Note the time in Triton's own launcher."""
-    from triton.runtime.jit import JITFunction
+def _leading_up(step: Callable[[], object], steps: int = 200) -> dict[str, float]:
+    """Microseconds from launch to launch, by kernel."""
+    spent: dict[str, float] = defaultdict(float)
+    last = 0.0
 
-    run = JITFunction.run
+    def run(kernel: _Kernel, *args: object) -> None:
+        nonlocal last
+        now = time.thread_time()
+        spent[kernel.name] += now - last
+        last = now
 
-    def timed(self: Any, *args: object, **kwargs: object) -> object:
-        started = time.thread_time()
-        result = run(self, *args, **kwargs)
-        seconds[self.__name__] += time.thread_time() - started
-        return result
-
-    with patch.object(JITFunction, "run", timed):
-        yield
+    with patch.object(_Kernel, "run", run):
+        for _ in range(steps):
+            last = time.thread_time()
+            step()
+            spent[""] += time.thread_time() - last
+    return {name: 1e6 * total / steps for name, total in spent.items()}
 
 
-class _Launches(TorchDispatchMode):
-    """Notes what torch would launch, and through :meth:`stubs` what the kernels' launchers would."""
+def _launches(step: Callable[[], object]) -> list[str]:
+    """What one step launches: kernels of ours in order, then what torch does."""
+    names: list[str] = []
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
+    def noted(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*args: Any, **kwargs: Any) -> Tensor:
+            names.append(name)
+            return function(*args, **kwargs)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = str(func).removeprefix("aten.")
-        if func.namespace == "aten" and not name.startswith(_NO_LAUNCH):
-            self.names.append(f"torch.{name.split('.')[0]}")
-        return func(*args, **(kwargs or {}))
+        return call
 
-    @contextlib.contextmanager
-    def stubs(self) -> Iterator[None]:
-        def product(total: Tensor, *args: object, **kwargs: object) -> Tensor:
-            self.names.append("library product")
-            return total
+    with (
+        patch.object(_Kernel, "run", lambda kernel, *args: names.append(kernel.name)),
+        patch.object(torch, "addmm", noted("library product", _library_product)),
+        patch.object(Tensor, "addmm_", noted("library product", _library_product)),
+        patch.object(torch, "zeros", noted("torch.zeros", torch.empty)),
+        patch.object(torch, "zeros_like", noted("torch.zeros_like", torch.empty_like)),
+        patch.object(Tensor, "new_zeros", noted("torch.new_zeros", Tensor.new_empty)),
+        torch.autograd.profiler.profile(use_kineto=False) as profile,
+    ):
+        step()
+    of_torch = [event for event in profile.function_events if _does_launch(event)]
+    names += [
+        f"torch.{event.name.removeprefix('aten::')}"
+        for event in of_torch
+        if not any(map(_does_launch, event.cpu_children))
+    ]
+    return names
 
-        def noted(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-            def call(*args: object, **kwargs: object) -> Tensor:
-                self.names.append(name)
-                return function(*args, **kwargs)
 
-            return call
-
-        kernel_run = _Kernel.run
-
-        def run(kernel: _Kernel, *args: object) -> None:
-            self.names.append(kernel.name)
-            kernel_run(kernel, *args)
-
-        with (
-            patch.object(_Kernel, "run", run),
-            patch.object(torch, "addmm", product),
-            patch.object(Tensor, "addmm_", product),
-            patch.object(torch, "zeros", noted("torch.zeros", torch.empty)),
-            patch.object(torch, "zeros_like", noted("torch.zeros_like", torch.empty_like)),
-            patch.object(Tensor, "new_zeros", noted("torch.new_zeros", Tensor.new_empty)),
-        ):
-            yield
+def _does_launch(event: Any) -> bool:
+    return event.name.startswith("aten::") and not event.name.removeprefix("aten::").startswith(_NO_LAUNCH)
 
 
 def measure(
@@ -214,8 +209,6 @@ def measure(
         loss.backward()
         return started, between, time.thread_time()
 
-    spent: dict[str, float] = defaultdict(float)
-    found = _Launches()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -226,11 +219,8 @@ def measure(
             end = time.thread_time() + seconds
             while time.thread_time() < end:
                 times.append(step())
-            with _timed(spent):
-                for _ in range(100):
-                    step()
-            with found.stubs(), found:
-                step()
+            leading_up = _leading_up(step)
+            launches = _launches(step)
     finally:
         torch.set_num_threads(threads)
 
@@ -239,10 +229,11 @@ def measure(
 
     return HostTime(
         microseconds=median(lambda t: t[2] - t[0]),
+        fastest=1e6 * sorted(t[2] - t[0] for t in times)[len(times) // 20],
         forward=median(lambda t: t[1] - t[0]),
         backward=median(lambda t: t[2] - t[1]),
-        launches=found.names,
-        in_launches={name: 1e6 * total / 100 for name, total in spent.items()},
+        launches=launches,
+        leading_up=leading_up,
         steps=len(times),
     )
 
@@ -250,17 +241,17 @@ def measure(
 def described(found: HostTime) -> str:
     """As a table."""
     lines = [
-        f"{found.microseconds:.0f} µs a step ({found.forward:.0f} forward, {found.backward:.0f} backward), "
+        f"{found.microseconds:.0f} µs a step ({found.forward:.0f} forward, {found.backward:.0f} backward; "
+        f"the fastest {found.fastest:.0f}), "
         f"{sum(not name.startswith('torch.') for name in found.launches)} launches and "
         f"{sum(name.startswith('torch.') for name in found.launches)} by torch, median of {found.steps}",
         "",
-        f"{'launched':34} {'times':>5} {'µs':>7}",
+        f"{'launched':34} {'times':>5} {'µs until then':>14}",
     ]
     for name in dict.fromkeys(found.launches):
-        inside = f"{found.in_launches[name]:7.1f}" if name in found.in_launches else f"{'':7}"
-        lines.append(f"{name:34} {found.launches.count(name):5} {inside}")
-    rest = found.microseconds - sum(found.in_launches.values())
-    lines.append(f"{'everything else':34} {'':5} {rest:7.1f}")
+        until = f"{found.leading_up[name]:14.1f}" if name in found.leading_up else ""
+        lines.append(f"{name:34} {found.launches.count(name):5} {until}".rstrip())
+    lines.append(f"{'after the last':34} {'':5} {found.leading_up['']:14.1f}")
     return "\n".join(lines)
 
 

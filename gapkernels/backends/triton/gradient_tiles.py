@@ -24,12 +24,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gapkernels.backends.contract import Matrix
 from gapkernels.backends.triton import tuning
 from gapkernels.backends.triton.device import cdiv, input_precision
-from gapkernels.backends.triton.launch import launch
+from gapkernels.backends.triton.launch import descriptor, launch
 from gapkernels.backends.triton.tiles import (
     exponents,
     grouped_tile,
@@ -212,11 +211,11 @@ def gradient_tiles(
                 input_precision(block.rows.dtype),
             ),
             (
-                TensorDescriptor.from_tensor(block.rows, [m, k]) if config.tma else block.rows,
+                descriptor(block.rows, [m, k]) if config.tma else block.rows,
                 block.rows.stride(0),
                 block.row_factor,
                 row_log_sum,
-                TensorDescriptor.from_tensor(block.cols, [n, k]) if config.tma else block.cols,
+                descriptor(block.cols, [n, k]) if config.tma else block.cols,
                 block.cols.stride(0),
                 block.col_factor,
                 col_log_sum,

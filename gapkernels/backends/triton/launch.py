@@ -13,6 +13,7 @@ from typing import Any
 
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gapkernels.backends.triton.device import INTERPRETED
 
@@ -63,6 +64,14 @@ def launch(
         *args,
         *compile_time,
     )
+
+
+def descriptor(tensor: Tensor, block_shape: list[int]) -> TensorDescriptor:
+    """``TensorDescriptor.from_tensor`` of a tensor that is known to suit the copy engine, without the checks."""
+    result: TensorDescriptor = object.__new__(TensorDescriptor)
+    result.base, result.shape, result.strides = tensor, tensor.shape, tensor.stride()
+    result.block_shape, result.padding, result.round_f32_to_tf32 = block_shape, "zero", False
+    return result
 
 
 def layout(tensors: list[Tensor]) -> tuple[Any, ...]:

@@ -8,8 +8,7 @@
     one tile          steps of TILE_K along C or R, float32 accumulators, then stored, or added to what is there
 
 4·R·C·D operations; H is read from the L2 cache if it was just written there, D/TILE_N times for each product. A tile
-has one owner and a fixed order of additions: always the same bits. :func:`fitting_side` says how large a block should
-be.
+has one owner and a fixed order of additions: always the same bits.
 
 True float32 products are the vendor's library's, which is far faster there. Of 16-bit operands torch multiplies into a
 float32 accumulator as well, on NVIDIA GPUs (``torch.addmm(out_dtype=…)``, with a float32 addend since 2.10):
@@ -19,18 +18,16 @@ to unless CUBLAS_WORKSPACE_CONFIG was set when it started, so there it is the ke
 
 from __future__ import annotations
 
-import functools
 import os
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gapkernels.backends.triton import tuning
 from gapkernels.backends.triton.device import INTERPRETED, cdiv, input_precision
-from gapkernels.backends.triton.launch import launch
+from gapkernels.backends.triton.launch import descriptor, launch
 from gapkernels.backends.triton.tiles import grouped_tile
 
 VARIABLE = "GAPKERNELS_PRODUCTS"
@@ -188,12 +185,12 @@ def add_products(
                 input_precision(h.dtype),
             ),
             (
-                TensorDescriptor.from_tensor(h, [m, k]) if use_tma else h,
-                TensorDescriptor.from_tensor(h, [k, m]) if use_tma else h,
+                descriptor(h, [m, k]) if use_tma else h,
+                descriptor(h, [k, m]) if use_tma else h,
                 h.stride(0),
-                TensorDescriptor.from_tensor(cols, [k, n]) if use_tma else cols,
+                descriptor(cols, [k, n]) if use_tma else cols,
                 cols.stride(0),
-                TensorDescriptor.from_tensor(rows, [k, n]) if use_tma else rows,
+                descriptor(rows, [k, n]) if use_tma else rows,
                 rows.stride(0),
                 total_rows,
                 0 if total_rows is None else total_rows.stride(0),
@@ -237,23 +234,3 @@ def _library_product(total: Tensor, left: Tensor, right: Tensor, first: bool) ->
 def _copyable(*operands: Tensor) -> bool:
     """Whether the copy engine can read them: aligned to 16 bytes, as is each row."""
     return all(x.data_ptr() % 16 == 0 and x.stride(0) * x.itemsize % 16 == 0 for x in operands)
-
-
-@functools.cache
-def fitting_side(dim: int, processors: int, tile_m: int, tile_n: int, largest: int = 4352) -> int:
-    """Rows and columns of a block of H with which the tiles of both products fill the processors best.
-
-    A launch of t tiles takes ⌈t / processors⌉ rounds; of the sides whose rounds are fullest this is the largest.
-
-    Args:
-        dim: D.
-        processors: of the device.
-        tile_m, tile_n: of :func:`add_products`.
-        largest: such that H stays in the L2 cache: 4352² entries of 16 bits are 36 MiB.
-    """
-
-    def fullness(side: int) -> float:
-        tiles = 2 * cdiv(side, tile_m) * cdiv(dim, tile_n)
-        return tiles / (cdiv(tiles, processors) * processors)
-
-    return max(range(tile_m * cdiv(2048, tile_m), largest + 1, tile_m), key=lambda side: (fullness(side), side))

@@ -173,13 +173,15 @@ def row_statistics_kernel(
             norm = tl.sqrt(tl.sum(z.to(tl.float64) * z.to(tl.float64), axis=1))
             norm = tl.maximum(norm, power.to(tl.float64) * EPS)
             direction_sum += tl.sum(z.to(tl.float64) * (1.0 / norm)[:, None], axis=0)
-            if len(NCE_PAIRS) > 0:
+        tl.store(sums + m * dim + k, direction_sum, mask=k < dim)
+        if len(NCE_PAIRS) > 0:  # a loop of its own: with the sums beside it registers would not do
+            for first in tl.range(start, num_rows, step):
+                i = first + tl.arange(0, BLOCK_N)
                 rows = operands + m * num_rows.to(tl.int64) * padded_dim
                 store_operand(
                     embeddings[m], strides[m], rows, factors + m * factor_stride, i, num_rows, dim, padded_dim,
                     NORMALIZE, BLOCK_D,
                 )  # fmt: skip
-        tl.store(sums + m * dim + k, direction_sum, mask=k < dim)
     cosine_sum = 0.0
     distance_sum = 0.0
     for p in tl.static_range(len(ALL_PAIRS)):

@@ -143,6 +143,30 @@ def choose(
         launch: runs the kernel with a configuration, to time it.
         reset: what a launch adds to, one or several, restored after the timing.
     """
+    if INTERPRETED:
+        return INTERPRETER
+    # Asked at every launch: what is decided once holds for the process.
+    question = kernel, like.device, like.dtype, like.shape[1], torch.get_float32_matmul_precision()
+    decided = _decided.get(question)
+    if decided is None:
+        decided = _choose(kernel, like, launch, reset)
+        if not (_searching() and torch.cuda.is_current_stream_capturing()):
+            _decided[question] = decided
+    return decided
+
+
+_decided: dict[tuple[object, ...], Config] = {}
+
+
+def forget() -> None:
+    """Forget what was decided and read, as a new process would begin."""
+    _decided.clear()
+    _remembered.cache_clear()
+
+
+def _choose(
+    kernel: str, like: Tensor, launch: Callable[[Config], object], reset: Tensor | tuple[Tensor, ...] | None
+) -> Config:
     arch, dim = architecture(like.device), like.shape[1]
     options = candidates(kernel, arch, like.dtype, dim)
     if len(options) == 1:
@@ -164,7 +188,6 @@ def choose(
     return found
 
 
-@functools.cache
 def _key(kernel: str, arch: str, dtype: torch.dtype, dim: int) -> str:
     return f"{kernel}/{arch}/{dtype}/{dim}/{triton.__version__}"
 
