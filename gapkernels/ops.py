@@ -104,7 +104,7 @@ def _gradients(
     statistics = scalars.weights.dtype
     upstream = None
     if grad_loss is not None:
-        upstream = scalars.weights * grad_loss.to(statistics)
+        upstream = scalars.weights * grad_loss  # of the weights' type: the gradient has no dimension
     if grad_terms is not None:
         of_terms = grad_terms[:3].to(statistics)
         upstream = of_terms if upstream is None else upstream + of_terms

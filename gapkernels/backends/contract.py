@@ -369,4 +369,7 @@ class Backend(Protocol):
         """
 
     def scale_gradient(self, moment: Tensor, evaluation: Evaluation) -> Tensor:
-        """0-dim in the statistics type: this process's part of the gradient with respect to the logit scale."""
+        """This process's part of the gradient with respect to the logit scale, 0-dim.
+
+        In the statistics type, or in the scale's where one process has all of it.
+        """
