@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from gapkernels import __version__
-from gapkernels.training.errors import UserError
+from gapkernels.errors import UserError
 
 _USER_ERROR = 2
 _INTERRUPTED = 130

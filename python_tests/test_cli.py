@@ -12,7 +12,7 @@ import torch
 import gapkernels
 from gapkernels import environment
 from gapkernels.cli import main, split_overrides
-from gapkernels.training.errors import UserError
+from gapkernels.errors import UserError
 
 SMALL = [
     "--data.train_samples=256",

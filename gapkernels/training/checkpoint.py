@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-from gapkernels.training.errors import UserError
+from gapkernels.errors import UserError
 
 
 @contextmanager

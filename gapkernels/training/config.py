@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from gapkernels.training.errors import UserError
+from gapkernels.errors import UserError
 
 
 def _no_truth_value(value: Any) -> Any:

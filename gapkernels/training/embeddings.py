@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gapkernels.errors import UserError
 from gapkernels.training.checkpoint import atomic_write
-from gapkernels.training.errors import UserError
 from gapkernels.training.npz import open_npz
 
 SUFFIXES = (".safetensors", ".npz")

@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 
+from gapkernels.errors import UserError
 from gapkernels.metrics import clustering, evaluate
 from gapkernels.training.checkpoint import load_checkpoint
 from gapkernels.training.config import Config
 from gapkernels.training.data import NO_CLASS, Split, load_dataset
 from gapkernels.training.embeddings import SUFFIXES, Embeddings, read_embeddings
 from gapkernels.training.encoders import MultimodalModel
-from gapkernels.training.errors import UserError
 from gapkernels.training.layout import CHECKPOINT
 
 # A class of so many groups has one in the fifth that kNN and linear probe are tested on, and others to train on.

@@ -12,10 +12,10 @@ from typing import Any, Literal
 import torch
 
 from gapkernels.environment import describe_environment
+from gapkernels.errors import UserError
 from gapkernels.training.checkpoint import write_text
 from gapkernels.training.config import Config, did_you_mean, dump_config, flatten, read_config
 from gapkernels.training.data import load_dataset
-from gapkernels.training.errors import UserError
 from gapkernels.training.layout import CONFIG, ENVIRONMENT, is_finished, run_folder
 from gapkernels.training.loop import Trainer
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gapkernels import gap_loss
+from gapkernels.errors import UserError
 from gapkernels.gradient_cache import GradientCache
 from gapkernels.training.checkpoint import (
     load_checkpoint,
@@ -29,7 +30,6 @@ from gapkernels.training.config import Config
 from gapkernels.training.data import Dataset
 from gapkernels.training.embeddings import Embeddings, write_embeddings
 from gapkernels.training.encoders import MultimodalModel
-from gapkernels.training.errors import UserError
 from gapkernels.training.evaluation import embed, score
 from gapkernels.training.layout import CHECKPOINT, EMBEDDINGS, METRICS, RESULT, TENSORBOARD
 from gapkernels.training.schedules import cosine_with_warmup, loss_weights

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gapkernels.errors import UserError
 from gapkernels.training.checkpoint import write_text
 from gapkernels.training.config import Config, read_config
-from gapkernels.training.errors import UserError
 from gapkernels.training.layout import CONFIG, ENVIRONMENT, METRICS, RESULT, SUMMARY
 
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from gapkernels.errors import UserError
 from gapkernels.training.checkpoint import (
     atomic_write,
     load_checkpoint,
@@ -14,7 +15,6 @@ from gapkernels.training.checkpoint import (
     seed_everything,
     write_text,
 )
-from gapkernels.training.errors import UserError
 
 CPU = torch.device("cpu")
 

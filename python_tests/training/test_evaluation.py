@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gapkernels.training.errors import UserError
+from gapkernels.errors import UserError
 from gapkernels.training.evaluation import evaluate_file
 from gapkernels.training.layout import CHECKPOINT, EMBEDDINGS, RESULT, run_folder
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from gapkernels.errors import UserError
 from gapkernels.training.config import Config, read_config
-from gapkernels.training.errors import UserError
 from gapkernels.training.experiment import choose_device, prepare_folder, run_experiment
 from gapkernels.training.layout import CHECKPOINT, CONFIG, ENVIRONMENT, RESULT, run_folder
 

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 
+from gapkernels.errors import UserError
 from gapkernels.training.config import Config
 from gapkernels.training.data import Dataset, load_dataset
 from gapkernels.training.embeddings import read_embeddings
-from gapkernels.training.errors import UserError
 from gapkernels.training.experiment import run_experiment
 from gapkernels.training.layout import CHECKPOINT, EMBEDDINGS, METRICS, RESULT, TENSORBOARD, run_folder
 from gapkernels.training.loop import Trainer

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from gapkernels.errors import UserError
 from gapkernels.training.config import Data
 from gapkernels.training.data import av_mnist, cifar10, digits, features, mscoco
 from gapkernels.training.data.dataset import NO_CLASS, Dataset, ImageSpec, InputSpec, Split, TextSpec, VectorSpec
-from gapkernels.training.errors import UserError
 
 # Each loader takes its section of the configuration and the folder with the files, or None if the user named none.
 _LOADERS: dict[str, Callable[[Any, Path | None], Dataset]] = {

@@ -23,13 +23,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gapkernels.errors import UserError
 from gapkernels.training.config import AVMNISTData
 from gapkernels.training.data.dataset import Dataset, ImageSpec, Split, TextSpec
 from gapkernels.training.data.digits import DIGIT_NAMES
 from gapkernels.training.data.files import find_first, read_file, require_folder
 from gapkernels.training.data.tokenizer import Tokenizer
 from gapkernels.training.data.transforms import Lookup
-from gapkernels.training.errors import UserError
 from gapkernels.training.npz import open_npz
 
 _MNIST_FOLDERS = ("mnist/", "MNIST/raw/", "")

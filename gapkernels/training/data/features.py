@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
+from gapkernels.errors import UserError
 from gapkernels.training.config import FeaturesData
 from gapkernels.training.data.dataset import NO_CLASS, Dataset, Split, VectorSpec
 from gapkernels.training.data.files import require_folder
 from gapkernels.training.embeddings import Embeddings, read_features
-from gapkernels.training.errors import UserError
 
 _SPLIT_SEED = 0
 

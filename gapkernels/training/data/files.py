@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gapkernels.training.errors import UserError
+from gapkernels.errors import UserError
 
 Content = TypeVar("Content")
 

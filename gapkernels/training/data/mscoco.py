@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gapkernels.errors import UserError
 from gapkernels.training.config import COCOData
 from gapkernels.training.data.dataset import NO_CLASS, Dataset, ImageSpec, Split, TextSpec
 from gapkernels.training.data.files import decode_images, find_first, read_file, require_folder
 from gapkernels.training.data.tokenizer import Tokenizer
 from gapkernels.training.data.transforms import FirstCaption, Normalize, RandomCaption, RandomCropFlip
-from gapkernels.training.errors import UserError
 
 _CAPTIONS_PER_IMAGE = 5
 _LONGEST_CAPTION = 32  # tokens; 99 % of COCO's captions are shorter

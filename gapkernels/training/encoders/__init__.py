@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gapkernels.errors import UserError
 from gapkernels.training.config import EncoderConfig, Model
 from gapkernels.training.data import ImageSpec, InputSpec, TextSpec, VectorSpec
 from gapkernels.training.encoders.base import Encoder
@@ -14,7 +15,6 @@ from gapkernels.training.encoders.features import MLP
 from gapkernels.training.encoders.image import ImageCNN, ResNet, SpectrogramCNN, ViT
 from gapkernels.training.encoders.open_clip import OpenCLIPImage, OpenCLIPText
 from gapkernels.training.encoders.text import TextTransformer
-from gapkernels.training.errors import UserError
 
 # The encoder of each kind in the configuration, and what it reads.
 _ENCODERS: dict[str, tuple[Any, type]] = {

@@ -9,10 +9,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from gapkernels.errors import UserError
 from gapkernels.training.config import ImageCNNConfig, ResNetConfig, SpectrogramCNNConfig, ViTConfig
 from gapkernels.training.data import ImageSpec
 from gapkernels.training.encoders.base import Encoder
-from gapkernels.training.errors import UserError
 
 _GROUPS = 8
 _STAGE_STRIDES = (1, 2, 2, 2)
