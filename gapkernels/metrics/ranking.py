@@ -21,6 +21,9 @@ from gapkernels.metrics._inputs import (
 # Cosines this close are ties: a float64 dot product of unit rows is off by D·1e-16 at worst, and where a tile ends
 # decides the order of its summation, so identical targets need not get identical bits.
 _TIE = 1e-12
+# Unit rows of one id whose entries are this close are one item that occurs several times; an encoder in float32 gives
+# the same input the same embedding up to about a hundredth of it.
+_SAME_ROW = 1e-5
 
 
 class DirectionResult(NamedTuple):
@@ -82,11 +85,38 @@ def retrieval(
         >>> retrieval(image, text, ids=["dog", "cat", "cat"], ks=(1,)).query_to_target.recall
         {1: 1.0}
     """
+    depths = check_depths(ks)
+    query_codes, target_codes = _codes(query, target, ids, query_ids, target_ids)
+
+    return retrieval_of_rows(query, target, query_codes, target_codes, depths)
+
+
+def check_depths(ks: Sequence[int]) -> list[int]:
+    """Return the depths of recalls as integers, at least one."""
     depths = [positive_int("ks", k) for k in ks]
     if not depths:
         raise ValueError("`ks` must hold at least one depth, got none")
-    query_codes, target_codes = _codes(query, target, ids, query_ids, target_ids)
+    return depths
 
+
+def retrieval_of_rows(
+    query: torch.Tensor,
+    target: torch.Tensor,
+    query_codes: np.ndarray,
+    target_codes: np.ndarray,
+    depths: Sequence[int],
+    counted_queries: np.ndarray | None = None,
+    counted_targets: np.ndarray | None = None,
+) -> RetrievalResult:
+    """`retrieval` of checked rows with integer codes for ids.
+
+    Args:
+        query, target: [N, D] and [N', D].
+        query_codes, target_codes: int64 [N] and [N'], equal where rows match.
+        depths: of the recalls.
+        counted_queries, counted_targets: bool [N] and [N'], which rows count as targets where they are wrong; all by
+            default.
+    """
     # Sorted by id, the matching entries lie in a few tiles; all other tiles need no mask.
     query_order, target_order = query_codes.argsort(kind="stable"), target_codes.argsort(kind="stable")
     query_ranks, target_ranks = _ranks(
@@ -94,8 +124,32 @@ def retrieval(
         unit_rows("target", target)[torch.from_numpy(target_order)],
         query_codes[query_order],
         target_codes[target_order],
+        None if counted_queries is None else counted_queries[query_order],
+        None if counted_targets is None else counted_targets[target_order],
     )
     return RetrievalResult(_direction(query_ranks, depths), _direction(target_ranks, depths))
+
+
+def distinct_rows(embedding: torch.Tensor, codes: np.ndarray) -> np.ndarray:
+    """Mark the rows that remain when what occurs several times is kept once, bool [N].
+
+    A row occurs several times where rows of one code have the same embedding, to the rounding of an encoder that met
+    them in different batches: an image that is repeated for each of its captions, or a class name.
+
+    Args:
+        embedding: [N, D], any float dtype.
+        codes: a number for each row, int64 [N].
+    """
+    unit = unit_rows("embedding", embedding)
+    tolerance = max(_SAME_ROW, 2 * torch.finfo(embedding.dtype).eps)
+    # Rows that are alike have like projections, so they are neighbours in this order: N·log N instead of N².
+    direction = torch.randn(unit.shape[1], generator=torch.Generator().manual_seed(0), dtype=unit.dtype)
+    order = np.lexsort(((unit @ direction.to(unit.device)).cpu().numpy(), codes))
+    ordered = unit[torch.from_numpy(order).to(unit.device)]
+    alike = ((ordered[1:] - ordered[:-1]).abs().amax(dim=1) <= tolerance).cpu().numpy()
+    distinct = np.ones(len(codes), dtype=bool)
+    distinct[order[1:]] = ~(alike & (codes[order[1:]] == codes[order[:-1]]))
+    return distinct
 
 
 def _codes(
@@ -136,17 +190,27 @@ def _codes(
         ("query_ids", query_array, query_codes, "target_ids", target_codes),
         ("target_ids", target_array, target_codes, "query_ids", query_codes),
     ):
-        lonely = np.flatnonzero(~np.isin(codes, other))
-        if lonely.size:
-            raise ValueError(
-                f"`{name}` must hold ids that `{other_name}` holds too, got {lonely.size} without a match, "
-                f"first {array[lonely[0]].item()!r} in row {lonely[0]}"
-            )
+        check_matched(name, array, codes, other_name, other)
     return query_codes, target_codes
 
 
+def check_matched(name: str, array: np.ndarray, codes: np.ndarray, other_name: str, other: np.ndarray) -> None:
+    """Raise unless every one of `codes`, which stand for the ids `array`, occurs in `other` too."""
+    lonely = np.flatnonzero(~np.isin(codes, other))
+    if lonely.size:
+        raise ValueError(
+            f"`{name}` must hold ids that `{other_name}` holds too, got {lonely.size} without a match, "
+            f"first {array[lonely[0]].item()!r} in row {lonely[0]}"
+        )
+
+
 def _ranks(
-    query: torch.Tensor, target: torch.Tensor, query_codes: np.ndarray, target_codes: np.ndarray
+    query: torch.Tensor,
+    target: torch.Tensor,
+    query_codes: np.ndarray,
+    target_codes: np.ndarray,
+    counted_queries: np.ndarray | None,
+    counted_targets: np.ndarray | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Ranks (from 1) of all queries and of all targets, from unit rows in the order of their codes.
 
@@ -170,6 +234,10 @@ def _ranks(
                 best_of_target[j] = torch.maximum(best_of_target[j], right_score.amax(dim=0))
 
     query_bar, target_bar = best_of_query - _TIE, best_of_target - _TIE
+    query_counts, target_counts = (
+        None if counted is None or counted.all() else torch.from_numpy(counted).to(query.device)
+        for counted in (counted_queries, counted_targets)
+    )
     query_rank = torch.ones_like(query_code)
     target_rank = torch.ones_like(target_code)
     for i in query_tiles:
@@ -177,8 +245,13 @@ def _ranks(
             score = query[i] @ target[j].T
             if holds_matches(i, j):
                 score.masked_fill_(query_code[i, None] == target_code[None, j], -torch.inf)
-            query_rank[i] += torch.count_nonzero(score >= query_bar[i, None], dim=1)
-            target_rank[j] += torch.count_nonzero(score >= target_bar[None, j], dim=0)
+            above_query, above_target = score >= query_bar[i, None], score >= target_bar[None, j]
+            if target_counts is not None:
+                above_query &= target_counts[None, j]
+            if query_counts is not None:
+                above_target &= query_counts[i, None]
+            query_rank[i] += torch.count_nonzero(above_query, dim=1)
+            target_rank[j] += torch.count_nonzero(above_target, dim=0)
     return query_rank, target_rank
 
 
