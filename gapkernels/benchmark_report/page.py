@@ -38,8 +38,11 @@ def render(result_files: Sequence[Path], out: Path) -> Report:
         >>> render([Path("benchmarks/results/gpu.json")], Path("report.html"))  # doctest: +SKIP
     """
     files = [load(path) for path in result_files]
-    figures = [plots.draw(results) for results in files]
-    comparison = plots.compare_devices(files)
+    from matplotlib import rc_context
+
+    with rc_context({"text.parse_math": False, "text.usetex": False}):  # a dollar sign in a name begins no formula
+        figures = [plots.draw(results) for results in files]
+        comparison = plots.compare_devices(files)
     images = [*comparison, *(plot for section in figures for plot in section)]
 
     folder = out.with_suffix("")
@@ -76,6 +79,7 @@ def _facts(results: Results) -> list[str]:
 
 def _markdown(results: Results) -> str:
     parts = [f"# {results.device}", " ".join(_facts(results)), f"Yardstick: {tables.yardstick(results.rows)}."]
+    parts = [tables.escape(part) for part in parts]
     sections = [
         *peer_sections(results),
         *((f"Scaling: {title}", table) for title, table in scaling_sections(results)),
@@ -84,7 +88,7 @@ def _markdown(results: Results) -> str:
     ]
     for title, table in sections:
         if len(table) > 1:
-            parts += [f"## {title}", tables.markdown(table)]
+            parts += [f"## {tables.escape(title)}", tables.markdown(table)]
         if tables.marked(table):
             parts.append("\\" + tables.MARK_MEANING)
     return "\n\n".join(parts)

@@ -141,7 +141,7 @@ def distinct_rows(embedding: torch.Tensor, codes: np.ndarray) -> np.ndarray:
         codes: a number for each row, int64 [N].
     """
     unit = unit_rows("embedding", embedding)
-    tolerance = max(_SAME_ROW, 2 * torch.finfo(embedding.dtype).eps)
+    tolerance = max(_SAME_ROW, 2 * _resolution(embedding))
     # Rows that are alike have like projections, so they are neighbours in this order: N·log N instead of N².
     direction = torch.randn(unit.shape[1], generator=torch.Generator().manual_seed(0), dtype=unit.dtype)
     order = np.lexsort(((unit @ direction.to(unit.device)).cpu().numpy(), codes))
@@ -150,6 +150,14 @@ def distinct_rows(embedding: torch.Tensor, codes: np.ndarray) -> np.ndarray:
     distinct = np.ones(len(codes), dtype=bool)
     distinct[order[1:]] = ~(alike & (codes[order[1:]] == codes[order[:-1]]))
     return distinct
+
+
+def _resolution(embedding: torch.Tensor) -> float:
+    """Return the relative step between the values of an embedding: an encoder's bfloat16 often comes as float32."""
+    for dtype in (torch.bfloat16, torch.float16):
+        if torch.equal(embedding, embedding.to(dtype).to(embedding.dtype)):
+            return torch.finfo(dtype).eps
+    return torch.finfo(embedding.dtype).eps
 
 
 def _codes(
