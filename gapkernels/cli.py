@@ -160,7 +160,8 @@ def _build_parser() -> argparse.ArgumentParser:
         "eval",
         help="evaluate a checkpoint or a file of embeddings",
         description="Evaluate a checkpoint (.pt) on its data set's test split, or a file of embeddings (.npz or "
-        ".safetensors) that holds one array [N, D] per modality and optionally `labels`, `ids` and `groups` [N].",
+        ".safetensors) that holds one array [N, D] per modality and optionally `labels`, `ids` and `groups` [N]; with "
+        "`ids/<modality>` for each the modalities may have different numbers of samples, such as images and captions.",
         allow_abbrev=False,
     )
     evaluate.add_argument("path", metavar="FILE", type=Path, help="checkpoint or embeddings")
@@ -278,6 +279,8 @@ def _report(options: argparse.Namespace) -> None:
     require("train", "gapkernels report")
     if options.out is not None and options.out.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--out names the HTML file and must end in .html, got {options.out}")
+    if options.out is not None and options.out.is_dir():
+        raise UserError(f"--out names the HTML file, but {options.out} is a folder")
     result_files = [path.suffix == ".json" for path in options.paths]
     if all(result_files):
         _write_speed_report(options.paths, options.out or Path("speed-report.html"))

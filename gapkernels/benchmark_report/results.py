@@ -181,7 +181,8 @@ def load(path: Path) -> Results:
     try:
         return _load(path)
     except UserError as error:
-        raise ValueError(f"{path} is not a result file of the benchmarks ({error})") from error
+        reason = str(error).removeprefix(f"{path}: ")
+        raise ValueError(f"{path} is not a result file of the benchmarks ({reason})") from error
 
 
 def _load(path: Path) -> Results:

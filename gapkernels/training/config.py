@@ -379,7 +379,7 @@ class Config(Section):
             raise ValueError(f"`name` is the name of a folder, it cannot be {self.name!r}")
         for method in self.methods:
             if method.lower() in _RESERVED:
-                raise ValueError(f"a method cannot be called {method!r}: the run folder has a folder of that name")
+                raise ValueError(f"`methods` cannot hold {method!r}: the run folder has a folder of that name")
         return self
 
     def for_modalities(self, modalities: Iterable[str]) -> Config:

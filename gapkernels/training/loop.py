@@ -327,7 +327,9 @@ class Trainer:
             raise ValueError("the optimizer has other groups of parameters")
         for group, expected in zip(groups, own["param_groups"], strict=True):
             # The learning rate moves; it follows from the schedule's place, which is compared below.
-            if not isinstance(group, dict) or {**group, "lr": None} != {**expected, "lr": None}:
+            if not isinstance(group, dict) or set(group) != set(expected):
+                raise ValueError("the optimizer has other settings")
+            if {**group, "lr": None} != {**expected, "lr": None}:
                 raise ValueError("the optimizer has other settings")
         parameters = self._trained_parameters()
         if not set(moments) <= set(range(len(parameters))):

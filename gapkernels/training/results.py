@@ -63,9 +63,7 @@ class _Package(Strict):
 
 
 class Environment(Strict):
-    """What `describe_environment` returns; what is beside it is kept."""
-
-    model_config = ConfigDict(extra="allow")
+    """What `describe_environment` returns."""
 
     gapkernels: str
     python: str
