@@ -108,9 +108,12 @@ def captioned(counts: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("noise", [0.0, 1e-7])
-def test_an_image_that_is_repeated_for_each_caption_counts_once(dtype: torch.dtype, noise: float) -> None:
+@pytest.mark.parametrize("counts", [[5] * 60, [3, 7, 1, 6, 5, 8] * 10])
+def test_an_image_that_is_repeated_for_each_caption_counts_once(
+    dtype: torch.dtype, noise: float, counts: list[int]
+) -> None:
     """The protocol of COCO: a caption is looked for among the images, an image among all captions."""
-    image, text, owner = (x.to(dtype) if x.is_floating_point() else x for x in captioned([5] * 60))
+    image, text, owner = (x.to(dtype) if x.is_floating_point() else x for x in captioned(counts))
     truth = metrics.retrieval(image, text, query_ids=torch.arange(60), target_ids=owner)
     repeated = image[owner] + (noise * torch.randn(300, 24)).to(dtype)
     result = evaluate({"image": repeated, "text": text}, ids=owner)
@@ -124,7 +127,8 @@ def test_an_image_that_is_repeated_for_each_caption_counts_once(dtype: torch.dty
     rank = (score > score[torch.arange(300), owner][:, None]).sum(dim=1) + 1
     assert result["text_to_image/R@5"] == pytest.approx(float((rank <= 5).double().mean()))
     assert result["true_pair_cosine"] == pytest.approx(by_modality["true_pair_cosine"], abs=1e-6)
-    assert result["gap"] == pytest.approx(by_modality["gap"], abs=1e-6)
+    if len(set(counts)) == 1:  # a mean over rows weighs each image by its captions
+        assert result["gap"] == pytest.approx(by_modality["gap"], abs=1e-6)
 
 
 def test_class_names_are_few_targets() -> None:

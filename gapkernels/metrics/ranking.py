@@ -85,38 +85,11 @@ def retrieval(
         >>> retrieval(image, text, ids=["dog", "cat", "cat"], ks=(1,)).query_to_target.recall
         {1: 1.0}
     """
-    depths = check_depths(ks)
-    query_codes, target_codes = _codes(query, target, ids, query_ids, target_ids)
-
-    return retrieval_of_rows(query, target, query_codes, target_codes, depths)
-
-
-def check_depths(ks: Sequence[int]) -> list[int]:
-    """Return the depths of recalls as integers, at least one."""
     depths = [positive_int("ks", k) for k in ks]
     if not depths:
         raise ValueError("`ks` must hold at least one depth, got none")
-    return depths
+    query_codes, target_codes = _codes(query, target, ids, query_ids, target_ids)
 
-
-def retrieval_of_rows(
-    query: torch.Tensor,
-    target: torch.Tensor,
-    query_codes: np.ndarray,
-    target_codes: np.ndarray,
-    depths: Sequence[int],
-    counted_queries: np.ndarray | None = None,
-    counted_targets: np.ndarray | None = None,
-) -> RetrievalResult:
-    """`retrieval` of checked rows with integer codes for ids.
-
-    Args:
-        query, target: [N, D] and [N', D].
-        query_codes, target_codes: int64 [N] and [N'], equal where rows match.
-        depths: of the recalls.
-        counted_queries, counted_targets: bool [N] and [N'], which rows count as targets where they are wrong; all by
-            default.
-    """
     # Sorted by id, the matching entries lie in a few tiles; all other tiles need no mask.
     query_order, target_order = query_codes.argsort(kind="stable"), target_codes.argsort(kind="stable")
     query_ranks, target_ranks = _ranks(
@@ -124,8 +97,6 @@ def retrieval_of_rows(
         unit_rows("target", target)[torch.from_numpy(target_order)],
         query_codes[query_order],
         target_codes[target_order],
-        None if counted_queries is None else counted_queries[query_order],
-        None if counted_targets is None else counted_targets[target_order],
     )
     return RetrievalResult(_direction(query_ranks, depths), _direction(target_ranks, depths))
 
@@ -217,8 +188,6 @@ def _ranks(
     target: torch.Tensor,
     query_codes: np.ndarray,
     target_codes: np.ndarray,
-    counted_queries: np.ndarray | None,
-    counted_targets: np.ndarray | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Ranks (from 1) of all queries and of all targets, from unit rows in the order of their codes.
 
@@ -242,10 +211,6 @@ def _ranks(
                 best_of_target[j] = torch.maximum(best_of_target[j], right_score.amax(dim=0))
 
     query_bar, target_bar = best_of_query - _TIE, best_of_target - _TIE
-    query_counts, target_counts = (
-        None if counted is None or counted.all() else torch.from_numpy(counted).to(query.device)
-        for counted in (counted_queries, counted_targets)
-    )
     query_rank = torch.ones_like(query_code)
     target_rank = torch.ones_like(target_code)
     for i in query_tiles:
@@ -253,13 +218,8 @@ def _ranks(
             score = query[i] @ target[j].T
             if holds_matches(i, j):
                 score.masked_fill_(query_code[i, None] == target_code[None, j], -torch.inf)
-            above_query, above_target = score >= query_bar[i, None], score >= target_bar[None, j]
-            if target_counts is not None:
-                above_query &= target_counts[None, j]
-            if query_counts is not None:
-                above_target &= query_counts[i, None]
-            query_rank[i] += torch.count_nonzero(above_query, dim=1)
-            target_rank[j] += torch.count_nonzero(above_target, dim=0)
+            query_rank[i] += torch.count_nonzero(score >= query_bar[i, None], dim=1)
+            target_rank[j] += torch.count_nonzero(score >= target_bar[None, j], dim=0)
     return query_rank, target_rank
 
 

@@ -25,7 +25,7 @@ from gapkernels.metrics.geometry import (
     within_modality_cosine,
 )
 from gapkernels.metrics.grouping import clustering, import_sklearn, knn_accuracy, linear_probe
-from gapkernels.metrics.ranking import check_depths, check_matched, distinct_rows, retrieval_of_rows
+from gapkernels.metrics.ranking import check_matched, distinct_rows, retrieval
 
 
 def evaluate(
@@ -48,10 +48,10 @@ def evaluate(
     of a class share one text, the text rows of the stack are classified without effort, so kNN and linear probe are
     given for each modality alone as well (`knn/image`, `linear_probe/image`).
 
-    Every row is a query. As a target, what occurs several times counts once: rows of one modality with the same id and
-    the same embedding, such as an image that is repeated for each of its captions, or the name of a class. Where the
-    modalities have different numbers of samples (the COCO protocol: 5,000 images, 25,000 captions), pass every sample
-    once, and `ids` by modality.
+    In retrieval, what occurs several times counts once, as a query and as a target: rows of one modality with the same
+    id and the same embedding, such as an image that is repeated for each of its captions, or the name of a class. Where
+    the modalities have different numbers of samples (the COCO protocol: 5,000 images, 25,000 captions), these may also
+    be passed as they are, with `ids` by modality.
 
     Args:
         embeddings: two or more modalities by name, each [N, D], any float dtype, of one shape and on one device; row i
@@ -115,7 +115,6 @@ def evaluate(
             for one, other in ((name, anchor), (anchor, name)):
                 array = label_array(f"ids[{one!r}]", ids[one], len(codes[one]))
                 check_matched(f"ids[{one!r}]", array, codes[one], f"ids[{other!r}]", codes[other])
-    depths = check_depths(ks)
     if labels is not None:  # before the long computations
         import_sklearn("evaluate with `labels`")
         if not all(np.array_equal(code, codes[anchor]) for code in codes.values()):
@@ -138,13 +137,13 @@ def evaluate(
         result[f"within_cosine/{name}"] = within_modality_cosine(value)
         result[f"uniformity/{name}"] = uniformity(value)
 
-    distinct = {name: distinct_rows(value, codes[name]) for name, value in embeddings.items()}
-    for name, value in embeddings.items():
+    distinct = {name: np.flatnonzero(distinct_rows(value, codes[name])) for name, value in embeddings.items()}
+    once = {name: value[torch.from_numpy(distinct[name])] for name, value in embeddings.items()}
+    ids_of = {name: codes[name][rows] for name, rows in distinct.items()}
+    for name in names:
         if name == anchor:
             continue
-        both = retrieval_of_rows(
-            value, embeddings[anchor], codes[name], codes[anchor], depths, distinct[name], distinct[anchor]
-        )
+        both = retrieval(once[name], once[anchor], query_ids=ids_of[name], target_ids=ids_of[anchor], ks=ks)
         ways = {f"{name}_to_{anchor}": both.query_to_target, f"{anchor}_to_{name}": both.target_to_query}
         for way, direction in ways.items():
             result |= {f"{way}/R@{k}": recall for k, recall in direction.recall.items()}
