@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import warnings
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -40,7 +41,9 @@ def render(result_files: Sequence[Path], out: Path) -> Report:
     files = [load(path) for path in result_files]
     from matplotlib import rc_context
 
-    with rc_context({"text.parse_math": False, "text.usetex": False}):  # a dollar sign in a name begins no formula
+    # A dollar sign in a name begins no formula, and a sign that the font lacks is drawn as a box.
+    with rc_context({"text.parse_math": False, "text.usetex": False}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
         figures = [plots.draw(results) for results in files]
         comparison = plots.compare_devices(files)
     images = [*comparison, *(plot for section in figures for plot in section)]

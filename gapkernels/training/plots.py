@@ -241,6 +241,8 @@ def _draw_space(method: str, run: RunResult) -> list[Plot]:
         for name, values in units.items()
     }
 
+    shares = [*np.nan_to_num(pca.explained_variance_ratio_), 0.0][:2]
+
     plots = []
     for grouping in ("modality", "class"):
         figure, axes = _new_figure()
@@ -250,7 +252,7 @@ def _draw_space(method: str, run: RunResult) -> list[Plot]:
             continue
         else:
             _draw_by_class(axes, clouds, embeddings.labels.numpy()[:_MOST_POINTS], run.class_names)
-        for axis, share in zip("xy", pca.explained_variance_ratio_, strict=True):
+        for axis, share in zip("xy", shares, strict=True):
             name = f"principal component {'xy'.index(axis) + 1} ({100 * share:.0f} % of variance)"
             axes.set(**{f"{axis}label": name})
         axes.set_aspect("equal", adjustable="datalim")
