@@ -270,7 +270,7 @@ def test_two_processes_do_not_train_into_one_folder(tmp_path: Path, capsys: pyte
     assert not (folder / ".lock").exists()
 
 
-def test_features_of_any_modalities_train(tmp_path: Path) -> None:
+def test_features_of_any_modalities_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     generator = np.random.default_rng(0)
     names = ["audio", "video", "$x^2$", r"\frac", "<b>", "_f", "g", "h", "depth", "touch"]
     meaning = generator.normal(size=(60, 4))
@@ -284,6 +284,9 @@ def test_features_of_any_modalities_train(tmp_path: Path) -> None:
     assert "&lt;b&gt;" in page
     config = read_config(tmp_path / "run" / "config.yaml")
     assert (config.model.anchor, sorted(config.model.encoders)) == ("$x^2$", sorted(names))
+    assert "model.anchor: $x^2$, as no modality is called text" in capsys.readouterr().err
+    line = fails(capsys, *words, "--out", str(tmp_path / "other"), "--model.anchor", "vidoe")
+    assert "model.anchor is 'vidoe', but the data has" in line
     # The same command finds its own run again.
     assert main([*words, "--out", str(tmp_path / "run"), "--model.embed_dim", "1"]) == 0
 

@@ -265,8 +265,8 @@ class Model(Section):
     encoders: dict[str, EncoderConfig] = Field(description="encoder of each modality")
     default_encoder: EncoderConfig | None = Field(
         default=None,
-        description="encoder of every modality of the data that `encoders` does not name; without an `anchor` among "
-        "them the first modality in the alphabet is the anchor (null: name them all)",
+        description="encoder of every modality of the data that `encoders` does not name; where none is called `text`, "
+        "the first in the alphabet is the anchor unless another is named (null: name them all)",
     )
 
     @model_validator(mode="before")
@@ -297,13 +297,21 @@ class Model(Section):
         return self
 
     def for_modalities(self, modalities: Iterable[str]) -> Model:
-        """Return the settings with an encoder for each modality of the data, and an anchor among them."""
+        """Return the settings with an encoder for each modality of the data, and an anchor among them.
+
+        Raises:
+            UserError: if the anchor that was asked for is none of them.
+        """
         default = self.default_encoder
         if default is None:
             return self
         names = [*self.encoders, *sorted(set(modalities) - set(self.encoders))]
         encoders = {name: self.encoders.get(name, default) for name in names}
-        anchor = self.anchor if self.anchor in names else min(names)
+        anchor = self.anchor
+        if anchor not in names:
+            if anchor != type(self).model_fields["anchor"].default:
+                raise UserError(f"model.anchor is {shown(anchor)}, but the data has {printable(', '.join(names))}")
+            anchor = min(names)
         return self.model_copy(update={"encoders": encoders, "anchor": anchor, "default_encoder": None})
 
 

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 from gapkernels.environment import describe_environment
-from gapkernels.errors import UserError
+from gapkernels.errors import UserError, printable
 from gapkernels.training.checkpoint import write_text
 from gapkernels.training.config import Config, did_you_mean, dump_config, read_config
 from gapkernels.training.data import load_dataset
@@ -58,7 +58,9 @@ def run_experiment(
         raise UserError(
             f"optim.batch_size is {config.optim.batch_size}, but the training split has {len(dataset.train)} samples"
         )
-    config = config.for_modalities(dataset.specs)
+    asked_for, config = config.model.anchor, config.for_modalities(dataset.specs)
+    if config.model.anchor != asked_for:
+        _say(f"model.anchor: {printable(config.model.anchor)}, as no modality is called {asked_for}")
     _earlier_run(folder, config, existing)  # before a folder is made
     folder.mkdir(parents=True, exist_ok=True)
     with only_process(folder):
