@@ -85,9 +85,13 @@ def read_features(path: Path) -> Embeddings:
     """Read a .safetensors or .npz file whose modalities may differ in width.
 
     Raises:
-        UserError: if the file is missing, damaged, or does not hold two or more modalities of as many samples.
+        UserError: if the file is missing, damaged, does not hold two or more modalities of as many samples, or holds
+            numbers that are none in float32, in which they are trained on.
     """
-    return _check_arrays(path, _read_arrays(path), same_rows=True)
+    features = _check_arrays(path, _read_arrays(path), same_rows=True)
+    for name, values in features.modalities.items():
+        _require_finite(path, name, values, values.float())
+    return features
 
 
 def _read_arrays(path: Path) -> dict[str, Tensor]:
@@ -116,19 +120,22 @@ def _check_arrays(path: Path, arrays: Mapping[str, Tensor], same_rows: bool) -> 
     for name, values in modalities.items():
         if not values.is_floating_point():
             raise UserError(f"{path}: `{printable(name)}` must hold floating point numbers, found {values.dtype}")
-        finite = values.float().isfinite() if values.dtype.itemsize < 4 else values.isfinite()
-        if not finite.all():
-            row, column = finite.logical_not().nonzero()[0].tolist()
-            raise UserError(
-                f"{path}: `{printable(name)}` must be finite, found {values[row, column].item()} in row {row}, column "
-                f"{column}"
-            )
+        _require_finite(path, name, values, values.float() if values.dtype.itemsize < 4 else values)
     numbers = {name: _check_numbers(path, name, arrays[name], samples) for name in NOT_A_MODALITY if name in arrays}
     lowest = int(numbers["labels"].min()) if "labels" in numbers else 0
     if lowest < NO_CLASS:
         row = int(numbers["labels"].argmin())
         raise UserError(f"{path}: `labels` must be numbers from 0, or {NO_CLASS} for none, found {lowest} in row {row}")
     return Embeddings(modalities, numbers.get("labels"), numbers.get("ids"), numbers.get("groups"))
+
+
+def _require_finite(path: Path, name: str, values: Tensor, converted: Tensor) -> None:
+    """Raise where `converted`, the values in another type, is not finite, with the place of the first such value."""
+    finite = converted.isfinite()
+    if not finite.all():
+        row, column = finite.logical_not().nonzero()[0].tolist()
+        found = values[row, column].item()
+        raise UserError(f"{path}: `{printable(name)}` must be finite, found {found} in row {row}, column {column}")
 
 
 def _check_numbers(path: Path, name: str, values: Tensor, shape: list[int]) -> Tensor:

@@ -412,6 +412,7 @@ def refused_in_one_line(read: Callable[[], object]) -> None:
     [
         ({"image": np.where(np.eye(6) > 0, np.nan, 1.0)}, "`image` must be finite, found nan in row 0, column 0"),
         ({"text": np.full((6, 6), -np.inf)}, "`text` must be finite, found -inf in row 0"),
+        ({"text": np.full((6, 6), 1e300)}, "`text` must be finite, found 1e+300 in row 0"),
         (
             {"labels": np.array([0, 1, -2, 0, 1, 2])},
             "`labels` must be numbers from 0, or -1 for none, found -2 in row 2",
