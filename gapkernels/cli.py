@@ -185,6 +185,9 @@ def _build_parser() -> argparse.ArgumentParser:
         type=Path,
         help="the HTML file (default: report.html in the run folder; speed-report.html here for result files)",
     )
+    report.add_argument(
+        "--rescore", action="store_true", help="first measure the runs anew, from the embeddings that they left"
+    )
     report.set_defaults(run=_report)
     return parser
 
@@ -283,12 +286,19 @@ def _report(options: argparse.Namespace) -> None:
         raise UserError(f"--out names the HTML file, but {options.out} is a folder")
     result_files = [path.suffix == ".json" for path in options.paths]
     if all(result_files):
+        if options.rescore:
+            raise UserError("--rescore is for run folders")
         _write_speed_report(options.paths, options.out or Path("speed-report.html"))
         return
     if any(result_files):
         raise UserError("run folders and result files (.json) do not go into one report")
     if options.out is None and len(options.paths) > 1:
         raise UserError("name the report of several run folders with --out FILE")
+    if options.rescore:
+        from gapkernels.training.experiment import rescore_experiment
+
+        for folder in options.paths:
+            rescore_experiment(folder)
     _write_report(options.paths, options.out or options.paths[0] / "report.html")
 
 

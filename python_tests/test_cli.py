@@ -1,6 +1,7 @@
 """The command line as a user meets it: exit codes, one-line errors, and every command once for real."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -89,6 +90,24 @@ def test_report_rebuilds_what_was_deleted(run_folder: Path, capsys: pytest.Captu
     assert (run_folder / "results.json").read_text() == before
     assert (run_folder / "report.html").is_file()
     assert "V-measure" in capsys.readouterr().out
+
+
+def test_report_measures_older_runs_anew(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "older"
+    shutil.copytree(run_folder, folder)
+    path = folder / "gap" / "seed-1" / "result.json"
+    now = json.loads(path.read_text())
+    path.write_text(json.dumps(now | {"metrics": {"gap": 1.5}}))
+    assert main(["report", str(folder), "--rescore"]) == 0
+    assert "gap, seed 1: measured anew" in capsys.readouterr().err
+    found = json.loads(path.read_text())
+    assert list(found["metrics"]) == list(now["metrics"])
+    assert found["metrics"] == pytest.approx(now["metrics"], rel=1e-3, abs=1e-3)
+    assert found["seconds"] == now["seconds"]
+
+
+def test_only_run_folders_are_measured_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--rescore is for run folders" in fails(capsys, "report", str(tmp_path / "results.json"), "--rescore")
 
 
 def test_report_of_several_folders_needs_a_name(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -208,8 +227,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 def test_a_missing_package_is_one_line(
     command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    version = environment._version
-    monkeypatch.setattr(environment, "_version", lambda name: None if name == "matplotlib" else version(name))
+    version = environment.package_version
+    monkeypatch.setattr(environment, "package_version", lambda name: None if name == "matplotlib" else version(name))
     line = fails(capsys, *command)
     assert f"gapkernels {command[0]} needs matplotlib: pip install 'gapkernels[train]'" in line
 

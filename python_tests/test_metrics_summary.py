@@ -47,6 +47,8 @@ def test_two_modalities() -> None:
         "nmi": clusters.nmi,
         "ari": clusters.ari,
         "undivided": clusters.undivided,
+        "v_measure/image": metrics.clustering(image, LABELS, seed=3).v_measure,
+        "v_measure/text": metrics.clustering(text, LABELS, seed=3).v_measure,
         "knn": metrics.knn_accuracy([image, text], LABELS, seed=3),
         "knn/image": metrics.knn_accuracy(image, LABELS, seed=3),
         "knn/text": metrics.knn_accuracy(text, LABELS, seed=3),

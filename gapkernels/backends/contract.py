@@ -71,8 +71,8 @@ class RowStatistics(NamedTuple):
     """What matching rows alone contribute.
 
     Attributes:
-        cosines: ``[P, n]``, inner product of the matching rows of each InfoNCE pair, of the vectors as the loss uses
-            them.
+        cosines: ``[P, n]`` in the statistics type, inner product of the matching rows of each InfoNCE pair, of the
+            vectors as the loss uses them.
         sums: ``[(M + 1)·D + SUM_SCALARS]`` in the statistics type, over rows: of the unit vectors of each modality; of
             the centroids; then of ‖ẑ^m − ẑ^a‖² over ATP's pairs, of the cosines of all unordered pairs of modalities,
             of ‖c‖², and of ``cosines``.
@@ -150,7 +150,7 @@ class LogSums(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What the backward pass needs besides the inputs: O(N) numbers, in the statistics type but for ``cosines``.
+    """What the backward pass needs besides the inputs: O(N) numbers in the statistics type.
 
     Attributes:
         row_log_sum: ``[P, n]``, log2 Σ_j e_ij of each InfoNCE pair, positive included.
@@ -205,15 +205,18 @@ class SoftmaxSums(NamedTuple):
 
         H_ij = unit·row_factor_i·col_factor_j·(e_ij / 2^row_i + e_ij / 2^col_j)      off the diagonal
 
-    which multiplies rows and columns of the block as they are stored. The weight of the pair and the positives follow
-    in :meth:`Backend.row_gradients`.
+    which multiplies rows and columns of the block as they are stored. The weight of the pair follows in
+    :meth:`Backend.row_gradients`, and so do the positives, ``H_ii = −negative_mass_i``, where a backend does not
+    multiply them along with the rest: they must not be rounded to 16 bits.
 
     Attributes:
         row, col: ``[R]``, ``[C]`` log sums, positive included, as :meth:`Backend.softmax_sums` prepared them.
+        negative_mass: ``[R]`` in the statistics type, see :class:`Saved`.
     """
 
     row: Tensor
     col: Tensor
+    negative_mass: Tensor
 
 
 class PreparedSums(NamedTuple):
@@ -224,15 +227,15 @@ class PreparedSums(NamedTuple):
         cols: ``[P, N]``, likewise.
         reference: 0-dim exponent, near that of the positives, so that float32 logarithms are small numbers.
         centroid_reference: 0-dim, log2 of what the entries of the centroid matrix are divided by.
-        positive_moment: 0-dim in the statistics type, Σ negative_mass·(cosine − reference/(s·log2 e)) over the own rows
-            of all pairs.
+        positive_moment: in the statistics type, per pair or in all, what the positives of the own rows add to the
+            gradient of the scale, Σ negative_mass·(cosine − reference/(s·log2 e)); None where products include them.
     """
 
     rows: Tensor
     cols: Tensor
     reference: Tensor
     centroid_reference: Tensor
-    positive_moment: Tensor
+    positive_moment: Tensor | None
 
 
 class Evaluation(NamedTuple):
@@ -260,13 +263,11 @@ class Evaluation(NamedTuple):
 
 
 class Backend(Protocol):
-    """The functions that an evaluation consists of. Everything is on one device; rows have unit stride.
+    """The functions that an evaluation consists of. Everything is on one device; rows have unit stride."""
 
-    Attributes:
-        gradient_block: rows and columns of a block of the gradient that is computed at a time; None for all at once.
-    """
-
-    gradient_block: int | None
+    @property
+    def gradient_block(self) -> int | None:
+        """Rows and columns of a block of the gradient that is computed at a time; None for all at once."""
 
     def row_statistics(self, embeddings: list[Tensor], spec: LossSpec) -> tuple[list[Operand], RowStatistics]:
         """Operands (of no modality if there is no InfoNCE) and statistics of the own rows."""
@@ -287,25 +288,25 @@ class Backend(Protocol):
 
     def terms(
         self,
+        embeddings: list[Tensor],
         statistics: RowStatistics,
         all_cosines: Tensor,
         pair_sums: LogSums | None,
         centroid_log_sums: Tensor | None,
         scalars: Scalars,
         first_row: int,
-        dim: int,
         spec: LossSpec,
     ) -> Forward:
         """Loss, terms and what is saved, from log sums.
 
         Args:
+            embeddings: for their number, shape and type.
             statistics: cosines of the own rows, sums over all rows.
             all_cosines: ``[P, N]``, of the rows of all processes.
             pair_sums: ``[P, n]`` and ``[P, N]``, columns summed over the processes; None without InfoNCE.
             centroid_log_sums: ``[N]``; None without CU.
             scalars: weights and scale.
             first_row: place of the own rows among all.
-            dim: D.
             spec: what is computed.
 
         Returns:
@@ -332,12 +333,12 @@ class Backend(Protocol):
                 centroid_reference)``, and of a symmetric block the rows receive all.
             prepared: the references.
             row_products, col_products: ``[R, D']``, ``[C, D']`` float32 or wider; None if not needed.
-            moment: accumulator of :meth:`moment_buffer`, to which Σ_ij H_ij·(x_ij − reference)/unit of the vectors'
-                gradient is added; None if not needed.
+            moment: from :meth:`moment_buffer`, to which the block's part of Σ_ij H_ij·x_ij is added, for
+                :meth:`scale_gradient`; None if not needed.
         """
 
     def moment_buffer(self, like: Matrix) -> Tensor:
-        """Zeros that :meth:`add_products` adds to; their sum is what counts."""
+        """Zeros that :meth:`add_products` adds to, for all blocks of an evaluation."""
 
     def row_gradients(
         self,
@@ -360,5 +361,5 @@ class Backend(Protocol):
             out: per target ``[R, D]``, written.
         """
 
-    def scale_gradient(self, moment: Tensor | None, evaluation: Evaluation) -> Tensor:
+    def scale_gradient(self, moment: Tensor, evaluation: Evaluation) -> Tensor:
         """0-dim in the statistics type: this process's part of the gradient with respect to the logit scale."""

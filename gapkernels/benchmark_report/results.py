@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,7 +40,7 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement. Times are in seconds; None stands for what was not measured."""
+    """One measurement. Times are in seconds, ``back_to_back`` per step; None stands for what was not measured."""
 
     implementation: str
     label: str
@@ -66,6 +66,7 @@ class Row:
     loss_error: float | None
     gradient_error: float | None
     other_cpu_share: float
+    back_to_back: float | None = None
 
     @property
     def problem(self) -> Problem:
@@ -196,7 +197,8 @@ def _load(path: Path) -> Results:
     positive, share = {"gt": 0, "le": 10**30}, {"ge": 0, "le": 10**30}
     size, word = {"ge": 1, "le": 2**40}, {"pattern": r"^\w{1,40}$"}
     limits: dict[str, dict[str, Any]] = {
-        **dict.fromkeys(("median", "rounds", "operations", "tflops", "matmul_tflops", "onednn_tflops"), positive),
+        **dict.fromkeys(("median", "rounds", "operations", "back_to_back"), positive),
+        **dict.fromkeys(("tflops", "matmul_tflops", "onednn_tflops"), positive),
         **dict.fromkeys(("iqr", "utilisation", "peak_extra_bytes", "gradient_bytes"), share),
         **dict.fromkeys(("loss_error", "gradient_error", "other_cpu_share"), share),
         **dict.fromkeys(("samples", "width", "modalities"), size),
@@ -206,7 +208,13 @@ def _load(path: Path) -> Results:
 
     def model(kind: type[Any], **more: Any) -> Any:
         hints = get_type_hints(kind)
-        known: Any = {field.name: (hints[field.name], Field(**limits.get(field.name, {}))) for field in fields(kind)}
+        known: Any = {
+            field.name: (
+                hints[field.name],
+                Field(default=... if field.default is MISSING else field.default, **limits.get(field.name, {})),
+            )
+            for field in fields(kind)
+        }
         return create_model(kind.__name__, __base__=Strict, **{**known, **more})
 
     text: Any = (str, ...)

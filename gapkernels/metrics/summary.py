@@ -45,8 +45,8 @@ def evaluate(
 
     Clustering, kNN and linear probe run, as in the paper's code, on all modalities stacked (`v_measure`, `nmi`,
     `ari`, `undivided`, `knn`, `linear_probe`); a sample's modalities stay on one side of the split. Where all samples
-    of a class share one text, the text rows of the stack are classified without effort, so kNN and linear probe are
-    given for each modality alone as well (`knn/image`, `linear_probe/image`).
+    of a class share one text, the text rows of the stack are grouped and classified without effort, so V-measure, kNN
+    and linear probe are given for each modality alone as well (`v_measure/image`, `knn/image`, `linear_probe/image`).
 
     In retrieval, what occurs several times counts once, as a query and as a target: rows of one modality with the same
     id and the same embedding, such as an image that is repeated for each of its captions, or the name of a class. Where
@@ -162,6 +162,7 @@ def evaluate(
         result["knn"] = knn(stacked)
         result["linear_probe"] = probe(stacked)
         for name, value in embeddings.items():
+            result[f"v_measure/{name}"] = clustering(value, label_values, seed=seed).v_measure
             result[f"knn/{name}"] = knn(value)
             result[f"linear_probe/{name}"] = probe(value)
     return result

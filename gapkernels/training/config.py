@@ -119,6 +119,9 @@ class CIFAR10Data(_Samples):
 
     dataset: Literal["cifar10"] = Field(default="cifar10", description="name of the data set")
     augment: bool = Field(default=True, description="random crops and flips of training images")
+    crop_padding: Integer = Field(
+        default=4, ge=0, le=256, description="pixels by which a random crop moves an image at most"
+    )
 
 
 class AVMNISTData(_Samples):
@@ -169,6 +172,15 @@ class ImageCNNConfig(Section):
     depth: Integer = Field(default=2, gt=0, le=_DEEPEST_CNN, description="number of stages")
     stem_stride: Integer = Field(
         default=1, gt=0, le=64, description="stride of the first convolution; 2 is 4 times faster"
+    )
+
+
+class FastCNNConfig(Section):
+    """Convolutional image encoder of the CIFAR-10 speed runs: whitening, then groups that halve the resolution."""
+
+    kind: Literal["fast-cnn"]
+    widths: tuple[Annotated[Integer, Field(gt=0, le=4 * _WIDEST_CNN)], ...] = Field(
+        default=(64, 256, 256), min_length=1, max_length=_DEEPEST_CNN, description="channels of each group"
     )
 
 
@@ -247,6 +259,7 @@ class OpenCLIPConfig(Section):
 
 EncoderConfig = Annotated[
     ImageCNNConfig
+    | FastCNNConfig
     | TextTransformerConfig
     | ResNetConfig
     | ViTConfig
@@ -339,7 +352,10 @@ class Optim(Section):
     grad_clip: Number | None = Field(
         default=None, gt=0, le=1e9, description="largest gradient norm (null: no clipping)"
     )
-    precision: Literal["fp32", "bf16"] = Field(default="fp32", description="bf16 runs the encoders under autocast")
+    precision: Literal["fp32", "bf16", "auto"] = Field(
+        default="fp32",
+        description="bf16 runs the encoders under autocast; auto does so where the device multiplies in bf16",
+    )
 
 
 class Run(Section):

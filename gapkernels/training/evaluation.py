@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from gapkernels.cpu import multiplies_bfloat16
 from gapkernels.errors import UserError
 from gapkernels.metrics import clustering, evaluate
 from gapkernels.reading import check
@@ -23,14 +24,30 @@ _CLASSIFIABLE = 5
 _SPLITS_OF_GROUPS = 5
 
 
-def embed(model: MultimodalModel, split: Split, batch_size: int = 1024) -> Embeddings:
+def computes_in_bfloat16(precision: str, device: torch.device) -> bool:
+    """Tell whether encoders run under autocast; `auto` asks for it where the device multiplies in bfloat16."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and multiplies_bfloat16()
+
+
+def embed(model: MultimodalModel, split: Split, batch_size: int = 1024, bfloat16: bool = False) -> Embeddings:
     """Encode a whole split, in batches and without gradients, on the device that model and split are on.
+
+    Args:
+        model: the encoders.
+        split: N samples.
+        batch_size: samples to encode at a time.
+        bfloat16: run the encoders under autocast, as in training.
 
     Returns:
         Embeddings, float32 on the CPU, with what the split says of its samples.
     """
     model.eval()
-    with torch.inference_mode():
+    device = split.modalities[next(iter(split.modalities))].device
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
         batches = (split.batch(indices) for indices in torch.arange(len(split)).split(batch_size))
         parts = [model(split.prepare(batch)) for batch in batches]
     modalities = {name: torch.cat([part[name].float().cpu() for part in parts]) for name in model.encoders}
@@ -108,4 +125,5 @@ def _embed_with_checkpoint(path: Path, data_dir: Path | None, device: torch.devi
         load_weights(model, checkpoint.model)
     except ValueError as error:
         raise UserError(f"{foreign}, or of other data ({error})") from error
-    return embed(model, dataset.test.to(device)), config.model.anchor
+    bfloat16 = computes_in_bfloat16(config.optim.precision, device)
+    return embed(model, dataset.test.to(device), bfloat16=bfloat16), config.model.anchor

@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -16,10 +17,12 @@ from gapkernels.errors import UserError, printable
 from gapkernels.training.checkpoint import write_text
 from gapkernels.training.config import Config, did_you_mean, dump_config, read_config
 from gapkernels.training.data import load_dataset
-from gapkernels.training.layout import CONFIG, ENVIRONMENT, is_finished, run_folder
+from gapkernels.training.embeddings import read_embeddings
+from gapkernels.training.evaluation import score
+from gapkernels.training.layout import CONFIG, EMBEDDINGS, ENVIRONMENT, RESULT, is_finished, run_folder
 from gapkernels.training.locks import is_lock, only_process
 from gapkernels.training.loop import Trainer
-from gapkernels.training.results import load_run
+from gapkernels.training.results import load_experiment, load_run
 
 Existing = Literal["continue", "require", "overwrite"]
 
@@ -78,6 +81,25 @@ def run_experiment(
             metrics = result["metrics"]
             grouping = f", V-measure {metrics['v_measure']:.3f}" if "v_measure" in metrics else ""
             _say(f"{label}: gap {metrics['gap']:.3f}{grouping} ({result['seconds']:.0f} s)")
+
+
+def rescore_experiment(folder: Path) -> None:
+    """Measure the finished runs of a folder anew, from the embeddings of the test split that each of them left.
+
+    For runs that are older than a metric. What was logged during training stays.
+
+    Raises:
+        UserError: if the folder holds no run, or embeddings are missing or damaged.
+    """
+    experiment = load_experiment(folder)
+    anchor, modalities = experiment.config.model.anchor, experiment.config.model.encoders
+    for run in experiment.runs:
+        found = read_embeddings(run.folder / EMBEDDINGS)
+        ordered = replace(found, modalities={name: found.modalities[name] for name in modalities})
+        result = json.loads((run.folder / RESULT).read_text(encoding="utf-8"))
+        result["metrics"] = score(ordered, anchor)
+        write_text(run.folder / RESULT, json.dumps(result, indent=2) + "\n")
+        _say(f"{run.method}, seed {run.seed}: measured anew")
 
 
 def choose_device(name: str) -> torch.device:

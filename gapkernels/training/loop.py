@@ -36,7 +36,8 @@ from gapkernels.training.config import Config, validate_config
 from gapkernels.training.data import Dataset
 from gapkernels.training.embeddings import Embeddings, write_embeddings
 from gapkernels.training.encoders import MultimodalModel
-from gapkernels.training.evaluation import embed, score
+from gapkernels.training.encoders.base import Encoder
+from gapkernels.training.evaluation import computes_in_bfloat16, embed, score
 from gapkernels.training.layout import CHECKPOINT, EMBEDDINGS, METRICS, RESULT, TENSORBOARD
 from gapkernels.training.schedules import cosine_with_warmup, loss_weights
 
@@ -79,6 +80,7 @@ class Trainer:
 
         seed_everything(seed)
         self.model = MultimodalModel(config.model, dataset.specs).to(device)
+        self.bfloat16 = computes_in_bfloat16(config.optim.precision, device)
         self.anchor_index = list(self.model.encoders).index(config.model.anchor)
         self.log_logit_scale = nn.Parameter(
             torch.tensor(-math.log(self.method.temperature), device=device), requires_grad=self.method.learn_temperature
@@ -122,6 +124,7 @@ class Trainer:
             ) as bar,
         ):
             if not resuming:
+                self._calibrate()
                 self._evaluate()
             for batch in self._remaining_batches():
                 logged = self._train_step(batch)
@@ -142,6 +145,7 @@ class Trainer:
             "steps": self.step,
             "seconds": round(time.monotonic() - started, 3),
             "device": str(self.device),
+            "precision": "bf16" if self.bfloat16 else "fp32",
             "class_names": list(self.dataset.class_names),
             "config": self.config.model_dump(mode="json"),
             "data": self.dataset.fingerprint,
@@ -207,8 +211,17 @@ class Trainer:
     def _encode(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """Augment and encode samples as they are stored: one embedding [n, D] per modality."""
         inputs = self.dataset.train.prepare(batch)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.optim.precision == "bf16"):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
             return tuple(self.model(inputs).values())
+
+    def _calibrate(self) -> None:
+        """Show the encoders that ask for it the first training samples."""
+        for name, encoder in self.model.encoders.items():
+            assert isinstance(encoder, Encoder)
+            samples = min(encoder.calibration_samples, len(self.dataset.train))
+            if samples:
+                batch = self.dataset.train.batch(torch.arange(samples))
+                encoder.calibrate(self.dataset.train.prepare(batch)[name])
 
     def _evaluate(self) -> None:
         """Record what can be had quickly: geometry, retrieval and clustering, without the classifiers."""
@@ -224,7 +237,7 @@ class Trainer:
         return metrics
 
     def _embed_test_split(self) -> Embeddings:
-        embeddings = embed(self.model, self.dataset.test)
+        embeddings = embed(self.model, self.dataset.test, bfloat16=self.bfloat16)
         if not all(values.isfinite().all() for values in embeddings.modalities.values()):
             raise self._diverged()
         return embeddings

@@ -8,6 +8,7 @@ from torch import nn
 from gapkernels.errors import UserError
 from gapkernels.training.config import (
     EncoderConfig,
+    FastCNNConfig,
     ImageCNNConfig,
     MLPConfig,
     Model,
@@ -19,6 +20,7 @@ from gapkernels.training.config import (
 )
 from gapkernels.training.data import ImageSpec, TextSpec, VectorSpec
 from gapkernels.training.encoders import (
+    FastCNN,
     ImageCNN,
     MultimodalModel,
     ResNet,
@@ -90,6 +92,7 @@ ENCODERS = [
     (ResNetConfig(kind="resnet18", width=8, stem="large"), ImageSpec(3, 64, 48), 64),
     (ViTConfig(kind="vit", patch_size=4, width=12, depth=2, heads=3), ImageSpec(3, 16, 8), 12),
     (SpectrogramCNNConfig(kind="spectrogram-cnn", width=4, depth=2), ImageSpec(1, 12, 10), 8 * 3),
+    (FastCNNConfig(kind="fast-cnn", widths=(8, 12, 6)), ImageSpec(3, 16, 20), 6),
     (MLPConfig(kind="mlp", width=10, depth=2, dropout=0.1), VectorSpec(7), 10),
 ]
 
@@ -128,6 +131,33 @@ def test_resnets_have_the_published_size(kind: str, millions: float) -> None:
     count = sum(parameter.numel() for parameter in large.parameters())
     assert count / 1e6 == pytest.approx(millions, abs=5e-3)
     assert count - sum(parameter.numel() for parameter in small.parameters()) == 64 * 3 * (49 - 9)
+
+
+def test_the_fast_cnn_has_the_published_size() -> None:
+    """airbench94 has 1.97 million parameters, 288 of them whitening filters and 2,560 its classifier."""
+    encoder = FastCNN(FastCNNConfig(kind="fast-cnn"), ImageSpec(3, 32, 32))
+    count = sum(parameter.numel() for parameter in encoder.parameters())
+    # Weights of its batch norms are fixed; ours are learned.
+    assert (count + 288 + 2560) / 1e6 == pytest.approx(1.97, abs=5e-3)
+
+
+def test_calibration_whitens_the_patches_of_the_images() -> None:
+    torch.manual_seed(0)
+    encoder = FastCNN(FastCNNConfig(kind="fast-cnn", widths=(8,)), ImageSpec(3, 12, 12))
+    # Smooth images whose channels are alike: patches vary almost along one direction.
+    images = torch.nn.functional.interpolate(torch.randn(50, 1, 3, 3), (12, 12), mode="bilinear")
+    images = images + 0.3 * torch.randn(50, 3, 12, 12)
+    encoder.calibrate(images)
+    responses = torch.nn.functional.conv2d(images, encoder.filters).permute(0, 2, 3, 1).reshape(-1, 24)
+    covariance = responses[:, :12].T @ responses[:, :12] / len(responses)
+    torch.testing.assert_close(covariance, torch.eye(12), rtol=0.0, atol=1e-2)
+    assert torch.equal(responses[:, 12:], -responses[:, :12])
+
+
+def test_the_fast_cnn_needs_a_position_after_its_last_group() -> None:
+    assert FastCNN(FastCNNConfig(kind="fast-cnn"), ImageSpec(1, 9, 9))(torch.randn(2, 1, 9, 9)).shape == (2, 256)
+    with pytest.raises(UserError, match="3 groups need images of 9 pixels or more, got 9x8"):
+        FastCNN(FastCNNConfig(kind="fast-cnn"), ImageSpec(1, 9, 8))
 
 
 def test_group_norm_makes_a_resnet_independent_of_the_batch() -> None:

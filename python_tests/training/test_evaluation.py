@@ -4,8 +4,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import gapkernels.training.evaluation
 from gapkernels.errors import UserError
-from gapkernels.training.evaluation import evaluate_file
+from gapkernels.training.evaluation import computes_in_bfloat16, evaluate_file
 from gapkernels.training.layout import CHECKPOINT, EMBEDDINGS, RESULT, run_folder
 
 CPU = torch.device("cpu")
@@ -35,3 +36,12 @@ def test_a_foreign_checkpoint_is_named(tmp_path: Path) -> None:
     torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pt")
     with pytest.raises(UserError, match=r"other\.pt is not a checkpoint of this version"):
         evaluate_file(tmp_path / "other.pt", None, None, CPU)
+
+
+def test_auto_takes_bfloat16_where_the_processor_multiplies_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for fast in (True, False):
+        monkeypatch.setattr(gapkernels.training.evaluation, "multiplies_bfloat16", lambda fast=fast: fast)
+        assert computes_in_bfloat16("auto", CPU) == fast
+        assert computes_in_bfloat16("bf16", CPU)
+        assert not computes_in_bfloat16("fp32", CPU)
+    assert not computes_in_bfloat16("auto", torch.device("mps"))

@@ -222,7 +222,12 @@ def test_embeddings_of_the_test_split_are_kept(finished: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"optim__precision": "bf16"}, {"optim__grad_clip": 0.5, "optim__optimizer": "adamw"}]
+    "change",
+    [
+        {"optim__precision": "bf16"},
+        {"model__encoders__image": {"kind": "fast-cnn", "widths": [4]}},
+        {"optim__grad_clip": 0.5, "optim__optimizer": "adamw"},
+    ],
 )
 def test_options_train(small_config: SmallConfig, tmp_path: Path, change: dict[str, Any]) -> None:
     config = small_config(optim__epochs=1, **change)

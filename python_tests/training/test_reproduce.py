@@ -28,6 +28,7 @@ from gapkernels.training.results import load_experiment, summarise, table_rows
 CPU = torch.device("cpu")
 TINY = {
     "cifar10-small": ["--data.train_samples", "null", "--data.test_samples", "null"],
+    "cifar10-fast": ["--model.encoders.image.widths", "[4, 4, 4]"],
     "av-mnist-small": ["--data.train_samples", "null", "--data.test_samples", "null"],
     "mscoco-mini": ["--data.image_size", "16", "--model.encoders.image.width", "4"],
 }

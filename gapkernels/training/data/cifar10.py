@@ -23,7 +23,6 @@ from gapkernels.training.npz import open_npz
 CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _SIDE = 32
 _MEAN, _STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of the training images
-_CROP_PADDING = 4
 
 _ORIGINAL_BATCHES = {"train": [f"data_batch_{number}" for number in range(1, 6)], "test": ["test_batch"]}
 _JPEG_FILES = {"train": ["train-0.npz", "train-1.npz"], "test": ["test.npz"]}
@@ -44,7 +43,7 @@ def load(config: CIFAR10Data, data_dir: Path | None) -> Dataset:
     """Load CIFAR-10 from the original download or from files of JPEG streams.
 
     Args:
-        config: whether training images are augmented.
+        config: whether and how training images are augmented.
         data_dir: holds `cifar-10-batches-py/` (the unpacked original for Python), or `cifar10/` or directly
             `train-0.npz`, `train-1.npz` and `test.npz` with arrays `jpeg` (all streams joined, uint8), `offsets`
             (int64 [N + 1]) and `labels` (uint8 [N]).
@@ -69,7 +68,7 @@ def load(config: CIFAR10Data, data_dir: Path | None) -> Dataset:
         return Split({"image": pixels, "text": texts[labels]}, labels, labels, {"image": image_transform})
 
     normalize = Normalize(_MEAN, _STD)
-    augment = nn.Sequential(RandomCropFlip(_CROP_PADDING), normalize) if config.augment else normalize
+    augment = nn.Sequential(RandomCropFlip(config.crop_padding), normalize) if config.augment else normalize
     train, test = split("train", augment), split("test", normalize)
     return Dataset(
         train=train,

@@ -12,13 +12,14 @@ from gapkernels.training.config import EncoderConfig, Model
 from gapkernels.training.data import ImageSpec, InputSpec, TextSpec, VectorSpec
 from gapkernels.training.encoders.base import Encoder
 from gapkernels.training.encoders.features import MLP
-from gapkernels.training.encoders.image import ImageCNN, ResNet, SpectrogramCNN, ViT
+from gapkernels.training.encoders.image import FastCNN, ImageCNN, ResNet, SpectrogramCNN, ViT
 from gapkernels.training.encoders.open_clip import OpenCLIPImage, OpenCLIPText
 from gapkernels.training.encoders.text import TextTransformer
 
 # The encoder of each kind in the configuration, and what it reads.
 _ENCODERS: dict[str, tuple[Any, type]] = {
     "image-cnn": (ImageCNN, ImageSpec),
+    "fast-cnn": (FastCNN, ImageSpec),
     "resnet18": (ResNet, ImageSpec),
     "resnet50": (ResNet, ImageSpec),
     "vit": (ViT, ImageSpec),
