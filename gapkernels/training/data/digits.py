@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from gapkernels.training.config import DigitsData
-from gapkernels.training.data.dataset import Dataset, ImageSpec, Split, TextSpec
+from gapkernels.training.data.dataset import Dataset, ImageSpec, Split, TextSpec, fingerprint_of
 from gapkernels.training.data.tokenizer import Tokenizer
 
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -53,4 +53,5 @@ def load(config: DigitsData, data_dir: Path | None) -> Dataset:
             "text": TextSpec(vocabulary_size=tokenizer.size, length=tokenizer.length),
         },
         class_names=DIGIT_NAMES,
+        fingerprint=fingerprint_of(torch.from_numpy(bundle.images), labels),
     )
