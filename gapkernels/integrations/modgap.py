@@ -28,7 +28,7 @@ class ClipLoss(nn.Module):
 
     def __init__(self, temperature: float | Tensor = 0.07) -> None:
         super().__init__()
-        self.temperature = temperature if isinstance(temperature, Tensor) else torch.tensor(temperature)
+        self.temperature = temperature
 
     def forward(self, image_features: Tensor, text_features: Tensor) -> Tensor:
         """Args: ``[N, D]`` each, any floating type. Returns: a 0-dim tensor."""
