@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -87,21 +87,20 @@ def powers_of_two(first: int, last: int, step: int = 1) -> list[int]:
     return [2**exponent for exponent in range(first, last + 1, step)]
 
 
-OURS = "gapkernels"  # stands for every backend that is usable on the device
-AUTHORS = ("authors", "authors-compile")
-MATMUL = ("matmul", "matmul-compile")
-LIBRARIES = ("open-clip", "inf-cl", "siglip-kernel", "pytorch-metric-learning")
+# Groups of implementations: each entry of benchmarks.implementations names its own, so that no table need name it.
+OURS, COMPILED, LIBRARIES = "gapkernels", "compiled", "libraries"
 
-# torch.compile takes half a minute for every new shape on two cores, so it gets fewer of them.
+# torch.compile takes half a minute for every new shape on two cores, so it gets fewer of them. The libraries get a
+# small problem first, from which one that would take minutes on the larger one is known.
 CPU: dict[str, list[Grid]] = {
     "peers": [
-        Grid((OURS, *AUTHORS, *MATMUL), backward=(True, False)),
-        Grid((OURS, "authors", *LIBRARIES), loss=(INFO_NCE,)),
+        Grid((OURS, "authors", "authors-compile", "matmul", COMPILED), backward=(True, False)),
+        Grid((OURS, "authors", LIBRARIES), loss=(INFO_NCE,), samples=(256, 4096)),
     ],
     "scaling": [
         Grid((OURS, "authors", "matmul"), samples=powers_of_two(8, 17)),
-        Grid(("authors-compile", "matmul-compile"), samples=powers_of_two(8, 12, step=2)),
-        Grid(("pytorch-metric-learning",), loss=(INFO_NCE,), samples=powers_of_two(8, 11)),
+        Grid(("authors-compile", COMPILED), samples=powers_of_two(8, 12, step=2)),
+        Grid((LIBRARIES,), loss=(INFO_NCE,), samples=powers_of_two(8, 11)),
     ],
     "width": [Grid((OURS, "authors", "matmul"), width=powers_of_two(6, 10))],
     "types": [
@@ -117,51 +116,46 @@ CPU: dict[str, list[Grid]] = {
 # (34 GB at N = 4096, D = 512), so that nobody but us and matrix products can do the larger one.
 GPU: dict[str, list[Grid]] = {
     "targets": [
-        Grid((OURS, "matmul", "matmul-compile"), samples=(32768,), dtype=("bfloat16",)),
+        Grid((OURS, "matmul", COMPILED), samples=(32768,), dtype=("bfloat16",)),
         Grid((OURS, "authors"), samples=(4096,), dtype=("bfloat16",)),
         Grid((OURS, "siglip-kernel", "inf-cl"), loss=(INFO_NCE,), samples=(65536,), width=(768,), dtype=("bfloat16",)),
         Grid((OURS, "matmul"), samples=(256, 1024, 2048), dtype=("bfloat16",)),
         Grid((OURS,), samples=(2**20,), dtype=("bfloat16",)),
-        Grid(("matmul-compile",), samples=(256, 2048), dtype=("bfloat16",)),
+        Grid((COMPILED,), samples=(256, 2048), dtype=("bfloat16",)),
     ],
     "peers": [
         Grid((OURS, "authors", "matmul"), samples=(4096, 32768), dtype=("bfloat16",), backward=(True, False)),
         Grid(
-            (OURS, "authors", *LIBRARIES),
+            (OURS, "authors", LIBRARIES),
             loss=(INFO_NCE,),
             samples=(4096, 32768, 65536),
             width=(768,),
             dtype=("bfloat16",),
         ),
-        Grid(("authors-compile", "matmul-compile"), samples=(4096, 32768), dtype=("bfloat16",)),
+        Grid(("authors-compile", COMPILED), samples=(4096, 32768), dtype=("bfloat16",)),
     ],
     "scaling": [
         Grid((OURS, "authors", "matmul"), samples=powers_of_two(8, 18), dtype=("bfloat16",)),
-        Grid((OURS, *LIBRARIES), loss=(INFO_NCE,), samples=powers_of_two(8, 18, step=2), dtype=("bfloat16",)),
+        Grid((OURS, LIBRARIES), loss=(INFO_NCE,), samples=powers_of_two(8, 18, step=2), dtype=("bfloat16",)),
         Grid((OURS,), samples=powers_of_two(19, 20), dtype=("bfloat16",)),
-        Grid(("authors-compile", "matmul-compile"), samples=(256, 1024, 2048, 16384), dtype=("bfloat16",)),
+        Grid(("authors-compile", COMPILED), samples=(256, 1024, 2048, 16384), dtype=("bfloat16",)),
     ],
     "width": [
         Grid((OURS, "matmul"), samples=(32768,), width=(64, 128, 256, 384, 512, 768, 1024, 1536), dtype=("bfloat16",))
     ],
-    "types": [Grid((OURS, "matmul"), samples=(16384,), dtype=("float32", "bfloat16", "float16"))],
+    "types": [
+        Grid((OURS, "matmul"), samples=(16384,), dtype=("float32", "bfloat16", "float16")),
+        Grid((OURS, LIBRARIES), loss=(INFO_NCE,), samples=(4096,), width=(128,)),  # not all take bfloat16
+    ],
     "modalities": [Grid((OURS, "authors"), samples=(16384,), dtype=("bfloat16",), modalities=(3, 4))],
 }
 
-VARIANTS, SMOKE = "variants", "smoke"
-# Measured only when asked for by name: problems on which one kernel or another may win, by N, D and type; and a few
-# that show whether a backend works, with a part of a tile, every tile of a large batch, and one modality more.
+# Measured only when asked for by name: problems on which one kernel or another may win, by N, D and type.
+KERNELS = "kernels"
 ON_REQUEST: dict[str, dict[str, list[Grid]]] = {
-    "cpu": {
-        VARIANTS: [Grid((OURS,), samples=(512, 2048), width=(128, 512))],
-        SMOKE: [Grid((OURS,), samples=(129, 512), width=(100,))],
-    },
+    "cpu": {KERNELS: [Grid((OURS,), samples=(512, 2048), width=(128, 512))]},
     "cuda": {
-        SMOKE: [
-            Grid((OURS,), samples=(129, 32768), dtype=("bfloat16",)),
-            Grid((OURS,), samples=(1000,), width=(100,), dtype=("bfloat16",), modalities=(3,)),
-        ],
-        VARIANTS: [
+        KERNELS: [
             Grid((OURS,), samples=(1024, 4096, 32768), width=(128, 512), dtype=("bfloat16",)),
             Grid((OURS,), samples=(4096, 32768), width=(64, 256, 1024), dtype=("bfloat16",)),
             Grid((OURS,), loss=(INFO_NCE,), samples=(65536,), width=(768,), dtype=("bfloat16",)),
@@ -176,18 +170,20 @@ def table_of(device_type: str) -> dict[str, list[Grid]]:
     return GPU if device_type == "cuda" else CPU
 
 
-def cases(suites: Iterable[str], table: dict[str, list[Grid]], backends: Sequence[str]) -> list[Case]:
-    """The cases of some suites, each problem once, with our name replaced by that of every backend.
+def cases(
+    suites: Iterable[str], table: Mapping[str, Sequence[Grid]], groups: Mapping[str, Sequence[str]]
+) -> list[Case]:
+    """The cases of some suites, each problem once, with a group replaced by its members.
 
     Args:
         suites: keys of ``table``.
         table: :data:`CPU` or :data:`GPU`.
-        backends: names of our implementations on this device.
+        groups: names of implementations by group, see :func:`benchmarks.implementations.groups`.
     """
     found: dict[Case, None] = {}
     for suite in suites:
         for grid in table[suite]:
             for case in grid.cases():
-                names = backends if case.implementation == OURS else [case.implementation]
+                names = groups.get(case.implementation, [case.implementation])
                 found.update(dict.fromkeys(replace(case, implementation=name) for name in names))
     return list(found)

@@ -1,7 +1,8 @@
 """The one way in which everything is timed, and what every measured row carries.
 
 Times are the device's own: CUDA events around each call, with the L2 cache overwritten before it; a monotonic clock on
-a CPU. A row also has the rate of a large ``torch.matmul`` of the same process, which is the yardstick for utilisation.
+a CPU. On a GPU steps back to back are timed as well, whose launches hide behind the step before, as in training. A row
+also has the rate of a large ``torch.matmul`` of the same process, which is the yardstick for utilisation.
 """
 
 from __future__ import annotations
@@ -9,54 +10,29 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
-import os
 import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from benchmarks import environment, memory, oracle
+from benchmarks import memory, oracle, results
 from benchmarks.cases import Case
-from benchmarks.implementations import IMPLEMENTATIONS, Implementation, Loss, Unavailable
-from benchmarks.inputs import embeddings
-
-Clock = Callable[[], float]
-
-
-@dataclass(frozen=True)
-class Samples:
-    """The times of some calls.
-
-    Args:
-        seconds: one for each call.
-        cpu_share: share of all cores that this process used meanwhile.
-        other_cpu_share: share that other processes used, which is what disturbs a measurement.
-        discarded: how many calls were repeated because they were disturbed.
-    """
-
-    seconds: Sequence[float]
-    cpu_share: float
-    other_cpu_share: float
-    discarded: int = 0
-
-
-Sampler = Callable[[Callable[[], object], Callable[[], None], Clock, int], Samples]
+from benchmarks.implementations import IMPLEMENTATIONS, LOGIT_SCALE, Implementation, Unavailable
+from benchmarks.timing import Clock, Sampler, Samples, cache_flush, clock_of, sample, summarise
+from benchmarks.workload import Loss, clear_gradients, embeddings, step
 
 _MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
 _MATMUL_DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
 _MATMUL_CALLS = 7
 _MATMUL_VALID_SECONDS = 60.0  # a shared machine changes its speed
-_QUIET_SHARE = 0.15
-_TICKS = 0.02  # seconds
-_PROC_STAT = Path("/proc/stat")
 _MOST_ROUNDS = 40
 _FEWEST_ROUNDS = 3
+_BACK_TO_BACK_RUNS = 3
 _ONE_ROUND_ABOVE = {"cpu": 10.0, "cuda": 1.5}  # seconds that the products alone would take at the yardstick's rate
 _MOST_HANGS = 2
 _EXACT_BYTES = 2**31  # of exact gradients kept for the other implementations of a problem
@@ -88,10 +64,9 @@ class Session:
         device: where to measure.
         case_seconds: rounds of one case take about this long.
         call_seconds: a call that is expected to take longer is left out, unless its case is marked slow.
-        wait_seconds: spend up to this long on every case waiting while other processes keep the CPU busy.
+        setting: of the environment that the kernels are measured under, named in rows and skipped cases beside the
+            implementation; "" for what users get.
         patience: repeat calls that other processes disturbed, up to this many times as often as calls are needed.
-        cpu_time: time calls by the CPU time that this process uses, which equals the wall clock of an idle machine as
-            long as there is one thread; for machines that are never idle.
         memory_limit: most bytes a process may have in a measurement of memory; on a CPU only. 0: 60 % of what is free.
         matmul_size: rows and columns of the yardstick's operands. 0: enough for full speed.
     """
@@ -99,13 +74,11 @@ class Session:
     device: torch.device
     case_seconds: float = 5.0
     call_seconds: float = 60.0
-    wait_seconds: float = 0.0
+    setting: str = ""
     patience: int = 0
-    cpu_time: bool = False
     memory_limit: int = 0
     matmul_size: int = 0
     skipped: list[dict[str, Any]] = field(default_factory=list)
-    _wait_until: float = 0.0
     _matmul: dict[str, float] = field(default_factory=dict)
     _matmul_at: float = -math.inf
     _last_call: dict[Case, tuple[int, float]] = field(default_factory=dict)
@@ -113,23 +86,17 @@ class Session:
     _exact: dict[Case, tuple[float, list[Tensor]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.cpu_time and (self.device.type != "cpu" or torch.get_num_threads() != 1):
-            raise ValueError("the CPU time of a call is its duration on a CPU and with one thread only")
         if not self.memory_limit:
             self.memory_limit = memory.available_bytes() * 6 // 10
         if not self.matmul_size:
             self.matmul_size = _MATMUL_SIZE[self.device.type]
 
-    def measure(
-        self, case: Case, sampler: Sampler | None = None, known: Mapping[str, Any] | None = None
-    ) -> dict[str, Any]:
+    def measure(self, case: Case, sampler: Sampler | None = None) -> dict[str, Any]:
         """Measure a case.
 
         Args:
             case: what to measure.
             sampler: how to collect the times of one call; None for the session's own way.
-            known: an earlier row of the case, to be timed again. Memory and errors, which other processes do not
-                disturb, are taken over if the code is still the same.
 
         Returns:
             The row, in types that JSON knows.
@@ -138,7 +105,7 @@ class Session:
             Skipped: there is no row; it is remembered in ``skipped``.
         """
         try:
-            return self._measure(case, sampler or self._sample, known)
+            return self._measure(case, sampler or self._sample)
         except Skipped as skipped:
             self.give_up(case, skipped)
             raise
@@ -149,10 +116,22 @@ class Session:
                 with contextlib.suppress(RuntimeError):
                     torch.cuda.empty_cache()
 
+    def describe(self, case: Case) -> dict[str, Any]:
+        """A case with its label, in types that JSON knows."""
+        facts = {**asdict(case), "label": IMPLEMENTATIONS[case.implementation].label}
+        del facts["slow"]
+        if self.setting:
+            facts["implementation"] += f":{self.setting}"
+            facts["label"] += f", {self.setting}"
+        return facts
+
+    def describe_skip(self, case: Case, why: Skipped) -> dict[str, Any]:
+        """A case without a row, likewise."""
+        return {**self.describe(case), "kind": why.kind, "reason": why.reason}
+
     def give_up(self, case: Case, why: Skipped) -> None:
         """Remember a case without a row."""
-        label = IMPLEMENTATIONS[case.implementation].label
-        self.skipped.append({**_describe(case), "label": label, "kind": why.kind, "reason": why.reason})
+        self.skipped.append(self.describe_skip(case, why))
 
     def matmul_rate(self) -> dict[str, float]:
         """Operations per second of a large product by ``torch.matmul``, and on a CPU by oneDNN.
@@ -172,22 +151,16 @@ class Session:
         if case.samples > samples:
             self._last_call[_without_size(case)] = (case.samples, row["fastest"])
 
-    def _measure(self, case: Case, sampler: Sampler, known: Mapping[str, Any] | None) -> dict[str, Any]:
+    def _measure(self, case: Case, sampler: Sampler) -> dict[str, Any]:
         implementation = IMPLEMENTATIONS[case.implementation]
         try:
             function = implementation.function(case, self.device)
         except Unavailable as error:
             raise Skipped("missing", str(error)) from error
         self._refuse_hopeless(case)
-        self._wait_until = time.monotonic() + self.wait_seconds
-        self._wait_until_quiet()
         try:
-            if known is not None and known["commit"] == environment.commit():
-                peak = known["peak_extra_bytes"]
-                errors = {name: known[name] for name in ("loss_error", "gradient_error")}
-            else:
-                peak = self._peak_memory(case, function)
-                errors = self._errors(case, implementation, function)
+            peak = self._peak_memory(case, function)
+            errors = self._errors(case, implementation, function)
             timing = self._time(case, implementation, function, sampler)
             return self._row(case, implementation, timing, peak, errors)
         except memory.OutOfMemory as error:
@@ -205,9 +178,9 @@ class Session:
     def _refuse_hopeless(self, case: Case) -> None:
         """Leave out a case whose smaller sibling was too large or too slow already; all take O(N²) time.
 
-        Nor is somebody asked again and again who gives no answer, which takes the others' time.
+        An implementation that has hung twice is not tried again: it would take the others' time.
         """
-        asked = (case.implementation, "hung")
+        asked = (self.describe(case)["implementation"], "hung")
         hung = [entry for entry in self.skipped if (entry["implementation"], entry["kind"]) == asked]
         if len(hung) >= _MOST_HANGS:
             raise Skipped("hung", f"not tried: {len(hung)} other cases gave no answer")
@@ -218,16 +191,8 @@ class Session:
         if case.samples > samples and expected > self.call_seconds and not case.slow:
             raise Skipped("time", f"a call would take about {expected:.0f} s (N = {samples}: {seconds:.1f} s)")
 
-    def _wait_until_quiet(self) -> None:
-        """Give other processes time to finish; what still disturbs a measurement is recorded with it."""
-        while time.monotonic() < self._wait_until and _busy_share(0.5) > _QUIET_SHARE:
-            time.sleep(1.0)
-
-    def _clock(self) -> Clock:
-        return time.process_time if self.cpu_time else clock_of(self.device)
-
     def _sample(self, call: Callable[[], object], prepare: Callable[[], None], clock: Clock, rounds: int) -> Samples:
-        return sample(call, prepare, clock, rounds, self.patience, self._wait_until_quiet)
+        return sample(call, prepare, clock, rounds, self.patience)
 
     def _measure_matmul(self) -> dict[str, float]:
         size, dtype = self.matmul_size, _MATMUL_DTYPE[self.device.type]
@@ -235,7 +200,7 @@ class Session:
         products: dict[str, Callable[[], object]] = {"matmul": lambda: torch.matmul(left, right)}
         if self.device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
             products["onednn"] = lambda: torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
-        flush, clock = _cache_flush(self.device), self._clock()
+        flush, clock = cache_flush(self.device), clock_of(self.device)
         rates = {}
         for name, product in products.items():
             sample(product, flush, clock, 2)
@@ -250,7 +215,7 @@ class Session:
             inputs = embeddings(case, self.device)
             if not self._takes_long(case):
                 step(function, inputs, case.backward)  # compiles, tunes, creates library handles
-                _clear_gradients(inputs)
+                clear_gradients(inputs)
             torch.cuda.synchronize(self.device)
             before = torch.cuda.memory_allocated(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -285,7 +250,7 @@ class Session:
         """Loss and gradients in float64, kept in the computer's memory for the next implementation of the problem."""
         problem = replace(case, implementation="")
         if problem not in self._exact:
-            loss, gradients = oracle.loss_and_gradients(case, inputs)
+            loss, gradients = oracle.loss_and_gradients(inputs, LOGIT_SCALE, case.loss, case.backward)
             self._exact[problem] = (loss, [gradient.cpu() for gradient in gradients])
             while len(self._exact) > 1 and self._exact_bytes() > _EXACT_BYTES:
                 del self._exact[next(iter(self._exact))]
@@ -298,14 +263,14 @@ class Session:
 
     def _time(self, case: Case, implementation: Implementation, function: Loss, sampler: Sampler) -> dict[str, Any]:
         inputs = embeddings(case, self.device)
-        clock = self._clock()
-        flush = _cache_flush(self.device)
+        clock = clock_of(self.device)
+        flush = cache_flush(self.device)
 
         def call() -> None:
             step(function, inputs, case.backward)
 
         def prepare() -> None:
-            _clear_gradients(inputs)
+            clear_gradients(inputs)
             flush()
 
         # The call that warms up also tells how many rounds there is time for. A long call does neither.
@@ -320,11 +285,25 @@ class Session:
         if case.samples >= self._last_call.get(_without_size(case), (0, 0.0))[0]:
             self._last_call[_without_size(case)] = (case.samples, min(times))
         return {
-            **_summarise(times),
+            **summarise(times),
+            "back_to_back": self._back_to_back(case, function, inputs, rounds),
             "discarded_rounds": samples.discarded,
             "cpu_share": samples.cpu_share,
             "other_cpu_share": samples.other_cpu_share,
         }
+
+    def _back_to_back(self, case: Case, function: Loss, inputs: Sequence[Tensor], steps: int) -> float | None:
+        """Seconds per step, median of some runs of steps with nothing in between; None on a CPU, which has no queue."""
+        if self.device.type != "cuda":
+            return None
+        clock, seconds = clock_of(self.device), []
+        for _ in range(_BACK_TO_BACK_RUNS):
+            start = clock()
+            for _ in range(steps):
+                clear_gradients(inputs)
+                step(function, inputs, case.backward)
+            seconds.append((clock() - start) / steps)
+        return statistics.median(seconds)
 
     def _takes_long(self, case: Case) -> bool:
         """Whether a call takes so long that what the first one does beside its work hardly shows."""
@@ -344,14 +323,13 @@ class Session:
             operations = implementation.operations * case.samples**2 * case.width
         rate = operations / timing["median"]
         return {
-            **_describe(case),
-            "label": implementation.label,
+            **self.describe(case),
             "note": implementation.note,
-            "device": environment.device_name(self.device),
+            "device": results.device_name(self.device),
             "device_type": self.device.type,
-            "versions": environment.versions(),
-            "commit": environment.commit(),
-            "clock": "CPU time" if self.cpu_time else "wall" if self.device.type == "cpu" else "device",
+            "versions": results.versions(),
+            "commit": results.commit(),
+            "clock": "wall" if self.device.type == "cpu" else "device",
             **timing,
             "operations": operations,
             "tflops": rate / 1e12,
@@ -365,147 +343,5 @@ class Session:
         }
 
 
-def step(function: Loss, inputs: Sequence[Tensor], backward: bool) -> Tensor:
-    """What is measured: the loss, and its gradients if asked for."""
-    if not backward:
-        with torch.no_grad():
-            return function(inputs)
-    loss = function(inputs)
-    loss.backward()
-    return loss.detach()
-
-
-def sample(
-    call: Callable[[], object],
-    prepare: Callable[[], None],
-    clock: Clock,
-    rounds: int,
-    patience: int = 0,
-    wait: Callable[[], None] = lambda: None,
-) -> Samples:
-    """Time a call some times, each time prepared for.
-
-    Args:
-        call: what to time.
-        prepare: run before each call, untimed.
-        clock: gives the time in seconds.
-        rounds: number of calls.
-        patience: repeat calls that other processes disturbed, up to this many times as often as there are rounds.
-        wait: run after a disturbed call; may wait for calmer times.
-    """
-    taken: list[tuple[float, float, CpuUse]] = []
-    quiet = 0
-    while quiet < rounds and len(taken) < rounds * (1 + patience):
-        prepare()
-        before = CpuUse.now()
-        start = clock()
-        call()
-        seconds = clock() - start
-        use = CpuUse.now() - before
-        taken.append((use.others, seconds, use))
-        # The system counts in ticks, which say nothing about a call as short as one of them.
-        if use.others < max(_QUIET_SHARE, _TICKS / use.wall) or not patience:
-            quiet += 1
-        else:
-            wait()
-    kept = sorted(taken, key=lambda entry: entry[0])[:rounds] if patience else taken
-    uses = [use for _, _, use in kept]
-    total = CpuUse(sum(u.wall for u in uses), sum(u.own for u in uses), sum(u.all for u in uses), uses[0].cores)
-    return Samples(
-        [seconds for _, seconds, _ in kept], total.own / total.wall / total.cores, total.others, len(taken) - len(kept)
-    )
-
-
-def clock_of(device: torch.device) -> Clock:
-    """A clock in seconds for the work of a device; on a GPU the launches that it waits for count too."""
-    if device.type != "cuda":
-        return time.perf_counter
-    last = torch.cuda.Event(enable_timing=True)
-    last.record()
-    seconds = 0.0
-
-    def read() -> float:
-        # Two events give their distance in float32: summed up here, so that precision does not fade with time.
-        nonlocal last, seconds
-        now = torch.cuda.Event(enable_timing=True)
-        now.record()
-        now.synchronize()
-        seconds += last.elapsed_time(now) / 1e3
-        last = now
-        return seconds
-
-    return read
-
-
-def _summarise(times: Sequence[float]) -> dict[str, float | int]:
-    quartiles = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else [times[0]] * 3
-    return {
-        "median": statistics.median(times),
-        "iqr": quartiles[2] - quartiles[0],
-        "fastest": min(times),
-        "rounds": len(times),
-    }
-
-
-def _cache_flush(device: torch.device) -> Callable[[], None]:
-    """Something that pushes everything out of a GPU's L2 cache; on a CPU the embeddings may stay where they are."""
-    if device.type != "cuda":
-        return lambda: None
-    buffer = torch.empty(2 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.int8, device=device)
-
-    def flush() -> None:
-        buffer.zero_()
-
-    return flush
-
-
-def _clear_gradients(inputs: Sequence[Tensor]) -> None:
-    for z in inputs:
-        z.grad = None
-
-
-def _describe(case: Case) -> dict[str, Any]:
-    return {key: value for key, value in asdict(case).items() if key != "slow"}
-
-
 def _without_size(case: Case) -> Case:
     return replace(case, samples=0, slow=False)
-
-
-@dataclass(frozen=True)
-class CpuUse:
-    """Seconds since some origin: of the wall clock, of this process's threads, of all processes on all cores."""
-
-    wall: float
-    own: float
-    all: float
-    cores: int
-
-    @classmethod
-    def now(cls) -> CpuUse:
-        own = time.process_time()
-        return cls(time.perf_counter(), own, _busy_seconds(own), os.cpu_count() or 1)
-
-    @property
-    def others(self) -> float:
-        """Share of all cores that other processes used."""
-        return max(0.0, self.all - self.own) / self.wall / self.cores
-
-    def __sub__(self, earlier: CpuUse) -> CpuUse:
-        return CpuUse(self.wall - earlier.wall, self.own - earlier.own, self.all - earlier.all, self.cores)
-
-
-def _busy_seconds(own: float) -> float:
-    """What all processes have used so far; only our own share where the system does not tell."""
-    if not _PROC_STAT.exists():
-        return own
-    user, nice, system, _, _, *interrupts = map(int, _PROC_STAT.read_text().splitlines()[0].split()[1:9])
-    return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
-
-
-def _busy_share(seconds: float) -> float:
-    """Share of all cores in use over the next moments."""
-    before = CpuUse.now()
-    time.sleep(seconds)
-    use = CpuUse.now() - before
-    return use.all / use.wall / use.cores

@@ -1,14 +1,17 @@
 """Who is measured: our backends and their peers, each as a function from embeddings to the loss.
 
-All of them normalise the rows themselves, so that everybody starts from the same raw embeddings. Third-party packages
-are imported when they are first used, and one that is missing or cannot run on the device says so.
+A peer is one entry of :data:`IMPLEMENTATIONS`, and nothing elsewhere: tables of cases take it by its group, result
+files its label and version, `make gpu-wheels` its package. All of them normalise the rows themselves, so that everybody
+starts from the same raw embeddings. Third-party packages are imported when they are first used, and one that is missing
+or cannot run on the device says so.
+
+python -m benchmarks.implementations     prints the peers' packages, for pip
 """
 
 from __future__ import annotations
 
 import importlib.util
 import math
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,14 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import gapkernels
-from benchmarks.cases import GAP, INFO_NCE, Case
-from benchmarks.processes import WITHOUT_VARIABLE
+from benchmarks.cases import COMPILED, GAP, INFO_NCE, LIBRARIES, OURS, Case
+from benchmarks.oracle import UNIFORMITY_T
+from benchmarks.workload import Loss
 from gapkernels.backends import NAMES, available
 
 LOGIT_SCALE = 1 / 0.07
-UNIFORMITY_T = 2.0
-
-Loss = Callable[[Sequence[Tensor]], Tensor]
 
 
 class Unavailable(Exception):
@@ -42,24 +43,28 @@ class Implementation:
         label: for tables and plots.
         losses: what it can compute.
         build: makes the function for a case; raises :class:`Unavailable`.
-        requires: Python package, "" for none.
-        install: the command that installs it.
+        group: which it belongs to in the tables of cases; "" for one that they name.
+        module: Python package that it imports; "" for none.
+        package: what pip installs for that, "inf-cl==1.2.1".
+        carried: whether its package is a wheel, which a machine without a network can be given.
         cuda_only: whether it needs an NVIDIA GPU.
         two_modalities: whether it is limited to two.
         note: how what it computes differs; "" if it does not.
         exact: whether it computes the loss of the case, so that its error can be measured.
         operations: multiple of N²D for forward and backward, where that differs from the case's own count.
         backend: which of ours it is; "" for a peer.
-        compiled: whether the first call of every shape compiles.
+        compiled: whether the first call of every shape compiles; that time is not measured.
     """
 
     label: str
     losses: frozenset[str]
     build: Callable[[Case], Loss]
-    requires: str = ""
-    install: str = ""
+    group: str = ""
+    module: str = ""
+    package: str = ""
+    carried: bool = True
     cuda_only: bool = False
-    two_modalities: bool = True
+    two_modalities: bool = False
     note: str = ""
     exact: bool = True
     operations: int | None = None
@@ -76,8 +81,8 @@ class Implementation:
             raise Unavailable(f"does not compute the {case.loss} loss")
         if self.two_modalities and case.modalities != 2:
             raise Unavailable(f"takes two modalities, not {case.modalities}")
-        if self.requires and importlib.util.find_spec(self.requires) is None:
-            raise Unavailable(f"not installed: {self.install}")
+        if self.module and importlib.util.find_spec(self.module) is None:
+            raise Unavailable(f"not installed: pip install {self.package}")
         for status in available():
             if status.name == self.backend and not status.usable:
                 raise Unavailable(status.reason)
@@ -104,13 +109,16 @@ def _ours(backend: str) -> Callable[[Case], Loss]:
 
 
 def our_backends(device: torch.device) -> list[str]:
-    """Names of our implementations that a device can run, the newest first: time may run out.
-
-    Those that the variable GAPKERNELS_BENCHMARKS_WITHOUT names, separated by commas, are left out.
-    """
-    left_out = {"reference", *os.environ.get(WITHOUT_VARIABLE, "").split(",")}
-    usable = [status.name for status in reversed(available()) if status.usable and status.name not in left_out]
+    """Names of our implementations that a device can run, the newest first: time may run out."""
+    usable = [status.name for status in reversed(available()) if status.usable and status.name != "reference"]
     return [f"gapkernels-{name}" for name in usable if device.type == "cuda" or name not in GPU_BACKENDS]
+
+
+def groups(device: torch.device) -> dict[str, list[str]]:
+    """Names of implementations by group; ours are those that the device can run."""
+    named = [(name, entry.group) for name, entry in IMPLEMENTATIONS.items()]
+    peers = {group: [name for name, own in named if own == group] for group in (COMPILED, LIBRARIES)}
+    return {OURS: our_backends(device), **peers}
 
 
 # ---- the authors' formulation, and the same through matrix products --------------------------------------------------
@@ -171,13 +179,15 @@ def matmul_gap_loss(z: Sequence[Tensor]) -> Tensor:
     return matmul_info_nce(z) + atp + cu
 
 
-def _dense(gap: Loss, info_nce: Loss, compiled: bool) -> Callable[[Case], Loss]:
+def _dense(gap: Loss, info_nce: Loss, mode: str | None = None) -> Callable[[Case], Loss]:
+    """Functions of the dense matrices, compiled in a mode of torch.compile if one is given."""
+
     def build(case: Case) -> Loss:
         function = gap if case.loss == GAP else info_nce
-        if not compiled:
+        if mode is None:
             return function
         torch._dynamo.reset()  # else the shapes compiled so far count, and after a few of them it runs eagerly
-        return torch.compile(function, dynamic=False)
+        return torch.compile(function, dynamic=False, mode=mode)
 
     return build
 
@@ -249,56 +259,97 @@ def _metric_learning(case: Case) -> Loss:
     return loss
 
 
+def _keops(case: Case) -> Loss:
+    from pykeops.torch import LazyTensor
+
+    if case.dtype == "bfloat16":
+        raise Unavailable("does not take bfloat16")
+
+    def logits(rows: Tensor, cols: Tensor, scale: float) -> LazyTensor:
+        """[N, N], never stored: KeOps reduces it by a kernel that it writes for the formula."""
+        return (LazyTensor(rows[:, None, :]) | LazyTensor(cols[None, :, :])) * scale
+
+    def loss(z: Sequence[Tensor]) -> Tensor:
+        anchor, *others = [F.normalize(e, dim=1) for e in z]
+        total = anchor.new_zeros(())
+        for m in others:
+            pair = logits(m, anchor, LOGIT_SCALE)
+            positive = LOGIT_SCALE * (m * anchor).sum(dim=1).mean()
+            total = total + (pair.logsumexp(dim=1) + pair.logsumexp(dim=0)).mean() / 2 - positive
+            if case.loss == GAP:
+                total = total + (m - anchor).square().sum(dim=1).mean()
+        total = total / len(others)
+        if case.loss == GAP:
+            centroid = F.normalize(torch.stack([anchor, *others]).mean(dim=0), dim=1)
+            scale = 2 * UNIFORMITY_T
+            potential = (logits(centroid, centroid, scale) - scale).exp().sum(dim=1).sum() - len(centroid)
+            total = total + torch.log(potential / (len(centroid) * (len(centroid) - 1)))
+        return total
+
+    return loss
+
+
 _BOTH = frozenset({GAP, INFO_NCE})
 _NCE = frozenset({INFO_NCE})
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
     **{
         f"gapkernels-{name}": Implementation(
-            f"gapkernels ({name})",
-            _BOTH,
-            _ours(name),
-            cuda_only=name in GPU_BACKENDS,
-            two_modalities=False,
-            backend=name,
+            f"gapkernels ({name})", _BOTH, _ours(name), group=OURS, cuda_only=name in GPU_BACKENDS, backend=name
         )
         for name in NAMES
         if name != "reference"
     },
-    "authors": Implementation(
-        "authors' formulation",
-        _BOTH,
-        _dense(pairwise_distance_gap_loss, dense_info_nce, compiled=False),
-        two_modalities=False,
-    ),
+    "authors": Implementation("authors' formulation", _BOTH, _dense(pairwise_distance_gap_loss, dense_info_nce)),
     "authors-compile": Implementation(
         "authors' formulation, torch.compile",
         _BOTH,
-        _dense(pairwise_distance_gap_loss, dense_info_nce, compiled=True),
-        two_modalities=False,
+        _dense(pairwise_distance_gap_loss, dense_info_nce, "default"),
         compiled=True,
     ),
-    "matmul": Implementation(
-        "matmul form", _BOTH, _dense(matmul_gap_loss, matmul_info_nce, compiled=False), two_modalities=False
-    ),
+    "matmul": Implementation("matmul form", _BOTH, _dense(matmul_gap_loss, matmul_info_nce)),
     "matmul-compile": Implementation(
         "matmul form, torch.compile",
         _BOTH,
-        _dense(matmul_gap_loss, matmul_info_nce, compiled=True),
-        two_modalities=False,
+        _dense(matmul_gap_loss, matmul_info_nce, "default"),
+        group=COMPILED,
+        compiled=True,
+    ),
+    "matmul-max-autotune": Implementation(
+        "matmul form, torch.compile (max-autotune)",
+        _BOTH,
+        _dense(matmul_gap_loss, matmul_info_nce, "max-autotune"),
+        group=COMPILED,
         compiled=True,
     ),
     "open-clip": Implementation(
-        "open_clip ClipLoss", _NCE, _open_clip, requires="open_clip", install="pip install open_clip_torch"
+        "open_clip ClipLoss",
+        _NCE,
+        _open_clip,
+        group=LIBRARIES,
+        module="open_clip",
+        package="open_clip_torch==3.3.0",
+        two_modalities=True,
     ),
-    "inf-cl": Implementation("Inf-CL", _NCE, _inf_cl, requires="inf_cl", install="pip install inf-cl", cuda_only=True),
+    "inf-cl": Implementation(
+        "Inf-CL",
+        _NCE,
+        _inf_cl,
+        group=LIBRARIES,
+        module="inf_cl",
+        package="inf-cl==1.2.1",
+        cuda_only=True,
+        two_modalities=True,
+    ),
     "siglip-kernel": Implementation(
         "siglip-kernel",
         _NCE,
         _siglip,
-        requires="siglip_kernel",
-        install="pip install siglip-kernel",
+        group=LIBRARIES,
+        module="siglip_kernel",
+        package="siglip-kernel==0.1.2",
         cuda_only=True,
+        two_modalities=True,
         note="sigmoid loss instead of InfoNCE: no soft-max sums, 6N²D operations",
         exact=False,
         operations=6,
@@ -307,7 +358,27 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
         "pytorch-metric-learning NTXentLoss",
         _NCE,
         _metric_learning,
-        requires="pytorch_metric_learning",
-        install="pip install pytorch-metric-learning",
+        group=LIBRARIES,
+        module="pytorch_metric_learning",
+        package="pytorch-metric-learning==2.9.0",
+        two_modalities=True,
+    ),
+    "keops": Implementation(
+        "KeOps",
+        _BOTH,
+        _keops,
+        group=LIBRARIES,
+        module="pykeops",
+        package="pykeops==2.3",
+        carried=False,  # comes as source, and compiles its kernels with the machine's compilers
+        compiled=True,
     ),
 }
+
+
+def _main() -> None:
+    print(*(entry.package for entry in IMPLEMENTATIONS.values() if entry.package and entry.carried))
+
+
+if __name__ == "__main__":
+    _main()

@@ -23,10 +23,12 @@ from pathlib import Path
 import torch
 
 from benchmarks.cases import Case
-from benchmarks.processes import ROOT, child_command, child_environment
+from benchmarks.implementations import IMPLEMENTATIONS
+from benchmarks.workload import embeddings, step
 
 # A fixed threshold (glibc would raise it with use): blocks above it go back to the system as soon as they are freed.
 _ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(2**17), "MALLOC_TRIM_THRESHOLD_": str(2**17)}
+_ROOT = Path(__file__).resolve().parent.parent
 _STATUS = Path("/proc/self/status")
 _WARM_UP_SAMPLES = 64
 OUT_OF_MEMORY = "out of memory"
@@ -85,14 +87,9 @@ def measure(case: Case, limit_bytes: int, timeout: float) -> int:
         RuntimeError: the process failed otherwise.
         subprocess.TimeoutExpired: it took too long.
     """
-    done = subprocess.run(
-        child_command("benchmarks.memory", json.dumps(dataclasses.asdict(case)), str(limit_bytes)),
-        cwd=ROOT,
-        env=child_environment(**_ENVIRONMENT),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
+    command = [sys.executable, "-m", "benchmarks.memory", json.dumps(dataclasses.asdict(case)), str(limit_bytes)]
+    environment = {**os.environ, **_ENVIRONMENT}
+    done = subprocess.run(command, cwd=_ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
     if done.returncode == 0:
         return int(json.loads(done.stdout.splitlines()[-1])["peak_extra_bytes"])
     # The kernel ends a process with signal 9 when the machine itself runs out.
@@ -110,10 +107,6 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _main() -> None:
-    from benchmarks.harness import step
-    from benchmarks.implementations import IMPLEMENTATIONS
-    from benchmarks.inputs import embeddings
-
     case, limit = Case(**json.loads(sys.argv[1])), int(sys.argv[2])
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     device = torch.device("cpu")

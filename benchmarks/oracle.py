@@ -14,31 +14,34 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.cases import GAP, Case
-from benchmarks.implementations import LOGIT_SCALE, UNIFORMITY_T
+from benchmarks.cases import GAP
 
+UNIFORMITY_T = 2.0
 _BLOCK = 1024
 
 
-def loss_and_gradients(case: Case, embeddings: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
-    """The exact loss of a case and its gradients, in float64.
+def loss_and_gradients(
+    embeddings: Sequence[Tensor], logit_scale: float, loss: str = GAP, backward: bool = True
+) -> tuple[float, list[Tensor]]:
+    """The exact loss and its gradients, in float64.
 
     Args:
-        case: what to compute.
-        embeddings: M tensors ``[N, D]``.
+        embeddings: M tensors ``[N, D]``; the first is the anchor.
+        logit_scale: factor of the cosines in InfoNCE.
+        loss: ``"gap"`` or ``"info_nce"``.
+        backward: whether the gradients are wanted; without them the list is empty.
     """
-    z = [e.detach().double().requires_grad_(case.backward) for e in embeddings]
-    with torch.set_grad_enabled(case.backward):
+    z = [e.detach().double().requires_grad_(backward) for e in embeddings]
+    with torch.set_grad_enabled(backward):
         anchor, *others = [F.normalize(e, dim=1) for e in z]
-        loss = torch.stack([_info_nce(m, anchor) for m in others]).mean()
-        if case.loss == GAP:
-            loss = loss + torch.stack([(m - anchor).square().sum(dim=1).mean() for m in others]).mean()
-            centroid = F.normalize(torch.stack([anchor, *others]).mean(dim=0), dim=1)
-            loss = loss + _uniformity(centroid)
-    if not case.backward:
-        return loss.item(), []
-    loss.backward()
-    return loss.item(), [e.grad for e in z if e.grad is not None]
+        total = torch.stack([_info_nce(m, anchor, logit_scale) for m in others]).mean()
+        if loss == GAP:
+            total = total + torch.stack([(m - anchor).square().sum(dim=1).mean() for m in others]).mean()
+            total = total + _uniformity(F.normalize(torch.stack([anchor, *others]).mean(dim=0), dim=1))
+    if not backward:
+        return total.item(), []
+    total.backward()
+    return total.item(), [e.grad for e in z if e.grad is not None]
 
 
 def relative_error(value: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
@@ -48,19 +51,19 @@ def relative_error(value: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
     return math.sqrt(difference / sum(e.square().sum().item() for e in exact))
 
 
-def _info_nce(rows: Tensor, cols: Tensor) -> Tensor:
+def _info_nce(rows: Tensor, cols: Tensor, logit_scale: float) -> Tensor:
     col_log_sum = rows.new_full((len(cols),), -math.inf)
     row_log_sum = []
     for block in rows.split(_BLOCK):
-        by_row, by_col = checkpoint(_log_sums, block, cols, use_reentrant=False)
+        by_row, by_col = checkpoint(_log_sums, logit_scale * block, cols, use_reentrant=False)
         row_log_sum.append(by_row)
         col_log_sum = torch.logaddexp(col_log_sum, by_col)
-    positive = LOGIT_SCALE * (rows * cols).sum(dim=1)
+    positive = logit_scale * (rows * cols).sum(dim=1)
     return ((torch.cat(row_log_sum) + col_log_sum) / 2 - positive).mean()
 
 
 def _log_sums(rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor]:
-    logits = LOGIT_SCALE * rows @ cols.T
+    logits = rows @ cols.T
     return logits.logsumexp(dim=1), logits.logsumexp(dim=0)
 
 

@@ -14,13 +14,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.processes import ROOT
 from gapkernels.benchmark_report import plots, tables
 from gapkernels.benchmark_report.page import scaling_sections
 from gapkernels.benchmark_report.results import Problem, Results, fastest_of_ours, load
 from gapkernels.training.results import Statistic, table_rows
 
 SPEED, DIGITS = "speed", "digits"
+ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 IMAGES = ROOT / "docs" / "images"
@@ -110,8 +110,7 @@ def _section(results: Results) -> str:
     lines = [
         f"Measured on {results.device}, torch {results.versions['torch']}, {results.date} "
         f"([all rows](benchmarks/results/{results.name}.json)); {tables.yardstick(results.rows)}. "
-        "Extra memory is the peak beyond the inputs, gradients included; errors are relative, against float64. "
-        f"{tables.clock_note(results)}".strip()
+        "Extra memory is the peak beyond the inputs, gradients included; errors are relative, against float64."
     ]
     for problem in results.peer_problems():
         if problem.backward:

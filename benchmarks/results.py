@@ -3,12 +3,47 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import json
+import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import environment
+import torch
+
+import gapkernels
+from benchmarks.implementations import IMPLEMENTATIONS
+from gapkernels.benchmark_report.results import Problem
+from gapkernels.cpu import cpu_model
+from gapkernels.environment import package_version, source_commit
+
+# What a measurement depends on; results and the trainer may change under it.
+_MEASURED = ("gapkernels", "benchmarks", "csrc", ":!benchmarks/results", ":!gapkernels/training")
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the CPU's model and number of cores in use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"{cpu_model()}, {threads} {'thread' if threads == 1 else 'threads'}"
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, torch and whatever takes part in the measurement and is installed."""
+    found = {"python": platform.python_version(), "torch": torch.__version__, "gapkernels": gapkernels.__version__}
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    peers = [entry.package.partition("==")[0] for entry in IMPLEMENTATIONS.values() if entry.package]
+    packages = {package: package_version(package) for package in ("triton", *peers, "pytest-benchmark")}
+    return {**found, **{package: version for package, version in packages.items() if version}}
+
+
+@functools.cache
+def commit() -> str:
+    """The commit of what is measured, "unknown" outside a checkout."""
+    return source_commit(*_MEASURED) or "unknown"
 
 
 def document(rows: Sequence[dict[str, Any]], skipped: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -16,7 +51,7 @@ def document(rows: Sequence[dict[str, Any]], skipped: Sequence[dict[str, Any]]) 
     share_yardstick(rows)
     return {
         "machine_info": {},
-        "commit_info": {"id": environment.commit()},
+        "commit_info": {"id": commit()},
         "datetime": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "benchmarks": [
             {"name": row["implementation"], "stats": {"median": row["median"]}, "extra_info": row} for row in rows
@@ -51,5 +86,4 @@ def read(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
 def identity(entry: Mapping[str, Any]) -> tuple[Any, ...]:
     """What tells one case from another, in a row, in a skipped case or in a case itself."""
-    names = ("implementation", "loss", "samples", "width", "dtype", "modalities", "backward")
-    return tuple(entry[name] for name in names)
+    return tuple(entry[name] for name in ("implementation", *Problem._fields))

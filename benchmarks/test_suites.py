@@ -11,10 +11,11 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.cases import Case
-from benchmarks.harness import Clock, CpuUse, Samples, Session, Skipped
+from benchmarks.harness import Session, Skipped
+from benchmarks.timing import Clock, CpuUse, Samples
 
 
-def run(case: Case, session: Session, benchmark: BenchmarkFixture) -> None:
+def test_speed(case: Case, session: Session, benchmark: BenchmarkFixture) -> None:
     """Measure a case with pytest-benchmark taking the times."""
 
     def sampler(call: Callable[[], object], prepare: Callable[[], None], clock: Clock, rounds: int) -> Samples:
@@ -29,31 +30,3 @@ def run(case: Case, session: Session, benchmark: BenchmarkFixture) -> None:
         benchmark.extra_info.update(session.measure(case, sampler))
     except Skipped as skipped:
         pytest.skip(str(skipped))
-
-
-def test_targets(case: Case, session: Session, benchmark: BenchmarkFixture) -> None:
-    run(case, session, benchmark)
-
-
-def test_peers(case: Case, session: Session, benchmark: BenchmarkFixture) -> None:
-    run(case, session, benchmark)
-
-
-def test_scaling(case: Case, session: Session, benchmark: BenchmarkFixture) -> None:
-    run(case, session, benchmark)
-
-
-def test_width(case: Case, session: Session, benchmark: BenchmarkFixture) -> None:
-    run(case, session, benchmark)
-
-
-def test_types(case: Case, session: Session, benchmark: BenchmarkFixture) -> None:
-    run(case, session, benchmark)
-
-
-def test_modalities(case: Case, session: Session, benchmark: BenchmarkFixture) -> None:
-    run(case, session, benchmark)
-
-
-def test_large(case: Case, session: Session, benchmark: BenchmarkFixture) -> None:
-    run(case, session, benchmark)

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <optional>
 #include <vector>
@@ -74,7 +75,7 @@ Matrix matrix_of(const Tensor& rows, const Tensor& row_factors, const Tensor& co
 void* current_stream([[maybe_unused]] const Tensor& t) {
   void* stream = nullptr;
 #ifdef USE_CUDA
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
 #endif
   return stream;
 }

@@ -21,6 +21,7 @@
 #include <cutlass/gemm/collective/sm90_mma_tma_gmma_ss_warpspecialized.hpp>
 
 #include "fragments.h"
+#include "launch_checks.h"
 #include "similarity.h"
 #include "tiles.h"
 
@@ -30,6 +31,18 @@
 #endif
 
 namespace gapkernels {
+
+template <class TiledCopy>
+bool descriptor_encoded(const TiledCopy& copy) {
+  return is_encoded(copy.get_tma_descriptor(), sizeof(cute::TmaDescriptor));
+}
+
+// Why nothing can be launched on this machine, asked before descriptors are encoded; null if nothing is known.
+inline const char* machine_problem() {
+  int version = 0;
+  const cudaError_t error = cudaDriverGetVersion(&version);
+  return error == cudaSuccess ? driver_problem(version) : cudaGetErrorString(error);
+}
 
 template <class ElementType, class Epilogue>
 struct PingPong {
@@ -57,7 +70,7 @@ struct PingPong {
 
   struct Params {
     typename Mainloop::Params operands[kMaxMatrices];
-    TileSpace space;
+    TileOrder<kCluster> order;
     int dim;
     typename Epilogue::Params epilogue;
   };
@@ -91,6 +104,14 @@ struct PingPong {
   }
   static_assert(fragments_agree());
 
+  static bool operands_encoded(const Params& params) {
+    for (int m = 0; m < params.order.space.num_matrices; ++m) {
+      const auto& operands = params.operands[m];
+      if (!descriptor_encoded(operands.tma_load_a) || !descriptor_encoded(operands.tma_load_b)) return false;
+    }
+    return Epilogue::encoded(params.epilogue);
+  }
+
   static typename Mainloop::Params operand_params(const Matrix& matrix, int num_rows, int num_cols, int dim) {
     const typename Mainloop::Arguments arguments{
         static_cast<const ElementType*>(matrix.rows), {matrix.row_stride, cute::_1{}, int64_t{0}},
@@ -103,7 +124,7 @@ struct PingPong {
     const int warpgroup = cutlass::canonical_warp_group_idx();
     const int thread = threadIdx.x % kGroupThreads;
     const bool producer = warpgroup == 0;
-    if (threadIdx.x < params.space.num_matrices) Mainloop::prefetch_tma_descriptors(params.operands[threadIdx.x]);
+    if (threadIdx.x < params.order.space.num_matrices) Mainloop::prefetch_tma_descriptors(params.operands[threadIdx.x]);
 
     typename Pipeline::Params pipeline_params;
     pipeline_params.role = producer ? Pipeline::ThreadCategory::Producer : Pipeline::ThreadCategory::Consumer;
@@ -129,7 +150,7 @@ struct PingPong {
     const int block_in_cluster = kCluster > 1 ? static_cast<int>(cute::block_rank_in_cluster()) : 0;
     const int row_offset = block_in_cluster * kTile;
     const int k_tiles = ceil_div(params.dim, cute::get<2>(TileShape{}));
-    TileWalk<kCluster> walk(params.space, blockIdx.x / kCluster, gridDim.x / kCluster);
+    TileWalk<kCluster> walk(params.order, blockIdx.x / kCluster, gridDim.x / kCluster);
 
     if (producer) {
       cutlass::arch::warpgroup_reg_dealloc<kProducerRegisters>();
@@ -149,7 +170,7 @@ struct PingPong {
       const Item& item = walk.item();
       const auto& operands = params.operands[item.matrix];
       auto inputs = mainloop.load_init(
-          cute::make_shape(params.space.num_rows, params.space.num_cols, params.dim, 1), operands);
+          cute::make_shape(params.order.space.num_rows, params.order.space.num_cols, params.dim, 1), operands);
       auto tile = cute::make_coord((item.row_start + row_offset) / kTile, item.col_start / kTile, cute::_, 0);
       mainloop.load(operands, pipeline, state, inputs, tile, cute::make_coord_iterator(k_tiles),
                     k_tiles, threadIdx.x % 32, block_in_cluster, shared.operands);
@@ -168,10 +189,15 @@ struct PingPong {
       if (walk.valid()) walk.advance();
       state.advance(k_tiles);
     }
-    Epilogue epilogue(params.epilogue, params.space, shared.epilogue[consumer], thread, 1 + consumer);
-    while (walk.valid()) {
+    Epilogue epilogue(params.epilogue, params.order.space, shared.epilogue[consumer], thread, 1 + consumer);
+    const auto own_tile = [&] {
       Item tile = walk.item();
       tile.row_start += row_offset;
+      return tile;
+    };
+    if (walk.valid()) epilogue.fetch(own_tile());
+    while (walk.valid()) {
+      const Item tile = own_tile();
       epilogue.prepare(tile);
       auto accumulators = cute::partition_fragment_C(tiled_mma, cute::take<0, 2>(TileShape{}));
       order.wait();
@@ -180,8 +206,10 @@ struct PingPong {
       mainloop.mma_tail(pipeline, state, k_tiles);
       cute::warpgroup_fence_operand(accumulators);  // complete from here on, for the compiler too
       state.advance(k_tiles * kConsumers);
-      epilogue.finish(tile, accumulators, tiled_mma);
+      // What the next tile needs of device memory travels while this one is finished.
       for (int i = 0; i < kConsumers && walk.valid(); ++i) walk.advance();
+      if (walk.valid()) epilogue.fetch(own_tile());
+      epilogue.finish(tile, accumulators, tiled_mma);
     }
     epilogue.end();
   }
@@ -201,6 +229,7 @@ template <class Kernel>
 const char* launch(const typename Kernel::Params& params, void* stream) {
   constexpr int kCluster = Kernel::kCluster;
   constexpr int kSharedBytes = sizeof(typename Kernel::SharedStorage);
+  if (!Kernel::operands_encoded(params)) return "the driver refused to describe an operand to the copy engine";
   const void* kernel = reinterpret_cast<const void*>(&pingpong_kernel<Kernel>);
   int device = 0, processors = 0;
   cudaError_t error = cudaGetDevice(&device);
@@ -209,7 +238,7 @@ const char* launch(const typename Kernel::Params& params, void* stream) {
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   }
   if (error != cudaSuccess) return cudaGetErrorString(error);
-  const int items = TileOrder<kCluster>::num_items(params.space);
+  const int items = params.order.num_items();
   const int clusters = items < processors / kCluster ? items : processors / kCluster;
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeClusterDimension;

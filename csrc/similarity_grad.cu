@@ -43,25 +43,39 @@ struct GradEpilogue {
   };
 
   __device__ GradEpilogue(const Params& params, const TileSpace& space, Storage& storage, int thread, int barrier)
-      : params_(params), space_(space), storage_(storage), thread_(thread), barrier_(kTile, barrier) {}
+      : params_(params),
+        space_(space),
+        storage_(storage),
+        thread_(thread),
+        barrier_(kTile, barrier),
+        scale_(load_scale(params.scale, params.scale_is_double)),
+        reference_(*params.reference) {}
 
-  __device__ void prepare(const Item& tile) {
-    scale_ = load_scale(params_.scale, params_.scale_is_double);
+  static bool encoded(const Params& params) { return descriptor_encoded(params.store_out); }
+
+  // Starts to read what prepare() needs of a tile; nothing is done with it yet, so that nobody waits.
+  __device__ void fetch(const Item& tile) {
     const int i = tile.row_start + thread_, j = tile.col_start + thread_;
     const bool i_exists = i < space_.num_rows, j_exists = j < space_.num_cols;
-    const float row_factor = i_exists ? params_.row_factors[i] : 0.0f;
-    const float col_factor = j_exists ? params_.col_factors[j] : 0.0f;
+    row_factor_ = i_exists ? params_.row_factors[i] : 0.0f;
+    col_factor_ = j_exists ? params_.col_factors[j] : 0.0f;
+    if (params_.biased) return;
+    row_log_ = i_exists ? params_.row_log_sums[i] : INFINITY;
+    col_log_ = j_exists ? params_.col_log_sums[j] : INFINITY;
+  }
+
+  __device__ void prepare(const Item& tile) {
     if (params_.biased) {
       wait_for_store();
-      storage_.row_terms[thread_] = row_term<true>(row_factor, scale_);
-      storage_.cols[thread_] = {col_factor, 0.0f};
+      storage_.row_terms[thread_] = row_term<true>(row_factor_, scale_);
+      storage_.cols[thread_] = {col_factor_, 0.0f};
       barrier_.arrive_and_wait();
       return;
     }
-    const float row_log = i_exists ? params_.row_log_sums[i] : INFINITY;
-    const float col_log = j_exists ? params_.col_log_sums[j] : INFINITY;
-    LogSumRange range{fminf(row_log, col_log),
-                      fmaxf(i_exists ? row_log : -INFINITY, j_exists ? col_log : -INFINITY)};
+    const bool i_exists = tile.row_start + thread_ < space_.num_rows;
+    const bool j_exists = tile.col_start + thread_ < space_.num_cols;
+    LogSumRange range{fminf(row_log_, col_log_),
+                      fmaxf(i_exists ? row_log_ : -INFINITY, j_exists ? col_log_ : -INFINITY)};
 #pragma unroll
     for (int distance = 16; distance > 0; distance /= 2) {
       range.smallest = fminf(range.smallest, __shfl_xor_sync(0xffffffff, range.smallest, distance));
@@ -78,11 +92,11 @@ struct GradEpilogue {
     }
     middle_ = range.middle();
     form_ = form_of(range, mask().needed(tile.row_start, tile.col_start), params_.scale_partials != nullptr);
-    const float weight = row_factor * params_.unit;
-    storage_.row_terms[thread_] = row_term<false>(row_factor, scale_);
+    const float weight = row_factor_ * params_.unit;
+    storage_.row_terms[thread_] = row_term<false>(row_factor_, scale_);
     storage_.row_factors[thread_] = weight;
-    storage_.row_shares[thread_] = share(row_log, weight);
-    storage_.cols[thread_] = {col_factor, share(col_log, col_factor)};
+    storage_.row_shares[thread_] = share(row_log_, weight);
+    storage_.cols[thread_] = {col_factor_, share(col_log_, col_factor_)};
     barrier_.arrive_and_wait();
   }
 
@@ -153,17 +167,16 @@ struct GradEpilogue {
 
   template <bool kMasked, class Products, class Rounded>
   __device__ void centroid_gradients(const Item& tile, const Products& products, Rounded& rounded) const {
-    const float reference = *params_.reference;
     const Rows rows = load_rows(tile);
     fill(products, rounded, [&](float product, int r, int col, float bias, float) {
-      const float x = exponent<true>(product, rows.terms[r], bias, scale_, reference);
+      const float x = exponent<true>(product, rows.terms[r], bias, scale_, reference_);
       return kMasked && !rows.counted[r].counts(col) ? 0.0f : fast_exp2(x);
     });
   }
 
   template <Form kForm, class Products, class Rounded>
   __device__ void pair_gradients(const Item& tile, const Products& products, Rounded& rounded, float& moment) const {
-    const float shift = *params_.reference + (kForm == Form::kTwo ? 0.0f : middle_);
+    const float shift = reference_ + (kForm == Form::kTwo ? 0.0f : middle_);
     const Rows rows = load_rows(tile);
     float row_shares[kRowsPerThread], row_factors[kRowsPerThread];
 #pragma unroll
@@ -222,8 +235,13 @@ struct GradEpilogue {
   int thread_;
   mutable cutlass::arch::NamedBarrier barrier_;
   float scale_;
+  float reference_;
   float middle_ = 0.0f;
   Form form_ = Form::kFactored;
+  float row_factor_;  // of the tile fetched last
+  float col_factor_;
+  float row_log_;
+  float col_log_;
 };
 
 template <class ElementType>
@@ -232,7 +250,7 @@ const char* run(const GradArguments& arguments, void* stream) {
   using Kernel = PingPong<ElementType, Epilogue>;
   const Matrix& matrix = arguments.matrix;
   typename Kernel::Params params;
-  params.space = {arguments.num_rows, arguments.num_cols, 1, 0};
+  params.order = TileOrder<Kernel::kCluster>::of({arguments.num_rows, arguments.num_cols, 1, 0});
   params.dim = arguments.dim;
   params.operands[0] = Kernel::operand_params(matrix, arguments.num_rows, arguments.num_cols, arguments.dim);
   auto out = cute::make_tensor(cute::make_gmem_ptr(static_cast<ElementType*>(arguments.out)),
@@ -256,6 +274,7 @@ const char* run(const GradArguments& arguments, void* stream) {
 }  // namespace
 
 const char* similarity_grad(const GradArguments& arguments, void* stream) {
+  if (const char* problem = machine_problem()) return problem;
   return arguments.element == Element::kBFloat16 ? run<cutlass::bfloat16_t>(arguments, stream)
                                                  : run<cutlass::half_t>(arguments, stream);
 }

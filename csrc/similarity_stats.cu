@@ -35,16 +35,27 @@ struct StatsEpilogue {
   __device__ StatsEpilogue(const Params& params, const TileSpace& space, Storage& storage, int thread, int barrier)
       : params_(params), space_(space), storage_(storage), thread_(thread), barrier_(kTile, barrier) {}
 
+  static bool encoded(const Params&) { return true; }
+
+  // Starts to read what prepare() needs of a tile; nothing is done with it yet, so that nobody waits.
+  __device__ void fetch(const Item& tile) {
+    const MatrixParams& matrix = params_.matrices[tile.matrix];
+    const int i = tile.row_start + thread_, j = tile.col_start + thread_;
+    row_factor_ = i < space_.num_rows ? matrix.row_factors[i] : 0.0f;
+    col_factor_ = j < space_.num_cols ? matrix.col_factors[j] : 0.0f;
+  }
+
   __device__ void prepare(const Item& tile) {
     const MatrixParams& matrix = params_.matrices[tile.matrix];
-    scale_ = load_scale(matrix.scale, matrix.scale_is_double);
-    const float* largest = params_.largest == nullptr ? nullptr : params_.largest + tile.matrix;
-    shift_ = constant_shift(scale_, largest, matrix.biased, params_.headroom);
-    const int i = tile.row_start + thread_, j = tile.col_start + thread_;
-    const float row_factor = i < space_.num_rows ? matrix.row_factors[i] : 0.0f;
+    if (tile.matrix != matrix_) {
+      matrix_ = tile.matrix;
+      scale_ = load_scale(matrix.scale, matrix.scale_is_double);
+      const float* largest = params_.largest == nullptr ? nullptr : params_.largest + tile.matrix;
+      shift_ = constant_shift(scale_, largest, matrix.biased, params_.headroom);
+    }
     storage_.row_terms[thread_] =
-        matrix.biased ? row_term<true>(row_factor, scale_) : row_term<false>(row_factor, scale_);
-    storage_.col_factors[thread_] = j < space_.num_cols ? matrix.col_factors[j] : 0.0f;
+        matrix.biased ? row_term<true>(row_factor_, scale_) : row_term<false>(row_factor_, scale_);
+    storage_.col_factors[thread_] = col_factor_;
     barrier_.arrive_and_wait();
   }
 
@@ -68,7 +79,7 @@ struct StatsEpilogue {
 
  private:
   __device__ Mask mask_of(const Item& tile) const {
-    return {space_.num_rows, space_.num_cols, params_.diagonal, static_cast<bool>(space_.symmetric >> tile.matrix & 1)};
+    return {space_.num_rows, space_.num_cols, params_.diagonal, space_.is_symmetric(tile.matrix)};
   }
 
   template <bool kBiased, bool kMasked, class Accumulators>
@@ -128,9 +139,8 @@ struct StatsEpilogue {
 #pragma unroll
     for (int warp = 0; warp < 4; ++warp) sum += storage_.col_sums[warp][thread_];
     const int j = tile.col_start + thread_;
-    const bool symmetric = space_.symmetric >> tile.matrix & 1;
     if (j < space_.num_cols) {
-      atomicAdd((symmetric ? params_.row_sums : params_.col_sums) + offset(tile, space_.num_cols) + j, sum);
+      atomicAdd((space_.is_symmetric(tile.matrix) ? params_.row_sums : params_.col_sums) + offset(tile, space_.num_cols) + j, sum);
     }
   }
 
@@ -149,15 +159,18 @@ struct StatsEpilogue {
   Storage& storage_;
   int thread_;
   mutable cutlass::arch::NamedBarrier barrier_;
+  int matrix_ = -1;  // that scale and shift are of
   float scale_;
   float shift_;
+  float row_factor_;  // of the tile fetched last
+  float col_factor_;
 };
 
 template <class ElementType>
 const char* run(const StatsArguments& arguments, void* stream) {
   using Kernel = PingPong<ElementType, StatsEpilogue>;
   typename Kernel::Params params;
-  params.space = {arguments.num_rows, arguments.num_cols, arguments.num_matrices, 0};
+  TileSpace space{arguments.num_rows, arguments.num_cols, arguments.num_matrices, 0};
   params.dim = arguments.dim;
   params.epilogue.diagonal = arguments.diagonal;
   params.epilogue.headroom = arguments.headroom;
@@ -169,14 +182,16 @@ const char* run(const StatsArguments& arguments, void* stream) {
     params.operands[m] = Kernel::operand_params(matrix, arguments.num_rows, arguments.num_cols, arguments.dim);
     params.epilogue.matrices[m] = {matrix.row_factors, matrix.col_factors, matrix.scale, matrix.scale_is_double,
                                    matrix.biased};
-    params.space.symmetric |= static_cast<unsigned>(matrix.symmetric) << m;
+    space.symmetric |= static_cast<unsigned>(matrix.symmetric) << m;
   }
+  params.order = TileOrder<Kernel::kCluster>::of(space);
   return launch<Kernel>(params, stream);
 }
 
 }  // namespace
 
 const char* similarity_stats(const StatsArguments& arguments, void* stream) {
+  if (const char* problem = machine_problem()) return problem;
   return arguments.element == Element::kBFloat16 ? run<cutlass::bfloat16_t>(arguments, stream)
                                                  : run<cutlass::half_t>(arguments, stream);
 }

@@ -12,6 +12,8 @@
 //                    divisions. The last group, perhaps incomplete, comes at the end; its missing items are skipped.
 #pragma once
 
+#include <cstdint>
+
 #if defined(__CUDACC__)
 #define GAPKERNELS_HOST_DEVICE __host__ __device__ __forceinline__
 #else
@@ -25,12 +27,37 @@ constexpr int kGroup = 8;
 
 GAPKERNELS_HOST_DEVICE constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
+// Division by a number that is known before the launch, as a multiplication: for 0 ≤ n < 2^31, b = ⌈log2 d⌉ and
+// m = ⌈2^(31 + b) / d⌉ the quotient n / d is n·m / 2^(31 + b), rounded down. A division by a variable costs a device about
+// forty instructions one after the other.
+struct Divisor {
+  unsigned divisor;
+  unsigned multiplier;
+  unsigned shift;
+
+  static Divisor of(int number) {
+    const uint64_t divisor = static_cast<uint64_t>(number);
+    unsigned bits = 0;
+    while (uint64_t{1} << bits < divisor) ++bits;
+    if (bits == 0) return {1, 0, 0};
+    return {static_cast<unsigned>(divisor),
+            static_cast<unsigned>(((uint64_t{1} << (31 + bits)) + divisor - 1) / divisor), bits - 1};
+  }
+
+  GAPKERNELS_HOST_DEVICE int divide(int number) const {
+    const unsigned high = static_cast<unsigned>(static_cast<uint64_t>(static_cast<unsigned>(number)) * multiplier >> 32);
+    return divisor == 1 ? number : static_cast<int>(high >> shift);
+  }
+};
+
 // What a launch walks over: matrices of one shape, some of them symmetric.
 struct TileSpace {
   int num_rows;
   int num_cols;
   int num_matrices;
   unsigned symmetric;  // bit m: matrix m is walked above its diagonal only
+
+  GAPKERNELS_HOST_DEVICE bool is_symmetric(int matrix) const { return symmetric >> matrix & 1; }
 };
 
 struct Item {
@@ -39,47 +66,68 @@ struct Item {
   int col_start;
 };
 
+// The numbering of a space, with everything that does not depend on the item found out before the launch.
 template <int kCluster>
 struct TileOrder {
-  static constexpr int kHeight = kCluster * kTile;             // rows of an item
-  static constexpr int kColsPerGroup = kGroup * kCluster;      // column tiles as wide as a group is high
-
+  static constexpr int kHeight = kCluster * kTile;         // rows of an item
+  static constexpr int kColsPerGroup = kGroup * kCluster;  // column tiles as wide as a group is high
   static constexpr int kDiagonalItems = (kGroup + 1) * kColsPerGroup / 2;  // of a group, where it meets the diagonal
 
-  GAPKERNELS_HOST_DEVICE static int items_of_matrix(const TileSpace& space, int matrix) {
-    const int cols = ceil_div(space.num_cols, kTile);
-    if (!(space.symmetric >> matrix & 1)) return ceil_div(space.num_rows, kHeight) * cols;
-    const int groups = ceil_div(space.num_rows, kHeight * kGroup);
-    return groups * kDiagonalItems + kGroup * ((groups - 1) * cols - kColsPerGroup * (groups * (groups - 1) / 2));
+  TileSpace space;
+  int cols;            // tiles in a row
+  int rows;            // items in a column
+  int whole_items;     // of a matrix
+  int triangle_items;  // of a symmetric one
+  int full_groups;     // of a triangle: all but the last
+  int fold_items;      // of a triangle: those of the full groups
+  Divisor group_width;   // items of a group of a matrix
+  Divisor last_height;   // of the last group of a matrix
+  Divisor fold_width;    // items of two groups of a triangle that have one length together
+
+  static TileOrder of(const TileSpace& space) {
+    TileOrder order{};
+    order.space = space;
+    order.cols = ceil_div(space.num_cols, kTile);
+    order.rows = ceil_div(space.num_rows, kHeight);
+    order.whole_items = order.rows * order.cols;
+    const int full = ceil_div(space.num_rows, kHeight * kGroup) - 1, side = ceil_div(space.num_rows, kTile);
+    order.full_groups = full;
+    order.fold_items = full * kDiagonalItems + kGroup * (full * side - kColsPerGroup * ((full + 1) * full / 2));
+    order.triangle_items = order.fold_items + kDiagonalItems;
+    order.group_width = Divisor::of(kGroup * order.cols);
+    order.last_height = Divisor::of(order.rows - (order.rows - 1) / kGroup * kGroup);
+    order.fold_width = Divisor::of(2 * kDiagonalItems + kGroup * (2 * side - kColsPerGroup * (full + 1)));
+    return order;
   }
 
-  GAPKERNELS_HOST_DEVICE static int num_items(const TileSpace& space) {
+  GAPKERNELS_HOST_DEVICE int items_of_matrix(int matrix) const {
+    return space.is_symmetric(matrix) ? triangle_items : whole_items;
+  }
+
+  GAPKERNELS_HOST_DEVICE int num_items() const {
     int total = 0;
-    for (int m = 0; m < space.num_matrices; ++m) total += items_of_matrix(space, m);
+    for (int m = 0; m < space.num_matrices; ++m) total += items_of_matrix(m);
     return total;
   }
 
-  GAPKERNELS_HOST_DEVICE static Item whole(const TileSpace& space, int matrix, int number) {
-    const int cols = ceil_div(space.num_cols, kTile), rows = ceil_div(space.num_rows, kHeight);
-    const int first = number / (kGroup * cols) * kGroup;
-    const int height = rows - first < kGroup ? rows - first : kGroup;
+  GAPKERNELS_HOST_DEVICE Item whole(int matrix, int number) const {
+    const int first = group_width.divide(number) * kGroup;
     const int inside = number - first * cols;
-    return {matrix, (first + inside % height) * kHeight, inside / height * kTile};
+    const bool is_full = rows - first >= kGroup;
+    const int height = is_full ? kGroup : static_cast<int>(last_height.divisor);
+    const int col = is_full ? inside / kGroup : last_height.divide(inside);
+    return {matrix, (first + inside - col * height) * kHeight, col * kTile};
   }
 
-  GAPKERNELS_HOST_DEVICE static Item triangle(const TileSpace& space, int matrix, int number) {
-    const int cols = ceil_div(space.num_rows, kTile), groups = ceil_div(space.num_rows, kHeight * kGroup);
-    const int full = groups - 1;
-    const int per_fold = 2 * kDiagonalItems + kGroup * (2 * cols - kColsPerGroup * groups);
-    const int in_folds = full * kDiagonalItems + kGroup * (full * cols - kColsPerGroup * (groups * full / 2));
-    int group = full, inside = number - in_folds;
-    if (number < in_folds) {
-      group = number / per_fold;
-      inside = number - group * per_fold;
+  GAPKERNELS_HOST_DEVICE Item triangle(int matrix, int number) const {
+    int group = full_groups, inside = number - fold_items;
+    if (number < fold_items) {
+      group = fold_width.divide(number);
+      inside = number - group * static_cast<int>(fold_width.divisor);
       const int in_first = kDiagonalItems + kGroup * (cols - kColsPerGroup * (group + 1));
       if (inside >= in_first) {
         inside -= in_first;
-        group = full - 1 - group;
+        group = full_groups - 1 - group;
       }
     }
     int row, col;  // in items and tiles, from the group's place on the diagonal
@@ -95,7 +143,7 @@ struct TileOrder {
   }
 
   // Only the last group of a triangle has items that do not.
-  GAPKERNELS_HOST_DEVICE static bool exists(const TileSpace& space, const Item& item) {
+  GAPKERNELS_HOST_DEVICE bool exists(const Item& item) const {
     return item.row_start < space.num_rows && item.col_start < space.num_cols;
   }
 };
@@ -104,37 +152,28 @@ struct TileOrder {
 template <int kCluster>
 class TileWalk {
  public:
-  GAPKERNELS_HOST_DEVICE TileWalk(const TileSpace& space, int cluster, int num_clusters)
-      : space_(space), next_(cluster), step_(num_clusters), matrix_(0), first_(0) {
+  GAPKERNELS_HOST_DEVICE TileWalk(const TileOrder<kCluster>& order, int cluster, int num_clusters)
+      : order_(order), number_(cluster - num_clusters), step_(num_clusters), matrix_(0) {
     advance();
   }
 
-  GAPKERNELS_HOST_DEVICE bool valid() const { return matrix_ < space_.num_matrices; }
+  GAPKERNELS_HOST_DEVICE bool valid() const { return matrix_ < order_.space.num_matrices; }
   GAPKERNELS_HOST_DEVICE const Item& item() const { return item_; }
 
   GAPKERNELS_HOST_DEVICE void advance() {
-    using Order = TileOrder<kCluster>;
-    while (matrix_ < space_.num_matrices) {
-      const int items = Order::items_of_matrix(space_, matrix_);
-      if (next_ - first_ >= items) {
-        first_ += items;
-        ++matrix_;
-        continue;
-      }
-      const bool symmetric = space_.symmetric >> matrix_ & 1;
-      const int number = next_ - first_;
-      item_ = symmetric ? Order::triangle(space_, matrix_, number) : Order::whole(space_, matrix_, number);
-      next_ += step_;
-      if (Order::exists(space_, item_)) return;
-    }
+    do {
+      number_ += step_;
+      while (valid() && number_ >= order_.items_of_matrix(matrix_)) number_ -= order_.items_of_matrix(matrix_++);
+      if (!valid()) return;
+      item_ = order_.space.is_symmetric(matrix_) ? order_.triangle(matrix_, number_) : order_.whole(matrix_, number_);
+    } while (!order_.exists(item_));
   }
 
  private:
-  const TileSpace& space_;
-  int next_;
+  const TileOrder<kCluster>& order_;
+  int number_;  // within the matrix
   int step_;
   int matrix_;
-  int first_;
   Item item_;
 };
 

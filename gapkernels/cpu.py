@@ -31,6 +31,11 @@ def is_amd() -> bool:
     return _fields().get("vendor_id") == "AuthenticAMD"
 
 
+def has(flag: str) -> bool:
+    """Whether the processor has a feature, by its name in /proc/cpuinfo: ``avx512_bf16``."""
+    return flag in _fields().get("flags", "").split()
+
+
 def multiplies_bfloat16() -> bool:
     """Whether the processor has instructions for products of bfloat16 (AMX or AVX-512), as far as the system tells."""
-    return not {"amx_bf16", "avx512_bf16"}.isdisjoint(_fields().get("flags", "").split())
+    return has("amx_bf16") or has("avx512_bf16")

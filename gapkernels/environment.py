@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import subprocess
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ def describe_environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": package_version("triton"),
         "cuda": torch.version.cuda,
         "rocm": torch.version.hip,
         "devices": _devices(),
@@ -61,6 +62,30 @@ def format_environment(environment: dict[str, Any]) -> str:
     return "\n\n".join(blocks)
 
 
+def source_commit(*paths: str) -> str | None:
+    """Return the commit of the checkout that this package runs from, with `+dirty` if files differ from it.
+
+    Args:
+        *paths: which files count, as git takes them; relative to the checkout. All of `gapkernels` by default.
+
+    Returns:
+        Twelve digits. Outside a checkout what the variable GAPKERNELS_COMMIT says, None without it.
+    """
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():  # a repository further up would be that of somebody else
+        return os.environ.get("GAPKERNELS_COMMIT")
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        head = git("rev-parse", "--short=12", "HEAD")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", *(paths or ("gapkernels",)))
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return f"{head}+dirty" if changed else head
+
+
 def require(extra: str, purpose: str) -> None:
     """Raise unless every package of an extra is installed.
 
@@ -71,7 +96,7 @@ def require(extra: str, purpose: str) -> None:
     Raises:
         UserError: names the missing packages and the command that installs them.
     """
-    missing = [name for name in _requirements(extra) if _version(name) is None]
+    missing = [name for name in _requirements(extra) if package_version(name) is None]
     if missing:
         raise UserError(f"{purpose} needs {', '.join(missing)}: {install_command(extra)}")
 
@@ -117,7 +142,8 @@ def _with_marker(requirements: list[str]) -> list[str]:
     return [f"{line} and" if ";" in line else f"{line};" for line in requirements]
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """Return the version of an installed package; None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -126,7 +152,9 @@ def _version(package: str) -> str | None:
 
 def _packages() -> list[dict[str, Any]]:
     extra_of = {name: extra for extra in reversed(EXTRAS) for name in _requirements(extra)}
-    return [{"name": name, "version": _version(name), "extra": extra} for name, extra in sorted(extra_of.items())]
+    return [
+        {"name": name, "version": package_version(name), "extra": extra} for name, extra in sorted(extra_of.items())
+    ]
 
 
 def _devices() -> list[dict[str, str]]:

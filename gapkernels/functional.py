@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from numbers import Real
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict, overload
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from gapkernels import backends, ops
 from gapkernels.backends import reference
+from gapkernels.backends.contract import Scalars, Terms, statistics_dtype
+from gapkernels.distributed import group_name_and_size
 from gapkernels.spec import LossSpec
 
 if TYPE_CHECKING:
@@ -40,33 +45,53 @@ class GapLossTerms(NamedTuple):
     true_pair_cosine: Tensor
 
 
-@overload
-def gap_loss(*embeddings: Tensor, return_terms: Literal[False] = ..., **options: Any) -> Tensor: ...
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    class _Options(TypedDict, total=False):
+        """The keyword arguments that all three overloads of :func:`gap_loss` take, written once."""
+
+        logit_scale: float | Tensor | None
+        temperature: float | Tensor | None
+        anchor: int
+        pairs: str
+        nce_weight: float | Tensor
+        atp_weight: float | Tensor
+        cu_weight: float | Tensor
+        uniformity_t: float | Tensor
+        normalize: bool
+        normalize_centroids: bool
+        backend: str
+        group: ProcessGroup | str | None
 
 
 @overload
-def gap_loss(*embeddings: Tensor, return_terms: Literal[True], **options: Any) -> GapLossTerms: ...
+def gap_loss(*embeddings: Tensor, return_terms: Literal[False] = ..., **options: Unpack[_Options]) -> Tensor: ...
 
 
 @overload
-def gap_loss(*embeddings: Tensor, return_terms: bool, **options: Any) -> Tensor | GapLossTerms: ...
+def gap_loss(*embeddings: Tensor, return_terms: Literal[True], **options: Unpack[_Options]) -> GapLossTerms: ...
 
 
-def gap_loss(  # type: ignore[misc]  # the overloads leave the options to this signature instead of repeating them
+@overload
+def gap_loss(*embeddings: Tensor, return_terms: bool, **options: Unpack[_Options]) -> Tensor | GapLossTerms: ...
+
+
+def gap_loss(
     *embeddings: Tensor,
     logit_scale: float | Tensor | None = None,
     temperature: float | Tensor | None = None,
     anchor: int = 0,
     pairs: str = "anchor",
-    nce_weight: float = 1.0,
-    atp_weight: float = 1.0,
-    cu_weight: float = 1.0,
-    uniformity_t: float = 2.0,
+    nce_weight: float | Tensor = 1.0,
+    atp_weight: float | Tensor = 1.0,
+    cu_weight: float | Tensor = 1.0,
+    uniformity_t: float | Tensor = 2.0,
     normalize: bool = True,
     normalize_centroids: bool = True,
     backend: str = "auto",
     return_terms: bool = False,
-    group: ProcessGroup | None = None,
+    group: ProcessGroup | str | None = None,
 ) -> Tensor | GapLossTerms:
     """Contrastive loss that closes the modality gap: InfoNCE + align true pairs + centroid uniformity.
 
@@ -74,13 +99,15 @@ def gap_loss(  # type: ignore[misc]  # the overloads leave the options to this s
 
     Args:
         *embeddings: two or more ``[N, D]`` tensors of one floating type on one device, one per modality.
-        logit_scale: factor of the cosines in InfoNCE, 1/temperature; a number or a tensor of one element, which may
-            require gradient. Give this or ``temperature``; with neither the temperature is 0.07.
+        logit_scale: factor of the cosines in InfoNCE, 1/temperature; a positive number or a tensor of one element,
+            which may require gradient and is copied if it is on another device. Give this or ``temperature``; with
+            neither the temperature is 0.07.
         temperature: as a number or a tensor of one element.
         anchor: index of the modality that the others are aligned with.
         pairs: ``"anchor"``: InfoNCE of every other modality with the anchor. ``"all"``: of every two modalities. The
             alignment of true pairs is always with the anchor.
-        nce_weight: weight of InfoNCE. A term of weight zero costs nothing.
+        nce_weight: weight of InfoNCE, a number or a tensor of one element. A term whose weight is the number zero
+            costs nothing.
         atp_weight: weight of the alignment of true pairs.
         cu_weight: weight of the centroid uniformity.
         uniformity_t: sharpness t of the centroid uniformity.
@@ -91,7 +118,8 @@ def gap_loss(  # type: ignore[misc]  # the overloads leave the options to this s
             (dense, O(N²) memory), or ``"auto"``: the first of ``"triton"`` and ``"torch"`` that can be used, and
             ``"cuda"`` where it has been compiled and a recorded measurement shows it faster.
         return_terms: return all parts instead of the loss alone; costs no extra N² work.
-        group: the ``torch.distributed`` process group that holds the batch, each process an equal number of rows.
+        group: the ``torch.distributed`` process group that holds the batch, each process an equal number of rows;
+            ``"world"`` means all processes there are at the time of the call.
             Every process then returns the loss of the whole batch; gradients are scaled such that their mean over
             processes, which DistributedDataParallel takes, is the gradient of that loss.
 
@@ -113,39 +141,43 @@ def gap_loss(  # type: ignore[misc]  # the overloads leave the options to this s
         >>> bool(terms.loss == gap_loss(image, text, logit_scale=10.0))
         True
     """
+    tensors = _check_embeddings(embeddings)
+    _check_anchor(anchor, len(tensors))
     spec = LossSpec(
         anchor=anchor,
         all_pairs=_check_pairs(pairs),
-        nce_weight=_check_number("nce_weight", nce_weight),
-        atp_weight=_check_number("atp_weight", atp_weight),
-        cu_weight=_check_number("cu_weight", cu_weight),
-        uniformity_t=_check_number("uniformity_t", uniformity_t, positive=True),
+        nce=_is_on("nce_weight", nce_weight),
+        atp=_is_on("atp_weight", atp_weight),
+        cu=_is_on("cu_weight", cu_weight),
         normalize=bool(normalize),
         normalize_centroids=bool(normalize_centroids),
     )
-    tensors = _check_embeddings(embeddings)
-    _check_anchor(anchor, len(tensors))
     if backend != "auto" and backend not in backends.NAMES:
         raise ValueError(f"`backend` must be 'auto' or one of {', '.join(map(repr, backends.NAMES))}, got {backend!r}")
-    world_size = 1 if group is None else torch.distributed.get_world_size(group)
-    if spec.cu_weight and tensors[0].shape[0] * world_size < 2:
+    group_name, world_size = group_name_and_size(group)
+    if spec.cu and tensors[0].shape[0] * world_size < 2:
         raise ValueError(
             "the centroid uniformity needs at least 2 samples, got embeddings of shape "
             f"{list(tensors[0].shape)}; use a larger batch or cu_weight=0"
         )
-    scale = _logit_scale(logit_scale, temperature, tensors[0])
+    scalars = Scalars(
+        logit_scale=_logit_scale(logit_scale, temperature, tensors[0].device),
+        weights=_weights((nce_weight, atp_weight, cu_weight), tensors[0].device),
+        uniformity_t=_uniformity_t(uniformity_t, tensors[0].device),
+    )
     if backend == "reference":
-        return _by_definition(tensors, scale, spec, return_terms, world_size)
-    loss, terms = ops.loss(tensors, scale, spec, backend, "" if group is None else group.group_name, world_size)
+        return _by_definition(tensors, scalars, spec, return_terms, world_size)
+    loss, values = ops.loss(tensors, scalars, spec, backend, group_name, world_size)
     if not return_terms:
         return loss
+    terms = Terms(*values.unbind())
     return GapLossTerms(
         loss,
-        terms[0] if spec.nce_weight else None,
-        terms[1] if spec.atp_weight else None,
-        terms[2] if spec.cu_weight else None,
-        terms[3].detach(),
-        terms[4].detach(),
+        terms.info_nce if spec.nce else None,
+        terms.align_true_pairs if spec.atp else None,
+        terms.centroid_uniformity if spec.cu else None,
+        terms.modality_gap.detach(),
+        terms.true_pair_cosine.detach(),
     )
 
 
@@ -157,7 +189,7 @@ def info_nce(
     pairs: str = "anchor",
     normalize: bool = True,
     backend: str = "auto",
-    group: ProcessGroup | None = None,
+    group: ProcessGroup | str | None = None,
 ) -> Tensor:
     """Symmetric InfoNCE (the CLIP loss), averaged over pairs of modalities.
 
@@ -190,7 +222,7 @@ def align_true_pairs(
     anchor: int = 0,
     normalize: bool = True,
     backend: str = "auto",
-    group: ProcessGroup | None = None,
+    group: ProcessGroup | str | None = None,
 ) -> Tensor:
     """Mean squared distance of every sample's embeddings to its anchor embedding.
 
@@ -221,7 +253,7 @@ def centroid_uniformity(
     normalize: bool = True,
     normalize_centroids: bool = True,
     backend: str = "auto",
-    group: ProcessGroup | None = None,
+    group: ProcessGroup | str | None = None,
 ) -> Tensor:
     """Logarithm of the mean Gaussian potential exp(−t‖c_i − c_j‖²) between the centroids of different samples.
 
@@ -248,15 +280,15 @@ def centroid_uniformity(
 
 
 def _by_definition(
-    embeddings: list[Tensor], scale: Tensor, spec: LossSpec, return_terms: bool, world_size: int
+    embeddings: list[Tensor], scalars: Scalars, spec: LossSpec, return_terms: bool, world_size: int
 ) -> Tensor | GapLossTerms:
     if world_size > 1:
         raise ValueError('`group` is not supported by backend="reference"; gather the embeddings first')
     dtype = torch.promote_types(embeddings[0].dtype, torch.float32)
     embeddings = [e.to(dtype) for e in embeddings]
     with torch.autocast(embeddings[0].device.type, enabled=False):  # which would round the cosines
-        terms = reference.loss_terms(embeddings, scale.to(dtype), spec)
-        loss = reference.total(terms, spec)
+        terms = reference.loss_terms(embeddings, Scalars(*(number.to(dtype) for number in scalars)), spec)
+        loss = reference.total(terms, scalars.weights.to(dtype), embeddings)
         return GapLossTerms(loss, *terms, *reference.diagnostics(embeddings)) if return_terms else loss
 
 
@@ -293,40 +325,104 @@ def _check_embeddings(embeddings: tuple[Tensor, ...]) -> list[Tensor]:
     return list(embeddings)
 
 
-def _logit_scale(logit_scale: float | Tensor | None, temperature: float | Tensor | None, like: Tensor) -> Tensor:
+def _logit_scale(
+    logit_scale: float | Tensor | None, temperature: float | Tensor | None, device: torch.device
+) -> Tensor:
     if logit_scale is not None and temperature is not None:
         raise ValueError("give `logit_scale` or `temperature` (its inverse), not both")
-    if temperature is not None:
-        value = _check_scalar("temperature", temperature)
-        value = 1 / value
-    elif logit_scale is not None:
-        value = _check_scalar("logit_scale", logit_scale)
-    else:
-        value = 1 / DEFAULT_TEMPERATURE
+    if temperature is None:
+        value = 1 / DEFAULT_TEMPERATURE if logit_scale is None else _check_scalar("logit_scale", logit_scale)
+        return value.reshape(()).to(device) if isinstance(value, Tensor) else _constant((value,), device).reshape(())
+    value = _check_scalar("temperature", temperature)
+    if isinstance(value, Tensor):  # inverted in the statistics type: a bfloat16 quotient would be off by 0.4 %
+        return value.reshape(()).to(device, statistics_dtype(device)).reciprocal()
+    return _constant((1 / value,), device).reshape(())
+
+
+def _weights(weights: tuple[float | Tensor, ...], device: torch.device) -> Tensor:
+    """The weights of the terms as one tensor in the statistics type."""
+    numbers = tuple(weight for weight in weights if not isinstance(weight, Tensor))
+    if len(numbers) == len(weights):
+        return _constant(numbers, device)
+    return torch.stack([_as_tensor(weight, device) for weight in weights])
+
+
+def _uniformity_t(value: float | Tensor, device: torch.device) -> Tensor:
+    value = _check_scalar("uniformity_t", value)
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise ValueError('`uniformity_t` must not require grad; only backend="reference" could differentiate it')
+    return _as_tensor(value, device)
+
+
+def _as_tensor(value: float | Tensor, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
-        return value.reshape(()).to(like.device)
-    return torch.full(
-        (), value, dtype=torch.float64 if like.device.type != "mps" else torch.float32, device=like.device
-    )
+        return value.reshape(()).to(device, statistics_dtype(device))
+    return _constant((value,), device).reshape(())
 
 
-def _check_scalar(name: str, value: float | Tensor) -> float | Tensor:
+def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """``[len(values)]`` in the statistics type. Kept by eager calls: on a GPU making one costs a copy from the host."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        # A number that changes between calls is a symbol here: a product takes it as one, torch.full and torch.tensor
+        # would compile anew for every value or, without gradients, keep an old one.
+        one = torch.ones((), dtype=statistics_dtype(device), device=device)
+        return torch.stack([one * v for v in values])
+    return _kept_constant(values, device)
+
+
+@functools.lru_cache(maxsize=256)
+def _kept_constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # or no later call could differentiate through it
+        return torch.tensor(values, dtype=statistics_dtype(device), device=device)
+
+
+def _check_scalar(name: str, value: float | Tensor, positive: bool = True) -> float | Tensor:
     if isinstance(value, Tensor):
         if value.numel() != 1 or not value.is_floating_point():
             raise ValueError(
                 f"`{name}` must be a number or a floating tensor of one element, got {_name(value.dtype)} of shape "
                 f"{list(value.shape)}"
             )
+        if positive and _is_readable(value):
+            number = value.item()
+            if number <= 0 or number == math.inf:  # not a number passes: a training that diverged says so in its loss
+                which = f"`{name}`" if name == "uniformity_t" else "the logit scale (1/temperature)"
+                raise ValueError(f"{which} must be {'positive' if number <= 0 else 'finite'}, got {number}")
         return value
-    return _check_number(name, value, positive=True)
+    return _check_number(name, value, positive=positive)
+
+
+def _is_readable(tensor: Tensor) -> bool:
+    """Whether a value can be looked at without waiting for a device, and without a tracer or transform in the way."""
+    return (
+        tensor.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 def _check_number(name: str, value: float, positive: bool = False) -> float:
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value.item()
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"`{name}` must be a number, got {type(value).__name__}")
     if not -math.inf < value < math.inf or (positive and value <= 0):  # comparisons, which torch.compile can trace
         raise ValueError(f"`{name}` must be {'positive and ' if positive else ''}finite, got {value}")
-    return float(value)
+    return value if torch.compiler.is_compiling() else float(value)
+
+
+def _is_on(name: str, weight: float | Tensor) -> bool:
+    """Whether a term is computed: its weight is a tensor, or a number that is not zero.
+
+    A number that changes between calls of a compiled function is a symbol there, whose value must not be asked for.
+    """
+    if isinstance(weight, Tensor):
+        _check_scalar(name, weight, positive=False)
+        return True
+    if torch.compiler.is_compiling():
+        return not statically_known_true(_check_number(name, weight) == 0)
+    return _check_number(name, weight) != 0
 
 
 def _check_pairs(pairs: str) -> bool:

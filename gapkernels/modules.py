@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+import warnings
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from gapkernels import functional
@@ -16,31 +18,107 @@ if TYPE_CHECKING:
 MAX_LOGIT_SCALE = 100.0  # "clipped to prevent scaling the logits by more than 100": CLIP, arXiv 2103.00020, section 2.5
 
 
-class _Temperature(nn.Module):
-    """A temperature, fixed or learned as CLIP does: the parameter is the logarithm of its inverse."""
+class Temperature(nn.Module):
+    """A temperature, fixed or learned as CLIP does: the parameter is the logarithm of its inverse.
+
+    Assigning a number to ``loss.temperature`` sets it, also where it is learned.
+
+    Args:
+        temperature: positive.
+        learn: make it a parameter, whose scale is clamped at :data:`MAX_LOGIT_SCALE`, or where it starts if
+            that is more.
+
+    Raises:
+        TypeError, ValueError: the temperature is no such number.
+    """
 
     def __init__(self, temperature: float, learn: bool) -> None:
         super().__init__()
-        self._initial = functional._check_number("temperature", temperature, positive=True)
-        self.log_scale = nn.Parameter(torch.tensor(-math.log(self._initial))) if learn else None
+        self.log_scale = nn.Parameter(torch.empty(1)) if learn else None  # one dimension: FSDP refuses none
+        self.set(temperature)
+
+    def set(self, temperature: float) -> None:
+        """Set the temperature; where it is learned, the value training goes on from."""
+        self._value = functional._check_number("temperature", temperature, positive=True)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the parameter to the value last given."""
+        if self.log_scale is not None:
+            with torch.no_grad():
+                self.log_scale.fill_(-math.log(self._value))
 
     def forward(self) -> float | Tensor:
         """The logit scale: a number if fixed, a differentiable 0-dim tensor if learned."""
         if self.log_scale is None:
-            return 1 / self._initial
-        with torch.no_grad():  # the parameter itself, as CLIP does: a clamped output alone would leave no way back
-            self.log_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
-        return self.log_scale.exp()
+            return 1 / self._value
+        # Clamped in value only: the gradient passes, so that a parameter beyond the bound finds the way back.
+        largest = max(MAX_LOGIT_SCALE, 1 / self._value)
+        excess = (self.log_scale - math.log(largest)).clamp_min(0).detach()
+        return (self.log_scale - excess).exp().reshape(())
+
+    def __float__(self) -> float:
+        scale = self()
+        return 1 / (scale.item() if isinstance(scale, Tensor) else scale)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        saved = state_dict.get(f"{prefix}log_scale")
+        if isinstance(saved, Tensor) and saved.dim() == 0:  # as it was saved up to version 0.1
+            state_dict[f"{prefix}log_scale"] = saved.reshape(1)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def extra_repr(self) -> str:
-        return f"{self._initial}, learned={self.log_scale is not None}"
+        return f"{float(self):g}, learned={self.log_scale is not None}" if self._readable() else "learned=True"
+
+    def _readable(self) -> bool:
+        return self.log_scale is None or (self.log_scale.device.type != "meta" and type(self.log_scale) is nn.Parameter)
+
+
+class _Group:
+    """A process group as a module keeps it: copies of the module share it, and a saved one finds its own again."""
+
+    def __init__(self, group: ProcessGroup | str | None) -> None:
+        self.group = group
+        self.before_init = group is None and not (dist.is_available() and dist.is_initialized())
+
+    def resolved(self) -> ProcessGroup | str | None:
+        """The group to use now."""
+        if self.before_init and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            warnings.warn(
+                "this loss was built with group=None before torch.distributed.init_process_group (dist.group.WORLD is "
+                'None until then) and takes the rows of this process alone; pass group="world" to take those of all '
+                "processes, or build it with group=None afterwards if that is meant",
+                stacklevel=3,
+            )
+            self.before_init = False
+        return self.group
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Group:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.group is None or isinstance(self.group, str):
+            return _Group, (self.group,)
+        if self.group == dist.group.WORLD:
+            return _Group, ("world",)
+        return _group_by_name, (self.group.group_name,)
+
+
+def _group_by_name(name: str) -> _Group:
+    try:
+        return _Group(dist.distributed_c10d._resolve_process_group(name))  # type: ignore[arg-type]
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise RuntimeError(
+            f"this loss was saved with the process group {name!r}, which does not exist here; create it before loading "
+            '(torch.distributed.new_group), or save the loss with group="world"'
+        ) from error
 
 
 class GapLoss(nn.Module):
     """Contrastive loss that closes the modality gap, :func:`gapkernels.gap_loss` as a module.
 
     Args:
-        temperature: of InfoNCE; the initial value if it is learned.
+        temperature: of InfoNCE; the initial value if it is learned. ``loss.temperature = 0.1`` sets it later.
         learn_temperature: make it a parameter (``temperature.log_scale``), with CLIP's clamp at scale 100.
         anchor, pairs, nce_weight, atp_weight, cu_weight, uniformity_t, normalize, normalize_centroids, backend, group:
             as for the function. The weights are plain attributes: a schedule may assign them between steps.
@@ -54,6 +132,8 @@ class GapLoss(nn.Module):
         >>> loss(image, text).backward()
     """
 
+    temperature: Temperature
+
     def __init__(
         self,
         temperature: float = functional.DEFAULT_TEMPERATURE,
@@ -61,17 +141,17 @@ class GapLoss(nn.Module):
         learn_temperature: bool = False,
         anchor: int = 0,
         pairs: str = "anchor",
-        nce_weight: float = 1.0,
-        atp_weight: float = 1.0,
-        cu_weight: float = 1.0,
-        uniformity_t: float = 2.0,
+        nce_weight: float | Tensor = 1.0,
+        atp_weight: float | Tensor = 1.0,
+        cu_weight: float | Tensor = 1.0,
+        uniformity_t: float | Tensor = 2.0,
         normalize: bool = True,
         normalize_centroids: bool = True,
         backend: str = "auto",
-        group: ProcessGroup | None = None,
+        group: ProcessGroup | str | None = None,
     ) -> None:
         super().__init__()
-        self.temperature = _Temperature(temperature, learn_temperature)
+        self.temperature = Temperature(temperature, learn_temperature)
         self.anchor = anchor
         self.pairs = pairs
         self.nce_weight = nce_weight
@@ -82,6 +162,21 @@ class GapLoss(nn.Module):
         self.normalize_centroids = normalize_centroids
         self.backend = backend
         self.group = group
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "temperature" and not isinstance(value, nn.Module):
+            self.temperature.set(value)
+        else:
+            super().__setattr__(name, value)
+
+    @property
+    def group(self) -> ProcessGroup | str | None:
+        """The processes that hold the batch."""
+        return self._group.group
+
+    @group.setter
+    def group(self, group: ProcessGroup | str | None) -> None:
+        self._group = _Group(group)
 
     def forward(self, *embeddings: Tensor, return_terms: bool = False) -> Tensor | functional.GapLossTerms:
         """The loss of two or more ``[N, D]`` embeddings, or all its terms."""
@@ -98,7 +193,7 @@ class GapLoss(nn.Module):
             normalize=self.normalize,
             normalize_centroids=self.normalize_centroids,
             backend=self.backend,
-            group=self.group,
+            group=self._group.resolved(),
         )
 
     def extra_repr(self) -> str:
@@ -126,7 +221,7 @@ class InfoNCELoss(GapLoss):
         pairs: str = "anchor",
         normalize: bool = True,
         backend: str = "auto",
-        group: ProcessGroup | None = None,
+        group: ProcessGroup | str | None = None,
     ) -> None:
         super().__init__(
             temperature,
@@ -150,7 +245,7 @@ class AlignTruePairsLoss(GapLoss):
     """
 
     def __init__(
-        self, *, anchor: int = 0, normalize: bool = True, backend: str = "auto", group: ProcessGroup | None = None
+        self, *, anchor: int = 0, normalize: bool = True, backend: str = "auto", group: ProcessGroup | str | None = None
     ) -> None:
         super().__init__(
             anchor=anchor, nce_weight=0.0, cu_weight=0.0, normalize=normalize, backend=backend, group=group
@@ -172,7 +267,7 @@ class CentroidUniformityLoss(GapLoss):
         normalize: bool = True,
         normalize_centroids: bool = True,
         backend: str = "auto",
-        group: ProcessGroup | None = None,
+        group: ProcessGroup | str | None = None,
     ) -> None:
         super().__init__(
             nce_weight=0.0,

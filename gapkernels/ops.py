@@ -1,43 +1,198 @@
-"""The loss as operators registered with ``torch.library``: opaque to torch.compile, differentiable once.
+"""The loss as autograd knows it: a function for eager calls, and operators for everything that traces.
 
+Eager calls take a plain ``autograd.Function``, which costs the host least. Under torch.compile, export and other
+tracing the same evaluation is two operators registered with ``torch.library``, opaque to the tracer:
 ``gapkernels::loss`` returns ``(loss, terms, saved)``; ``gapkernels::loss_backward`` turns gradients of the first two
-into gradients of the embeddings and of the logit scale. The specification travels as plain scalars.
+into gradients of the embeddings and of the logit scale. What may change from step to step travels as tensors, so that
+nothing is compiled anew and no old value is kept.
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gapkernels import backends, plan
-from gapkernels.backends.exponential import statistics_dtype
+from gapkernels.backends.contract import (
+    SUM_SCALARS,
+    Forward,
+    Saved,
+    Scalars,
+    compute_dtype,
+    statistics_dtype,
+)
 from gapkernels.distributed import world_of
-from gapkernels.rows import compute_dtype
 from gapkernels.spec import LossSpec
 
-_SPEC_SCHEMA = (
-    "int anchor, bool all_pairs, float nce_weight, float atp_weight, float cu_weight, float uniformity_t, "
-    "bool normalize, bool normalize_centroids"
-)
+_SPEC_SCHEMA = "int anchor, bool all_pairs, bool nce, bool atp, bool cu, bool normalize, bool normalize_centroids"
+_INPUT_SCHEMA = "Tensor[] embeddings, Tensor logit_scale, Tensor weights, Tensor uniformity_t"
 _library = torch.library.Library("gapkernels", "DEF")
 _library.define(
-    f"loss(Tensor[] embeddings, Tensor logit_scale, {_SPEC_SCHEMA}, str backend, str group, int world_size) "
-    "-> (Tensor, Tensor, Tensor[])"
+    f"loss({_INPUT_SCHEMA}, {_SPEC_SCHEMA}, str backend, str group, int world_size) -> (Tensor, Tensor, Tensor[])"
 )
 _library.define(
-    "loss_backward(Tensor? grad_loss, Tensor? grad_terms, Tensor[] embeddings, Tensor logit_scale, Tensor[] saved, "
-    f"{_SPEC_SCHEMA}, str backend, str group, bool[] needs_grad) -> (Tensor[], Tensor)"
+    f"loss_backward(Tensor? grad_loss, Tensor? grad_terms, {_INPUT_SCHEMA}, Tensor[] saved, {_SPEC_SCHEMA}, "
+    "str backend, str group, bool[] needs_grad) -> (Tensor[], Tensor)"
 )
 
 
 def loss(
-    embeddings: list[Tensor], logit_scale: Tensor, spec: LossSpec, backend: str, group: str, world_size: int
+    embeddings: list[Tensor], scalars: Scalars, spec: LossSpec, backend: str, group: str, world_size: int
 ) -> tuple[Tensor, Tensor]:
-    """``(loss [], terms [5])``, both differentiable; see :class:`gapkernels.plan.Forward`."""
-    value, terms, _ = torch.ops.gapkernels.loss(embeddings, logit_scale, *spec, backend, group, world_size)
-    return value, terms
+    """``(loss [], terms [5])``, both differentiable; see :class:`gapkernels.backends.contract.Forward`.
+
+    Raises:
+        RuntimeError: a transform of ``torch.func`` is active, or an input carries a forward-mode derivative.
+    """
+    if torch.compiler.is_compiling() or _is_traced(embeddings):
+        value, terms, _ = torch.ops.gapkernels.loss(embeddings, *scalars, *spec, backend, group, world_size)
+        return value, terms
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "the fused loss cannot be transformed by torch.func (jvp, vmap, grad, jacrev, jacfwd, hessian); "
+            'compute it with backend="reference", which is plain autograd and needs O(N²) memory'
+        )
+    return _Loss.apply(spec, backend, group, *scalars, *embeddings)
+
+
+def _is_traced(embeddings: list[Tensor]) -> bool:
+    """Whether somebody looks at the operators of this call: fake tensors, a tracer, a subclass of Tensor."""
+    return torch._C._len_torch_dispatch_stack() > 0 or any(
+        type(e) is not Tensor and type(e) is not torch.nn.Parameter for e in embeddings
+    )
+
+
+def _no_autocast(embeddings: list[Tensor]) -> AbstractContextManager[Any]:
+    """The evaluation chooses its own types; autocast would round the operands of the products inside it."""
+    device = embeddings[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
+
+
+def _on_device(embeddings: list[Tensor]) -> AbstractContextManager[Any]:
+    """Make the device of the embeddings the one that kernels are launched on."""
+    device = embeddings[0].device
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+# ---- evaluation ---------------------------------------------------------------------------------------------------
+
+
+def _evaluate(
+    embeddings: list[Tensor], scalars: Scalars, spec: LossSpec, backend: str, group: str, needs_grad: list[bool]
+) -> Forward:
+    implementation = backends.select(backend, embeddings[0], spec)
+    with _no_autocast(embeddings), _on_device(embeddings):
+        return plan.forward(embeddings, scalars, spec, implementation, world_of(group), needs_grad)
+
+
+def _gradients(
+    grad_loss: Tensor | None,
+    grad_terms: Tensor | None,
+    embeddings: list[Tensor],
+    scalars: Scalars,
+    saved: Saved,
+    spec: LossSpec,
+    backend: str,
+    group: str,
+    needs_grad: list[bool],
+) -> tuple[list[Tensor | None], Tensor | None]:
+    statistics = scalars.weights.dtype
+    upstream = None
+    if grad_loss is not None:
+        upstream = scalars.weights * grad_loss.to(statistics)
+    if grad_terms is not None:
+        of_terms = grad_terms[:3].to(statistics)
+        upstream = of_terms if upstream is None else upstream + of_terms
+    assert upstream is not None, "nothing to differentiate"
+    implementation = backends.select(backend, embeddings[0], spec)
+    with _no_autocast(embeddings), _on_device(embeddings):
+        return plan.backward(upstream, embeddings, scalars, saved, spec, implementation, world_of(group), needs_grad)
+
+
+def _weight_gradient(grad_loss: Tensor | None, terms: Tensor, weights: Tensor) -> Tensor:
+    """Gradient of the loss with respect to its weights: the terms."""
+    if grad_loss is None:
+        return torch.zeros_like(weights)
+    return terms[:3].to(weights.dtype) * grad_loss.to(weights.dtype)
+
+
+def _no_second_derivative(*_: Any) -> None:
+    raise RuntimeError(
+        "the fused loss has first derivatives only, and a second derivative was asked for (create_graph=True); "
+        'compute it with backend="reference", which is plain autograd and needs O(N²) memory'
+    )
+
+
+# ---- eager calls --------------------------------------------------------------------------------------------------
+
+
+class _Loss(torch.autograd.Function):
+    """``(spec, backend, group, logit_scale, weights, uniformity_t, *embeddings)`` to ``(loss, terms)``."""
+
+    @staticmethod
+    def forward(ctx: Any, spec: LossSpec, backend: str, group: str, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        scalars, embeddings = Scalars(*tensors[:3]), list(tensors[3:])
+        result = _evaluate(
+            embeddings, scalars, spec, backend, group, [*ctx.needs_input_grad[6:], ctx.needs_input_grad[3]]
+        )
+        ctx.set_materialize_grads(False)
+        ctx.arguments = spec, backend, group
+        ctx.save_for_backward(*tensors, *result.saved, result.terms)
+        return result.loss, result.terms
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None, grad_terms: Tensor | None) -> tuple[Any, ...]:
+        tensors = ctx.saved_tensors  # read once: activation checkpointing recomputes them on access
+        if grad_loss is None and grad_terms is None:
+            return (None,) * len(ctx.needs_input_grad)
+        if torch.is_grad_enabled():  # create_graph=True
+            return _LossBackward.apply(ctx, grad_loss, grad_terms, *tensors)
+        return _first_derivatives(ctx, tensors, grad_loss, grad_terms)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> None:
+        raise RuntimeError(
+            "the fused loss has no forward-mode derivative (torch.autograd.forward_ad); "
+            'compute it with backend="reference", which is plain autograd and needs O(N²) memory'
+        )
+
+
+def _first_derivatives(
+    ctx: Any, tensors: tuple[Tensor, ...], grad_loss: Tensor | None, grad_terms: Tensor | None
+) -> tuple[Any, ...]:
+    _, _, _, scale_needs, weights_need, _, *embeddings_need = ctx.needs_input_grad
+    count = 3 + len(embeddings_need)
+    scalars, embeddings, *saved = Scalars(*tensors[:3]), list(tensors[3:count]), *tensors[count:]
+    terms = saved.pop()
+    spec, backend, group = ctx.arguments
+    needs_grad = [*embeddings_need, scale_needs]
+    gradients, scale_gradient = _gradients(
+        grad_loss, grad_terms, embeddings, scalars, Saved(*saved), spec, backend, group, needs_grad
+    )
+    weight_gradient = _weight_gradient(grad_loss, terms, scalars.weights) if weights_need else None
+    return None, None, None, scale_gradient, weight_gradient, None, *gradients
+
+
+class _LossBackward(torch.autograd.Function):
+    """The first derivatives where a graph of them is wanted: differentiating them again is refused."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, outer: Any, grad_loss: Tensor | None, grad_terms: Tensor | None, *tensors: Tensor
+    ) -> tuple[Any, ...]:
+        return _first_derivatives(outer, tensors, grad_loss, grad_terms)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> None:
+        _no_second_derivative()
+
+
+# ---- operators ----------------------------------------------------------------------------------------------------
 
 
 def _split(arguments: tuple[Any, ...]) -> tuple[LossSpec, tuple[Any, ...]]:
@@ -45,66 +200,58 @@ def _split(arguments: tuple[Any, ...]) -> tuple[LossSpec, tuple[Any, ...]]:
     return LossSpec(*arguments[:count]), arguments[count:]
 
 
-def _no_autocast(embeddings: list[Tensor]) -> torch.autocast:
-    """The operators choose their own types; autocast would round the operands of the products inside them."""
-    return torch.autocast(embeddings[0].device.type, enabled=False)
-
-
-def _forward(embeddings: list[Tensor], logit_scale: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+def _forward_operator(
+    embeddings: list[Tensor], logit_scale: Tensor, weights: Tensor, uniformity_t: Tensor, *arguments: Any
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     spec, (backend, group, _) = _split(arguments)
-    if logit_scale.device.type == "cpu" and not logit_scale > 0:
-        raise ValueError(f"the logit scale (1/temperature) must be positive, got {logit_scale.item()}")
-    implementation = backends.select(backend, embeddings[0])
-    with _no_autocast(embeddings):
-        result = plan.forward(embeddings, logit_scale, spec, implementation, world_of(group))
+    if logit_scale.device.type == "cpu":  # eager calls have been checked
+        value = logit_scale.item()
+        if value <= 0 or value == float("inf"):
+            raise ValueError(f"the logit scale (1/temperature) must be positive and finite, got {value}")
+    needs_grad = [tensor.requires_grad for tensor in (*embeddings, logit_scale)]
+    result = _evaluate(embeddings, Scalars(logit_scale, weights, uniformity_t), spec, backend, group, needs_grad)
     return result.loss, result.terms, list(result.saved)
 
 
 def _forward_fake(
-    embeddings: list[Tensor], logit_scale: Tensor, *arguments: Any
+    embeddings: list[Tensor], logit_scale: Tensor, weights: Tensor, uniformity_t: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     spec, (_, _, world_size) = _split(arguments)
-    rows = embeddings[0].shape[0]
-    pairs = len(spec.nce_pairs(len(embeddings))) if spec.nce_weight else 0
+    (rows, dim), modalities = embeddings[0].shape, len(embeddings)
+    pairs = len(spec.nce_pairs(modalities))
     dtype = compute_dtype(embeddings[0].dtype)
     statistics = statistics_dtype(embeddings[0].device)
-    new = embeddings[0].new_empty
-    saved = plan.Saved(
-        row_log_sum=new((pairs, rows), dtype=statistics),
-        col_log_sum=new((pairs, rows * world_size), dtype=statistics),
-        wrong_share=new((pairs, rows), dtype=statistics),
-        centroid=new((rows + 1 if spec.cu_weight else 0,), dtype=statistics),
+
+    def new(*shape: int) -> Tensor:
+        return embeddings[0].new_empty(shape, dtype=statistics)
+
+    saved = Saved(
+        row_log_sum=new(pairs, rows),
+        col_log_sum=new(pairs, rows * world_size),
+        negative_mass=new(pairs, rows),
+        cosines=new(pairs, rows),
+        sums=new((modalities + 1) * dim + SUM_SCALARS),
+        centroid_log_sum=new(rows if spec.cu else 0),
+        centroid_summary=new(2 if spec.cu else 0),
     )
-    return new((), dtype=dtype), new((5,), dtype=dtype), list(saved)
+    return embeddings[0].new_empty((), dtype=dtype), embeddings[0].new_empty((5,), dtype=dtype), list(saved)
 
 
-def _backward(
+def _backward_operator(
     grad_loss: Tensor | None,
     grad_terms: Tensor | None,
     embeddings: list[Tensor],
     logit_scale: Tensor,
+    weights: Tensor,
+    uniformity_t: Tensor,
     saved: list[Tensor],
     *arguments: Any,
 ) -> tuple[list[Tensor], Tensor]:
     spec, (backend, group, needs_grad) = _split(arguments)
-    device = embeddings[0].device
-    upstream = torch.zeros(3, dtype=statistics_dtype(device), device=device)
-    if grad_loss is not None:
-        for term, weight in enumerate((spec.nce_weight, spec.atp_weight, spec.cu_weight)):
-            upstream[term] += weight * grad_loss
-    if grad_terms is not None:
-        upstream += grad_terms[:3]
-    with _no_autocast(embeddings):
-        gradients, scale_gradient = plan.backward(
-            upstream,
-            embeddings,
-            logit_scale,
-            plan.Saved(*saved),
-            spec,
-            backends.select(backend, embeddings[0]),
-            world_of(group),
-            needs_grad,
-        )
+    scalars = Scalars(logit_scale, weights, uniformity_t)
+    gradients, scale_gradient = _gradients(
+        grad_loss, grad_terms, embeddings, scalars, Saved(*saved), spec, backend, group, needs_grad
+    )
     return _fill_absent(embeddings, gradients), logit_scale.new_empty(0) if scale_gradient is None else scale_gradient
 
 
@@ -113,6 +260,8 @@ def _backward_fake(
     grad_terms: Tensor | None,
     embeddings: list[Tensor],
     logit_scale: Tensor,
+    weights: Tensor,
+    uniformity_t: Tensor,
     saved: list[Tensor],
     *arguments: Any,
 ) -> tuple[list[Tensor], Tensor]:
@@ -130,42 +279,33 @@ def _fill_absent(embeddings: list[Tensor], gradients: list[Tensor | None]) -> li
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[Tensor]]) -> None:
-    embeddings, logit_scale, *arguments = inputs
+    embeddings, logit_scale, weights, uniformity_t, *arguments = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*embeddings, logit_scale, *output[2])
+    ctx.save_for_backward(*embeddings, logit_scale, weights, uniformity_t, output[1], *output[2])
     ctx.modalities = len(embeddings)
     ctx.arguments = arguments
 
 
 def _differentiate(ctx: Any, grad_loss: Tensor | None, grad_terms: Tensor | None, _: Any) -> tuple[Any, ...]:
     tensors = ctx.saved_tensors  # read once: activation checkpointing recomputes them on access
-    embeddings, logit_scale, saved = (
-        list(tensors[: ctx.modalities]),
-        tensors[ctx.modalities],
-        list(tensors[ctx.modalities + 1 :]),
-    )
+    embeddings = list(tensors[: ctx.modalities])
+    logit_scale, weights, uniformity_t, terms, *saved = tensors[ctx.modalities :]
     spec, (backend, group, _) = _split(tuple(ctx.arguments))
     needs_grad = [e.requires_grad for e in embeddings] + [logit_scale.requires_grad]
     no_gradients = (None,) * len(ctx.arguments)
     if grad_loss is None and grad_terms is None:
-        return [None] * len(embeddings), None, *no_gradients
+        return [None] * len(embeddings), None, None, None, *no_gradients
     gradients, scale_gradient = torch.ops.gapkernels.loss_backward(
-        grad_loss, grad_terms, embeddings, logit_scale, saved, *spec, backend, group, needs_grad
+        grad_loss, grad_terms, embeddings, logit_scale, weights, uniformity_t, saved, *spec, backend, group, needs_grad
     )
     *embedding_needs_grad, scale_needs_grad = needs_grad
     gradients = [g if needed else None for g, needed in zip(gradients, embedding_needs_grad, strict=True)]
-    return gradients, scale_gradient if scale_needs_grad else None, *no_gradients
+    weight_gradient = _weight_gradient(grad_loss, terms, weights) if weights.requires_grad else None
+    return gradients, scale_gradient if scale_needs_grad else None, weight_gradient, None, *no_gradients
 
 
-def _no_second_derivative(ctx: Any, *grads: Any) -> None:
-    raise RuntimeError(
-        "the fused loss has first derivatives only, and a second derivative was asked for (create_graph=True); "
-        'compute it with backend="reference", which is plain autograd and needs O(N²) memory'
-    )
-
-
-_library.impl("loss", _forward, "CompositeExplicitAutograd")
-_library.impl("loss_backward", _backward, "CompositeExplicitAutograd")
+_library.impl("loss", _forward_operator, "CompositeExplicitAutograd")
+_library.impl("loss_backward", _backward_operator, "CompositeExplicitAutograd")
 torch.library.register_fake("gapkernels::loss", _forward_fake, lib=_library)
 torch.library.register_fake("gapkernels::loss_backward", _backward_fake, lib=_library)
 torch.library.register_autograd("gapkernels::loss", _differentiate, setup_context=_setup_context, lib=_library)

@@ -1,160 +1,106 @@
-"""From the loss to matrices of exponentials and back.
+"""The plan of an evaluation: which functions of a backend run, in which order, on which blocks and processes.
 
-    embeddings ─ prologue ─► unit vectors, centroids ─► ExpMatrix per pair, triangle ─ backend ─► log sums ─► terms
-    gradients ◄─ normalisation, centroid mean ◄─ backend ◄─ soft-max weights ◄─ saved sums ◄─ gradients of terms
+    forward     row_statistics ─► centroids ─► log_sums (all pairs and the triangle of the centroids) ─► terms
+    backward    softmax_sums ─┬─► per block of the centroids' triangle: add_products
+                operand ──────┴─► per block of each pair: add_products ─► row_gradients; scale_gradient
 
-Notation: s logit scale, N rows in all, n of them on this process, P InfoNCE pairs.
+Notation: s logit scale, M modalities, N rows in all, n of them on this process, P InfoNCE pairs.
 
 * InfoNCE of a pair needs, per row, the odds o_i = Σ_{j≠i} e_ij / e_ii: its cross-entropy is ln(1 + o_i) and its
   gradient at the positive is −o_i/(1 + o_i). Leaving the positive out of the sum keeps both exact where the model is
   nearly right and 1 − p_ii would cancel, and the loss cannot become negative through rounding.
-* CU depends on differences of centroids only, so they are centred first: the squared distance in matrix form,
-  ‖c_i‖² + ‖c_j‖² − 2⟨c_i, c_j⟩, then loses nothing when all centroids lie close together.
+* The gradient of a pair with respect to its inner products is w·(H − diag(negative mass)), with H the exponentials over
+  their row and column sums and w = s·w_nce/(2·N·P). Backends multiply H; weight and positives follow row by row.
+* CU depends on differences of centroids only, so they are centred first.
+
+Memory: a modality that has columns in some pair is an operand as a whole and collects products over all blocks; one
+that only has rows is taken and finished block by block, where the backend works in blocks at all.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol, runtime_checkable
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from gapkernels.backends.exponential import Backend, ExpMatrix, SoftmaxWeights, statistics_dtype
-from gapkernels.distributed import World, triangle_blocks
-from gapkernels.rows import (
-    centred_centroids,
+from gapkernels.backends.contract import (
+    NO_DIAGONAL,
+    Backend,
+    Centroids,
+    Evaluation,
+    Forward,
+    LogSums,
+    Matrix,
+    Operand,
+    Saved,
+    Scalars,
+    SoftmaxSums,
     compute_dtype,
-    prologue,
-    row_chunks,
-    through_centroid,
-    through_normalization,
+    statistics_dtype,
 )
+from gapkernels.distributed import DTYPES, NEEDS_GRAD, World, triangle_blocks
 from gapkernels.spec import LossSpec
-
-LOG2_E = math.log2(math.e)
-LN_2 = math.log(2)
-
-
-class Saved(NamedTuple):
-    """What the backward pass needs besides the inputs: O(N) numbers in the statistics type.
-
-    Attributes:
-        row_log_sum: ``[P, n]``, for each InfoNCE pair log2 Σ_j e_ij, positive included.
-        col_log_sum: ``[P, N]``, log2 Σ_i e_ij over the rows of all processes.
-        wrong_share: ``[P, n]``, 1 − p_ii of the row soft-max plus that of the column soft-max.
-        centroid: ``[n + 1]``, Σ_{j≠i} e_ij / Z of the own centroids, then log2 Z, where Z = Σ_{i<j} e_ij; empty
-            without CU.
-    """
-
-    row_log_sum: Tensor
-    col_log_sum: Tensor
-    wrong_share: Tensor
-    centroid: Tensor
-
-
-class Forward(NamedTuple):
-    """What the forward pass returns.
-
-    Attributes:
-        loss: 0-dim, the weighted sum of the terms.
-        terms: ``[5]``, InfoNCE, ATP, CU (zero where skipped), modality gap, true-pair cosine.
-        saved: for :func:`backward`.
-    """
-
-    loss: Tensor
-    terms: Tensor
-    saved: Saved
-
-
-@runtime_checkable
-class FusedBackend(Protocol):
-    """A backend with kernels for the O(N·D) steps as well: it takes whole evaluations, not single matrices."""
-
-    def forward(self, embeddings: list[Tensor], logit_scale: Tensor, spec: LossSpec, world: World) -> Forward:
-        """As :func:`forward`."""
-
-    def backward(
-        self,
-        upstream: Tensor,
-        embeddings: list[Tensor],
-        logit_scale: Tensor,
-        saved: Saved,
-        spec: LossSpec,
-        world: World,
-        needs_grad: list[bool],
-    ) -> tuple[list[Tensor | None], Tensor | None]:
-        """As :func:`backward`; ``saved`` is what the backend's own forward pass saved."""
 
 
 def forward(
-    embeddings: list[Tensor], logit_scale: Tensor, spec: LossSpec, backend: Backend | FusedBackend, world: World
+    embeddings: list[Tensor],
+    scalars: Scalars,
+    spec: LossSpec,
+    backend: Backend,
+    world: World,
+    needs_grad: list[bool] | None = None,
 ) -> Forward:
     """Evaluate the loss.
 
     Args:
         embeddings: M tensors ``[n, D]`` of one floating type, this process's rows.
-        logit_scale: 0-dim, positive.
+        scalars: scale, weights and sharpness.
         spec: what to compute.
         backend: how to compute it.
         world: the processes that hold the batch.
+        needs_grad: what the backward pass will be asked for; several processes must ask for the same.
+
+    Raises:
+        ValueError: the processes do not evaluate the same loss.
     """
+    if world.size > 1:
+        world.agree(_description(embeddings, spec, needs_grad or []), scalars)
+    embeddings = _readable(embeddings)
     rows = embeddings[0].shape[0]
-    total_rows = rows * world.size
-    world.check_equal_shards(rows, embeddings[0].device)
-    if isinstance(backend, FusedBackend):
-        return backend.forward(embeddings, logit_scale, spec, world)
-    operands = prologue(embeddings, spec, world)
-    zero = torch.zeros((), dtype=statistics_dtype(embeddings[0].device), device=embeddings[0].device)
-
-    pairs = spec.nce_pairs(len(embeddings)) if spec.nce_weight else []
-    saved = Saved(
-        row_log_sum=zero.new_empty((len(pairs), rows)),
-        col_log_sum=zero.new_empty((len(pairs), total_rows)),
-        wrong_share=zero.new_empty((len(pairs), rows)),
-        centroid=zero.new_empty(0),
-    )
-    info_nce = zero
-    for p, (_, _, matrix) in enumerate(_pair_matrices(operands.unit, logit_scale, pairs, spec, world)):
-        sums = backend.off_diagonal_log_sums(matrix)
-        positive = sums.diagonal
-        assert positive is not None
-        col = log_sum_over_processes(sums.col, world)
-        row_log_odds = (sums.row - positive) * LN_2
-        col_log_odds = (_own_rows(col, world) - positive) * LN_2
-        info_nce = info_nce + (torch.logaddexp(zero, row_log_odds) + torch.logaddexp(zero, col_log_odds)).sum() / 2
-        saved.row_log_sum[p] = torch.logaddexp2(sums.row, positive)
-        saved.col_log_sum[p] = torch.logaddexp2(col, world.gather_rows(positive))
-        saved.wrong_share[p] = row_log_odds.sigmoid() + col_log_odds.sigmoid()
-    if pairs:
-        info_nce = world.sum(info_nce) / (total_rows * len(pairs))
-
-    uniformity = zero
-    if spec.cu_weight:
-        centroids = world.gather_rows(centred_centroids(embeddings, operands.mean_centroid, spec))
-        log_sum = _centroid_log_sums(centroids, spec, backend, world)
-        log_total = torch.logsumexp(log_sum * LN_2, dim=0) / LN_2 - 1  # rows count every unordered pair twice
-        uniformity = log_total * LN_2 - math.log(total_rows * (total_rows - 1) / 2)
-        saved = saved._replace(
-            centroid=torch.cat([torch.exp2(_own_rows(log_sum, world) - log_total), log_total.reshape(1)])
-        )
-
-    loss = spec.nce_weight * info_nce + spec.atp_weight * operands.align_true_pairs + spec.cu_weight * uniformity
-    terms = torch.stack(
-        [info_nce, operands.align_true_pairs, uniformity, operands.modality_gap, operands.true_pair_cosine]
-    )
-    dtype = compute_dtype(embeddings[0].dtype)
-    return Forward(loss.to(dtype), terms.to(dtype), saved)
+    operands, statistics = backend.row_statistics(embeddings, spec)
+    statistics = statistics._replace(sums=world.sum(statistics.sums))
+    matrices = _pair_matrices(embeddings, operands, scalars, spec, backend, world)
+    num_pairs = len(matrices)
+    centroid_log_sums = None
+    if spec.cu:
+        own = backend.centroids(embeddings, statistics.sums, scalars.uniformity_t, rows * world.size, spec)
+        if world.size == 1:
+            matrices.append(_centroid_matrix(own, slice(0, rows), slice(0, rows)))
+        else:
+            centroid_log_sums = _centroid_log_sums(own, backend, world)
+    pair_sums = None
+    if matrices:
+        sums = backend.log_sums(matrices)
+        if len(matrices) > num_pairs:
+            centroid_log_sums = sums.rows[num_pairs]
+        if num_pairs:
+            pair_sums = LogSums(sums.rows[:num_pairs], _log_sum_over_processes(sums.cols[:num_pairs], world))
+    cosines = statistics.cosines
+    all_cosines = cosines if world.size == 1 else world.gather_rows(cosines.T.contiguous()).T.contiguous()
+    first_row = world.rank * rows
+    result = backend.terms(embeddings, statistics, all_cosines, pair_sums, centroid_log_sums, scalars, first_row, spec)
+    return result if world.size == 1 else _added_up(result, scalars, world)
 
 
 def backward(
     upstream: Tensor,
     embeddings: list[Tensor],
-    logit_scale: Tensor,
+    scalars: Scalars,
     saved: Saved,
     spec: LossSpec,
-    backend: Backend | FusedBackend,
+    backend: Backend,
     world: World,
     needs_grad: list[bool],
 ) -> tuple[list[Tensor | None], Tensor | None]:
@@ -165,8 +111,8 @@ def backward(
     the gradient of the loss for every parameter in front of the embeddings and for the scale.
 
     Args:
-        upstream: ``[3]``, gradient with respect to InfoNCE, ATP and CU, their weights included.
-        embeddings, logit_scale, spec, backend, world: as for the forward pass.
+        upstream: ``[3]`` in the statistics type, gradient with respect to InfoNCE, ATP and CU, their weights included.
+        embeddings, scalars, spec, backend, world: as for the forward pass.
         saved: from the forward pass.
         needs_grad: for every embedding and, last, the logit scale, whether to differentiate with respect to it.
 
@@ -174,142 +120,226 @@ def backward(
         ``(gradients of the embeddings, gradient of the scale)``, each shaped and typed like its input, None where not
         needed.
     """
-    if isinstance(backend, FusedBackend):
-        return backend.backward(upstream, embeddings, logit_scale, saved, spec, world, needs_grad)
+    embeddings = _readable(embeddings)
     *embedding_needs_grad, scale_needs_grad = needs_grad
     rows = embeddings[0].shape[0]
     total_rows = rows * world.size
-    statistics = statistics_dtype(embeddings[0].device)
-    nce_grad, atp_grad, cu_grad = upstream.to(statistics).unbind()
-    operands = prologue(embeddings, spec, world)
-
-    centroid_grad = None
-    if spec.cu_weight and any(embedding_needs_grad):
-        centroids = world.gather_rows(centred_centroids(embeddings, operands.mean_centroid, spec))
-        centroid_grad = _centroid_gradient(centroids, saved.centroid, cu_grad, spec, backend, world)
-        del centroids
-
+    prepared = backend.softmax_sums(saved, scalars, total_rows)
+    evaluation = Evaluation(embeddings, scalars, spec, saved, upstream, prepared, total_rows, world.size)
     gradients = [
-        torch.zeros_like(x) if needed else None for x, needed in zip(operands.unit, embedding_needs_grad, strict=True)
+        e.new_empty(e.shape) if needed else None for e, needed in zip(embeddings, embedding_needs_grad, strict=True)
     ]
-    scale_grad = upstream.new_zeros((), dtype=statistics)
-    pairs = spec.nce_pairs(len(embeddings)) if spec.nce_weight and any(needs_grad) else []
-    weight = nce_grad * logit_scale.to(statistics) / (2 * total_rows * max(1, len(pairs)))
-    for p, (m, a, matrix) in enumerate(_pair_matrices(operands.unit, logit_scale, pairs, spec, world)):
-        softmax = SoftmaxWeights(weight, saved.row_log_sum[p], saved.col_log_sum[p], -weight * saved.wrong_share[p])
-        grad_rows, grad_own_cols = gradients[m], gradients[a]
-        if grad_rows is None and scale_needs_grad:
-            grad_rows = torch.zeros_like(matrix.rows)
-        grad_cols = grad_own_cols
-        if grad_own_cols is not None and world.size > 1:
-            grad_cols = torch.zeros_like(matrix.cols)
-        if grad_rows is not None and scale_needs_grad:
-            # Σ_ij G_ij⟨rows_i, cols_j⟩ is what this pair adds to ⟨rows, grad_rows⟩.
-            before = _inner_product(matrix.rows, grad_rows)
-            backend.add_products(matrix, softmax, grad_rows, grad_cols)
-            scale_grad += _inner_product(matrix.rows, grad_rows) - before
-        else:
-            backend.add_products(matrix, softmax, grad_rows, grad_cols)
-        if grad_own_cols is not None and grad_cols is not None and world.size > 1:
-            grad_own_cols += world.sum_own_rows(grad_cols)
+    centroid_products = None
+    if spec.cu and any(embedding_needs_grad):
+        centroid_products = _centroid_products(evaluation, backend, world)
 
-    atp_factor = 2 * atp_grad / (total_rows * (len(embeddings) - 1))
-    results = [_like(e, g) for e, g in zip(embeddings, gradients, strict=True)]
-    for chunk, x, norms in row_chunks(embeddings, spec):
-        shared = None if centroid_grad is None else through_centroid(centroid_grad[chunk].to(statistics), x, spec)
-        for m, (gradient, result) in enumerate(zip(gradients, results, strict=True)):
-            if gradient is None or result is None:
-                continue
-            total = gradient[chunk].to(statistics)
-            if spec.atp_weight:
-                for partner in range(len(x)) if m == spec.anchor else (spec.anchor,):
-                    total += atp_factor * (x[m] - x[partner])
-            if shared is not None:
-                total += shared
-            if spec.normalize:
-                total = through_normalization(total, x[m], norms[m])
-            result[chunk] = total * world.size
+    def finish(row: slice, finished: list[tuple[int, Tensor | None, Tensor | None]]) -> None:
+        """Write gradients of some rows, from ``(modality, factor, products)``."""
+        out = [g[row] for m, _, _ in finished if (g := gradients[m]) is not None]
+        if out:
+            targets = [m for m, _, _ in finished]
+            factors, products = [f for _, f, _ in finished], [p for _, _, p in finished]
+            backend.row_gradients(targets, row, factors, products, centroid_products, evaluation, out)
+
+    everything = slice(0, rows)
+    pairs = spec.nce_pairs(len(embeddings)) if any(needs_grad) else []
+    moment = None
+    if not pairs:
+        finish(everything, [(m, None, None) for m, needed in enumerate(embedding_needs_grad) if needed])
+    else:
+        own = {k: backend.operand(embeddings[k], spec) for k in sorted({k for _, k in pairs})}
+        cols = {k: _gathered(embeddings[k], o, spec, backend, world) for k, o in own.items()}
+        col_products = {k: _accumulator(cols[k]) for k in cols if embedding_needs_grad[k]}
+        whole = [(k, own[k].factor) for k in col_products]  # modalities that are finished last, all rows at once
+        row_products: dict[int, Tensor | None] = {}
+        largest = _largest_products(embeddings, pairs, spec, world)
+        row_blocks = _blocks(rows, backend.gradient_block)
+        for m, group in groupby(enumerate(pairs), key=lambda item: item[1][0]):
+            members = [(p, k) for p, (_, k) in group]
+            for row in row_blocks:
+                if m in own:
+                    operand = _rows_of(own[m], row)
+                    products = _own_rows(col_products[m], world)[row] if m in col_products else None
+                else:
+                    operand = backend.operand(embeddings[m][row], spec)
+                    products = _accumulator(operand) if embedding_needs_grad[m] else None
+                for p, k in members:
+                    if products is None and k not in col_products and not scale_needs_grad:
+                        continue
+                    matrix = Matrix(*operand, *cols[k], scalars.logit_scale, largest[p], world.rank * rows + row.start)
+                    if scale_needs_grad and moment is None:
+                        moment = backend.moment_buffer(matrix)
+                    for col in _blocks(total_rows, backend.gradient_block):
+                        backend.add_products(
+                            matrix.block(slice(0, row.stop - row.start), col),
+                            SoftmaxSums(prepared.rows[p, row], prepared.cols[p, col], saved.negative_mass[p, row]),
+                            prepared,
+                            products,
+                            col_products[k][col] if k in col_products else None,
+                            moment,
+                        )
+                if m in own or products is None:
+                    continue
+                if len(row_blocks) == 1:
+                    whole.append((m, operand.factor))
+                    row_products[m] = products
+                else:
+                    finish(row, [(m, operand.factor, products)])
+        del cols
+        finish(
+            everything,
+            [
+                (m, factor, world.sum_own_rows(col_products.pop(m)) if m in own else row_products.pop(m))
+                for m, factor in whole
+            ],
+        )
     if not scale_needs_grad:
-        return results, None
-    return results, (world.sum(scale_grad) / logit_scale).to(logit_scale.dtype)
+        return gradients, None
+    if moment is None:
+        return gradients, torch.zeros_like(scalars.logit_scale)
+    scale_gradient = world.sum(backend.scale_gradient(moment, evaluation))
+    return gradients, scale_gradient.to(scalars.logit_scale.dtype)
+
+
+# ---- pairs --------------------------------------------------------------------------------------------------------
 
 
 def _pair_matrices(
-    unit: list[Tensor], logit_scale: Tensor, pairs: list[tuple[int, int]], spec: LossSpec, world: World
-) -> Iterator[tuple[int, int, ExpMatrix]]:
-    """Yield ``(row modality, column modality, exponentials of their logits)`` for each pair."""
-    rows = unit[0].shape[0]
-    scale = logit_scale.to(statistics_dtype(unit[0].device)) * LOG2_E
-    largest = [torch.ones_like(scale)] * len(unit)
-    if not spec.normalize:
-        largest = [world.max(torch.linalg.vector_norm(x, dim=1).max().to(scale.dtype)) for x in unit]
-    gathered: dict[int, Tensor] = {}
-    for m, a in pairs:
-        if a not in gathered:
-            gathered = {a: world.gather_rows(unit[a])}  # one at a time: pairs come grouped by column modality
-        matrix = ExpMatrix(
-            rows=unit[m],
-            cols=gathered[a],
-            scale=scale,
-            bias=None,
-            bound=scale * largest[m] * largest[a],
-            diagonal=world.rank * rows,
-        )
-        yield m, a, matrix
+    embeddings: list[Tensor],
+    operands: list[Operand],
+    scalars: Scalars,
+    spec: LossSpec,
+    backend: Backend,
+    world: World,
+) -> list[Matrix]:
+    """The matrix of each pair, its columns from all processes."""
+    pairs = spec.nce_pairs(len(embeddings))
+    cols = {k: _gathered(embeddings[k], operands[k], spec, backend, world) for k in sorted({k for _, k in pairs})}
+    largest = _largest_products(embeddings, pairs, spec, world)
+    diagonal = world.rank * embeddings[0].shape[0]
+    return [
+        Matrix(*operands[m], *cols[k], scalars.logit_scale, bound, diagonal)
+        for (m, k), bound in zip(pairs, largest, strict=True)
+    ]
 
 
-def _centroid_matrices(
-    centroids: Tensor, spec: LossSpec, world: World, log_total: Tensor | None = None
-) -> Iterator[tuple[slice, slice, ExpMatrix]]:
-    """Yield ``(rows, columns, exp(−t‖c_i − c_j‖²))`` for this process's blocks of the upper triangle.
+def _gathered(embedding: Tensor, own: Operand, spec: LossSpec, backend: Backend, world: World) -> Operand:
+    """The operand of a modality's rows of all processes. Embeddings travel in their own type."""
+    return own if world.size == 1 else backend.operand(world.gather_rows(embedding), spec)
 
-    With ``log_total`` the entries are divided by 2^log_total.
-    """
-    scale = torch.full(
-        (), 2 * spec.uniformity_t * LOG2_E, dtype=statistics_dtype(centroids.device), device=centroids.device
+
+def _largest_products(
+    embeddings: list[Tensor], pairs: list[tuple[int, int]], spec: LossSpec, world: World
+) -> list[Tensor] | list[None]:
+    """Per pair, the largest norm of a row times the largest of a column: no inner product exceeds it."""
+    if spec.normalize or not pairs:
+        return [None] * len(pairs)
+    statistics = statistics_dtype(embeddings[0].device)
+    norms = [torch.linalg.vector_norm(e, dim=1, dtype=statistics).max() for e in embeddings]
+    largest = world.max(torch.stack(norms))
+    return [largest[m] * largest[k] for m, k in pairs]
+
+
+def _rows_of(operand: Operand, row: slice) -> Operand:
+    return Operand(operand.rows[row], None if operand.factor is None else operand.factor[row])
+
+
+def _accumulator(operand: Operand) -> Tensor:
+    """Zeros for the products of an operand's rows, float32 or wider."""
+    return torch.zeros_like(operand.rows, dtype=compute_dtype(operand.rows.dtype))
+
+
+# ---- centroids ----------------------------------------------------------------------------------------------------
+
+
+def _centroid_matrix(c: Centroids, row: slice, col: slice) -> Matrix:
+    symmetric = row == col
+    return Matrix(
+        rows=c.rows[row],
+        row_factor=c.bias[row],
+        cols=c.rows[col],
+        col_factor=c.bias[col],
+        scale=c.scale,
+        diagonal=0 if symmetric else NO_DIAGONAL,
+        biased=True,
+        symmetric=symmetric,
     )
-    half = -scale / 2 * torch.linalg.vecdot(centroids, centroids)
-    row_bias = (half if log_total is None else half - log_total).to(centroids.dtype)
-    col_bias = half.to(centroids.dtype)
-    for row, col in triangle_blocks(world.rank, world.size, centroids.shape[0] // world.size):
-        symmetric = row == col
-        if row.start == row.stop or col.start == col.stop:
-            continue
-        matrix = ExpMatrix(
-            rows=centroids[row],
-            cols=centroids[col],
-            scale=scale,
-            bias=(row_bias[row], col_bias[col]),
-            bound=torch.zeros_like(scale),
-            diagonal=0 if symmetric else None,
-            symmetric=symmetric,
-        )
-        yield row, col, matrix
 
 
-def _centroid_log_sums(centroids: Tensor, spec: LossSpec, backend: Backend, world: World) -> Tensor:
-    """log2 Σ_{j≠i} exp(−t‖c_i − c_j‖²) for the rows of all processes, ``[N]``."""
-    log_sum = centroids.new_full((centroids.shape[0],), -math.inf, dtype=statistics_dtype(centroids.device))
-    for row, col, matrix in _centroid_matrices(centroids, spec, world):
-        sums = backend.off_diagonal_log_sums(matrix)
-        log_sum[row] = torch.logaddexp2(log_sum[row], sums.row)
+def _gathered_centroids(own: Centroids, world: World) -> Centroids:
+    return own._replace(rows=world.gather_rows(own.rows), bias=world.gather_rows(own.bias))
+
+
+def _triangle(world: World, rows: int) -> Iterator[tuple[slice, slice]]:
+    """This process's blocks of the triangle of the centroid matrix that hold anything."""
+    for row, col in triangle_blocks(world.rank, world.size, rows):
+        if row.start < row.stop and col.start < col.stop:
+            yield row, col
+
+
+def _centroid_log_sums(own: Centroids, backend: Backend, world: World) -> Tensor:
+    """log2 Σ_{j≠i} e_ij for the rows of all processes, each of which computes a part of the triangle, ``[N]``."""
+    c = _gathered_centroids(own, world)
+    log_sum = torch.full(c.bias.shape, -torch.inf, dtype=statistics_dtype(c.bias.device), device=c.bias.device)
+    for row, col in _triangle(world, own.rows.shape[0]):
+        matrix = _centroid_matrix(c, row, col)
+        sums = backend.log_sums([matrix])
+        log_sum[row] = torch.logaddexp2(log_sum[row], sums.rows[0])
         if not matrix.symmetric:
-            log_sum[col] = torch.logaddexp2(log_sum[col], sums.col)
-    return log_sum_over_processes(log_sum, world)
+            log_sum[col] = torch.logaddexp2(log_sum[col], sums.cols[0])
+    return _log_sum_over_processes(log_sum, world)
 
 
-def _centroid_gradient(
-    centroids: Tensor, saved: Tensor, cu_grad: Tensor, spec: LossSpec, backend: Backend, world: World
-) -> Tensor:
-    """Gradient with respect to the own centroids, (2t/Z) Σ_{j≠i} e_ij (c_j − c_i), ``[n, D]``."""
-    share, log_total = saved[:-1], saved[-1]
-    grad = torch.zeros_like(centroids)
-    for row, col, matrix in _centroid_matrices(centroids, spec, world, log_total):
-        backend.add_products(matrix, None, grad[row], None if matrix.symmetric else grad[col])
-    own = world.sum_own_rows(grad)
-    own -= share[:, None].to(own.dtype) * _own_rows(centroids, world)
-    own *= (2 * spec.uniformity_t * cu_grad).to(own.dtype)
-    return own
+def _centroid_products(evaluation: Evaluation, backend: Backend, world: World) -> Tensor:
+    """``Σ_{j≠i} 2^(x_ij − centroid_reference) c_j`` of the own centroids, ``[n, D']``.
+
+    Where memory is saved by working in blocks, the sums of bf16 embeddings are rounded to bf16 in the end: their
+    gradients will be, and it saves a copy.
+    """
+    embeddings, spec = evaluation.embeddings, evaluation.spec
+    uniformity_t = evaluation.scalars.uniformity_t
+    own = backend.centroids(embeddings, evaluation.saved.sums, uniformity_t, evaluation.total_rows, spec)
+    c = _gathered_centroids(own, world)
+    total = torch.zeros_like(c.rows, dtype=compute_dtype(c.rows.dtype))
+    for shard_row, shard_col in _triangle(world, own.rows.shape[0]):
+        matrix = _centroid_matrix(c, shard_row, shard_col)
+        row_total, col_total = total[shard_row], total[shard_col]
+        for row in _blocks(row_total.shape[0], backend.gradient_block):
+            for col in _blocks(col_total.shape[0], backend.gradient_block):
+                if matrix.symmetric and col.start < row.start:
+                    continue
+                block = matrix.block(row, col)
+                cols = None if block.symmetric else col_total[col]
+                backend.add_products(block, None, evaluation.prepared, row_total[row], cols, None)
+    products = world.sum_own_rows(total)
+    blocks = len(_blocks(products.shape[0], backend.gradient_block))
+    return products.to(torch.bfloat16) if blocks > 1 and embeddings[0].dtype == torch.bfloat16 else products
+
+
+# ---- blocks and processes -----------------------------------------------------------------------------------------
+
+
+def _readable(embeddings: list[Tensor]) -> list[Tensor]:
+    """Embeddings as backends read them: any stride between rows, unit stride along them."""
+    return [e if e.stride(1) == 1 or e.shape[1] == 1 else e.contiguous() for e in embeddings]
+
+
+def _blocks(length: int, side: int | None) -> list[slice]:
+    side = side or length
+    return [slice(start, min(start + side, length)) for start in range(0, length, side)]
+
+
+def _description(embeddings: list[Tensor], spec: LossSpec, needs_grad: list[bool]) -> dict[str, float]:
+    """What processes must agree on before they talk about anything else: always as many numbers."""
+    rows, dim = embeddings[0].shape
+    return {
+        "number of rows": rows,
+        "dimension D": dim,
+        "number of embeddings": len(embeddings),
+        "dtype": DTYPES.index(embeddings[0].dtype),
+        **{{"nce": "InfoNCE", "atp": "ATP", "cu": "CU"}.get(k, k): float(v) for k, v in spec._asdict().items()},
+        NEEDS_GRAD: sum(2**place for place, needed in enumerate(needs_grad) if needed),
+    }
 
 
 def _own_rows(x: Tensor, world: World) -> Tensor:
@@ -317,22 +347,18 @@ def _own_rows(x: Tensor, world: World) -> Tensor:
     return x[world.rank * rows : (world.rank + 1) * rows]
 
 
-def log_sum_over_processes(log_sum: Tensor, world: World) -> Tensor:
+def _log_sum_over_processes(log_sum: Tensor, world: World) -> Tensor:
     """log2 Σ 2^log_sum over the processes, elementwise."""
     if world.size == 1:
         return log_sum
     largest = world.max(log_sum)
-    reference = torch.where(largest == -math.inf, 0.0, largest)
+    reference = torch.where(largest == -torch.inf, 0.0, largest)
     return reference + world.sum(torch.exp2(log_sum - reference)).log2()
 
 
-def _inner_product(x: Tensor, y: Tensor) -> Tensor:
-    """Σ x·y, summed in the statistics type."""
-    return torch.linalg.vecdot(x, y).sum(dtype=statistics_dtype(x.device))
-
-
-def _like(embedding: Tensor, gradient: Tensor | None) -> Tensor | None:
-    """Where the gradient of an embedding goes: over its accumulator if the types agree."""
-    if gradient is None or gradient.dtype == embedding.dtype:
-        return gradient
-    return torch.empty_like(embedding, memory_format=torch.contiguous_format)
+def _added_up(own: Forward, scalars: Scalars, world: World) -> Forward:
+    """The result over all rows, from one whose InfoNCE is a sum over the own rows; the same bits on every process."""
+    terms = own.terms.clone()
+    terms[0] = world.sum(terms[0])
+    loss = torch.dot(terms[:3].to(scalars.weights.dtype), scalars.weights)
+    return Forward(loss.to(own.loss.dtype), terms, own.saved)

@@ -7,18 +7,18 @@ from typing import NamedTuple
 
 
 class LossSpec(NamedTuple):
-    """Settings of the loss ``nce_weight·InfoNCE + atp_weight·ATP + cu_weight·CU``.
+    """Settings of the loss ``w_nce·InfoNCE + w_atp·ATP + w_cu·CU`` that are fixed when it is compiled.
 
-    A term whose weight is zero is neither computed nor differentiated. Field order is the argument order of the
-    registered operators (see :mod:`gapkernels.ops`), so the specification travels as plain scalars.
+    A term that is off is neither computed nor differentiated. What may change from step to step, the weights, the
+    logit scale and the sharpness t, travels as tensors instead (:class:`gapkernels.backends.contract.Scalars`). Field
+    order is the argument order of the registered operators (see :mod:`gapkernels.ops`).
     """
 
     anchor: int = 0
     all_pairs: bool = False
-    nce_weight: float = 1.0
-    atp_weight: float = 1.0
-    cu_weight: float = 1.0
-    uniformity_t: float = 2.0
+    nce: bool = True
+    atp: bool = True
+    cu: bool = True
     normalize: bool = True
     normalize_centroids: bool = True
 
@@ -27,7 +27,9 @@ class LossSpec(NamedTuple):
         return [(m, self.anchor) for m in range(num_modalities) if m != self.anchor]
 
     def nce_pairs(self, num_modalities: int) -> list[tuple[int, int]]:
-        """The pairs ``(row modality, column modality)`` whose InfoNCE is averaged."""
+        """The pairs ``(row modality, column modality)`` whose InfoNCE is averaged; none where it is off."""
+        if not self.nce:
+            return []
         return unordered_pairs(num_modalities) if self.all_pairs else self.anchor_pairs(num_modalities)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gapkernels import backends
-from gapkernels.backends import tiled
+from gapkernels.backends.tiled import tiles
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # workers that each start a thread per core only wait for one another
@@ -33,5 +33,5 @@ def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     """Both libraries that the tiled backend takes matrix products from."""
     if request.param == "oneDNN" and not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         pytest.skip("this torch was built without oneDNN")
-    monkeypatch.setattr(tiled, "onednn_is_faster", lambda: request.param == "oneDNN")
+    monkeypatch.setattr(tiles, "onednn_is_faster", lambda: request.param == "oneDNN")
     return request.param

@@ -214,8 +214,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 def test_a_missing_package_is_one_line(
     command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    version = environment._version
-    monkeypatch.setattr(environment, "_version", lambda name: None if name == "matplotlib" else version(name))
+    version = environment.package_version
+    monkeypatch.setattr(environment, "package_version", lambda name: None if name == "matplotlib" else version(name))
     line = fails(capsys, *command)
     assert f"gapkernels {command[0]} needs matplotlib: pip install 'gapkernels[train]'" in line
 

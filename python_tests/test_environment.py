@@ -1,4 +1,5 @@
 import json
+import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -45,8 +46,8 @@ def test_what_cannot_be_used_says_why_and_what_is_missing_how_to_install_it() ->
 
 def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     environment.require("train", "this test")
-    version = environment._version
-    monkeypatch.setattr(environment, "_version", lambda name: None if name == "scikit-learn" else version(name))
+    version = environment.package_version
+    monkeypatch.setattr(environment, "package_version", lambda name: None if name == "scikit-learn" else version(name))
     # scikit-learn comes to `train` through another extra of ours.
     with pytest.raises(UserError, match=r"this test needs scikit-learn: pip install 'gapkernels\[train\]'"):
         environment.require("train", "this test")
@@ -63,11 +64,37 @@ def test_a_checkout_that_is_not_installed_declares_the_same(monkeypatch: pytest.
     monkeypatch.setattr(metadata, "requires", not_installed)
     assert {extra: set(environment._requirements(extra)) for extra in environment.EXTRAS} == installed
     environment.require("train", "this test")
-    version = environment._version
-    monkeypatch.setattr(environment, "_version", lambda name: None if name == "pydantic" else version(name))
+    version = environment.package_version
+    monkeypatch.setattr(environment, "package_version", lambda name: None if name == "pydantic" else version(name))
     with pytest.raises(UserError, match="this test needs pydantic: "):
         environment.require("train", "this test")
 
 
 def test_a_folder_without_project_file_declares_nothing(tmp_path: Path) -> None:
     assert environment._requirements_of_checkout(tmp_path / "pyproject.toml") == []
+
+
+def test_source_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Outside a checkout, also in a folder of somebody else's repository, it is what a variable says."""
+
+    def git(*words: str) -> str:
+        identity = ["-c", "user.name=A", "-c", "user.email=a@example.org"]
+        done = subprocess.run(["git", *identity, *words], cwd=tmp_path, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    source = tmp_path / "gapkernels" / "environment.py"
+    source.parent.mkdir()
+    source.touch()
+    monkeypatch.setattr(environment, "__file__", str(source))
+    monkeypatch.delenv("GAPKERNELS_COMMIT", raising=False)
+    assert environment.source_commit() is None
+    monkeypatch.setenv("GAPKERNELS_COMMIT", "0123456789ab")
+    assert environment.source_commit() == "0123456789ab"
+    git("init", "--quiet")
+    git("add", "gapkernels")
+    git("commit", "--quiet", "-m", "first")
+    head = git("rev-parse", "HEAD")[:12]
+    assert environment.source_commit() == head
+    source.write_text("changed")
+    assert environment.source_commit() == f"{head}+dirty"
+    assert environment.source_commit("README.md") == head

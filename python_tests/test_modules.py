@@ -75,3 +75,50 @@ def test_docstring_examples():
         result = doctest.testmod(module, extraglobs={**vars(gapkernels), "torch": torch})
         assert result.attempted > 0
         assert result.failed == 0
+
+
+def test_a_learned_temperature_is_not_changed_by_calls():
+    """Neither by an evaluation beyond CLIP's bound, nor in place under a graph that was built before."""
+    x, y = random_embeddings(20, 8)
+    loss = InfoNCELoss(learn_temperature=True).to(DEVICE)
+    with torch.no_grad():
+        loss.temperature.log_scale.fill_(5.0)
+    regulariser = loss.temperature.log_scale.square().sum()
+    (loss(x, y) + regulariser).backward()
+    assert loss.temperature.log_scale.item() == 5.0
+
+
+@pytest.mark.parametrize("learn", [False, True])
+def test_a_temperature_below_the_bound_is_what_was_asked_for(learn):
+    x, y = random_embeddings(20, 8)
+    loss = InfoNCELoss(0.005, learn_temperature=learn).to(DEVICE)
+    assert loss(x, y).item() == pytest.approx(info_nce(x, y, temperature=0.005).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("learn", [False, True])
+def test_a_temperature_can_be_assigned(learn):
+    x, y = random_embeddings(20, 8)
+    loss = InfoNCELoss(learn_temperature=learn).to(DEVICE)
+    loss.temperature = 0.2
+    assert float(loss.temperature) == pytest.approx(0.2)
+    assert loss(x, y).item() == pytest.approx(info_nce(x, y, temperature=0.2).item(), rel=1e-5)
+    assert len(list(loss.parameters())) == learn
+    with pytest.raises(ValueError, match="`temperature` must be positive and finite, got 0"):
+        loss.temperature = 0
+
+
+def test_a_learned_temperature_survives_construction_without_data():
+    with torch.device("meta"):
+        loss = GapLoss(0.1, learn_temperature=True)
+    assert "learned=True" in repr(loss)
+    loss = loss.to_empty(device="cpu")
+    for module in loss.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    assert loss.temperature.log_scale.item() == pytest.approx(math.log(10))
+
+
+def test_checkpoints_with_a_scalar_parameter_still_load():
+    loss = GapLoss(learn_temperature=True)
+    loss.load_state_dict({"temperature.log_scale": torch.tensor(1.5)})
+    assert loss.temperature.log_scale.tolist() == [1.5]

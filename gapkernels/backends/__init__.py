@@ -7,19 +7,20 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from gapkernels.backends import cpu as cpu_backend
 from gapkernels.backends import cuda as cuda_backend
 from gapkernels.backends import triton as triton_backend
+from gapkernels.backends.contract import Backend
 from gapkernels.backends.cuda import measured
-from gapkernels.backends.exponential import Backend
 from gapkernels.backends.tiled import TiledBackend
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from gapkernels.backends.cuda.measured import Region
-    from gapkernels.plan import FusedBackend
+    from gapkernels.spec import LossSpec
 
-NAMES = ("reference", "torch", "triton", "cuda")
+NAMES = ("reference", "torch", "cpu", "triton", "cuda")
 """Names accepted for ``backend``, besides ``"auto"``."""
 
 
@@ -36,17 +37,18 @@ def available() -> list[Status]:
 
     Example:
         >>> [status.name for status in available()]
-        ['reference', 'torch', 'triton', 'cuda']
+        ['reference', 'torch', 'cpu', 'triton', 'cuda']
     """
     return [
         Status("reference", True, "dense autograd, O(N²) memory, any device: the definition; never chosen by auto"),
         Status("torch", True, f"tiled, O(N·D) memory, any device ({_cpu_products()})"),
+        _cpu_status(),
         _triton_status(),
         _cuda_status(),
     ]
 
 
-def select(name: str, like: Tensor) -> Backend | FusedBackend:
+def select(name: str, like: Tensor, spec: LossSpec) -> Backend:
     """The backend of a name for embeddings like these; ``"auto"`` takes the fastest that is known to be.
 
     That is Triton on a GPU it runs on, the CUDA kernels where a recorded measurement says so
@@ -56,19 +58,24 @@ def select(name: str, like: Tensor) -> Backend | FusedBackend:
     Args:
         name: of :data:`NAMES` but ``"reference"``, or ``"auto"``.
         like: ``[N, D]``; its device, type and size decide.
+        spec: what is to be computed.
 
     Raises:
         TypeError: the backend does not compute in this type.
         RuntimeError: the backend cannot be used here; says why and what to choose instead.
     """
     if name == "auto":
-        name = _fastest(like)
+        name = _fastest(like, spec)
     return _create(name, like.device, like.dtype)
 
 
-def _fastest(like: Tensor) -> str:
+def _fastest(like: Tensor, spec: LossSpec) -> str:
+    if like.device.type == "cpu" and cpu_backend.ready():
+        return "cpu"
     if like.device.type != "cuda":
         return "torch"
+    if spec.cu and not spec.normalize and not spec.normalize_centroids:
+        return "torch"  # centroids of any length take float64, which the tiled backend has
     usable, cuda_faster = _known_of(like.device, like.dtype)
     if not usable:
         return "torch"
@@ -87,11 +94,15 @@ def _known_of(device: torch.device, dtype: torch.dtype) -> tuple[bool, Region | 
 
 
 @functools.cache
-def _create(name: str, device: torch.device, dtype: torch.dtype) -> Backend | FusedBackend:
+def _create(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
     """The backend, checked and made once for each type on each device."""
     if name == "torch":
         return TiledBackend()
-    backend, instead = {"triton": (triton_backend, "torch"), "cuda": (cuda_backend, "triton")}[name]
+    backend, instead = {
+        "cpu": (cpu_backend, "torch"),
+        "triton": (triton_backend, "torch"),
+        "cuda": (cuda_backend, "triton"),
+    }[name]
     if dtype not in backend.DTYPES:
         accepted = ", ".join(str(d).removeprefix("torch.") for d in backend.DTYPES)
         given, other = str(dtype).removeprefix("torch."), "torch" if dtype == torch.float64 else instead
@@ -103,10 +114,21 @@ def _create(name: str, device: torch.device, dtype: torch.dtype) -> Backend | Fu
 
 
 def _cpu_products() -> str:
-    from gapkernels.backends.tiled import onednn_is_faster
+    from gapkernels.backends.tiled.tiles import onednn_is_faster
 
     library = "oneDNN" if onednn_is_faster() else "torch.mm"
     return f"float32 products on this CPU by {library}"
+
+
+def _cpu_status() -> Status:
+    reason = cpu_backend.unusable_because()
+    if reason is not None:
+        return Status("cpu", False, reason)
+    compiled = cpu_backend.is_compiled()
+    how = "" if compiled else f", not compiled yet (about 15 s: {cpu_backend.BUILD_COMMAND}, or first use)"
+    from gapkernels.backends.cpu.build import instruction_set
+
+    return Status("cpu", True, f"fused C++ kernels for {instruction_set()}{how}; auto's choice on a CPU")
 
 
 def _triton_status() -> Status:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gapkernels.backends.contract import Scalars
 from gapkernels.spec import LossSpec, unordered_pairs
 
 
@@ -43,7 +44,7 @@ def centroids(embeddings: list[Tensor], normalize: bool) -> Tensor:
     return F.normalize(mean, dim=1) if normalize else mean
 
 
-def centroid_uniformity(centroid: Tensor, t: float) -> Tensor:
+def centroid_uniformity(centroid: Tensor, t: Tensor) -> Tensor:
     """Logarithm of the mean over pairs i < j of exp(−t‖c_i − c_j‖²) (arXiv 2005.10242 on the centroids)."""
     n = len(centroid)
     norm = centroid.square().sum(dim=1)
@@ -52,27 +53,25 @@ def centroid_uniformity(centroid: Tensor, t: float) -> Tensor:
     return torch.logsumexp(-t * squared_distance[i, j], dim=0) - math.log(n * (n - 1) / 2)
 
 
-def loss_terms(embeddings: list[Tensor], logit_scale: Tensor, spec: LossSpec) -> Terms:
+def loss_terms(embeddings: list[Tensor], scalars: Scalars, spec: LossSpec) -> Terms:
     """All terms of the loss for embeddings ``[N, D]`` of two or more modalities."""
     z = [F.normalize(e, dim=1) for e in embeddings] if spec.normalize else embeddings
     nce_pairs, atp_pairs = spec.nce_pairs(len(z)), spec.anchor_pairs(len(z))
     return Terms(
-        info_nce=torch.stack([info_nce(z[m], z[a], logit_scale) for m, a in nce_pairs]).mean()
-        if spec.nce_weight
+        info_nce=torch.stack([info_nce(z[m], z[a], scalars.logit_scale) for m, a in nce_pairs]).mean()
+        if spec.nce
         else None,
-        align_true_pairs=torch.stack([align_true_pairs(z[m], z[a]) for m, a in atp_pairs]).mean()
-        if spec.atp_weight
-        else None,
-        centroid_uniformity=centroid_uniformity(centroids(z, spec.normalize_centroids), spec.uniformity_t)
-        if spec.cu_weight
+        align_true_pairs=torch.stack([align_true_pairs(z[m], z[a]) for m, a in atp_pairs]).mean() if spec.atp else None,
+        centroid_uniformity=centroid_uniformity(centroids(z, spec.normalize_centroids), scalars.uniformity_t)
+        if spec.cu
         else None,
     )
 
 
-def total(terms: Terms, spec: LossSpec) -> Tensor:
-    """The weighted sum of the terms; zero, still attached to nothing, when every weight is zero."""
-    weights = (spec.nce_weight, spec.atp_weight, spec.cu_weight)
-    return sum((w * term for w, term in zip(weights, terms, strict=True) if term is not None), torch.zeros(()))
+def total(terms: Terms, weights: Tensor, embeddings: list[Tensor]) -> Tensor:
+    """The weighted sum of the terms; zero, with a gradient of zeros, when all are off."""
+    present = [w * term for w, term in zip(weights, terms, strict=True) if term is not None]
+    return torch.stack(present or [0 * e.sum() for e in embeddings]).sum()
 
 
 def diagnostics(embeddings: list[Tensor]) -> tuple[Tensor, Tensor]:

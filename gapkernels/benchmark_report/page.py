@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
 from gapkernels.benchmark_report import plots, tables
-from gapkernels.benchmark_report.plots import Plot
 from gapkernels.benchmark_report.results import Results, commit_note, load
+from gapkernels.reporting import page
+from gapkernels.reporting.figures import Plot, write_plots
 
 LOSSES = ("gap", "info_nce")
 
@@ -42,11 +41,8 @@ def render(result_files: Sequence[Path], out: Path) -> Report:
     comparison = plots.compare_devices(files)
     images = [*comparison, *(plot for section in figures for plot in section)]
 
-    folder = out.with_suffix("")
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{plot.name}.png" for plot in images]
-    for path, plot in zip(paths, images, strict=True):
-        path.write_bytes(plot.png)
+    paths = write_plots(images, out.with_suffix(""))
+    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(_html(files, figures, comparison), encoding="utf-8")
     text = out.with_suffix(".md")
     text.write_text("\n\n".join(_markdown(results) for results in files) + "\n", encoding="utf-8")
@@ -70,8 +66,7 @@ def scaling_sections(results: Results) -> list[tuple[str, tables.Table]]:
 
 def _facts(results: Results) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
-    facts = [f"Measured on {results.date}, {commit_note(results.commits)}.", f"Versions: {versions}."]
-    return facts + [note for note in [tables.clock_note(results)] if note]
+    return [f"Measured on {results.date}, {commit_note(results.commits)}.", f"Versions: {versions}."]
 
 
 def _markdown(results: Results) -> str:
@@ -91,16 +86,9 @@ def _markdown(results: Results) -> str:
 
 
 def _html(files: Sequence[Results], figures: Sequence[list[Plot]], comparison: Sequence[Plot]) -> str:
-    from jinja2 import Environment
-
-    # `select_autoescape` goes by file name; this template is always HTML.
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["keep_together"] = _keep_together
-    template = environment.from_string(
-        (resources.files("gapkernels.benchmark_report") / "page.html.j2").read_text(encoding="utf-8")
-    )
-    return template.render(
-        comparison=[_embed(plot) for plot in comparison],
+    return page.render(
+        "benchmark_report/page.html.j2",
+        comparison=comparison,
         sections=[
             {
                 "device": results.device,
@@ -109,19 +97,10 @@ def _html(files: Sequence[Results], figures: Sequence[list[Plot]], comparison: S
                 "peers": [(title, table, tables.marked(table)) for title, table in peer_sections(results)],
                 "mark_meaning": tables.MARK_MEANING,
                 "scaling": scaling_sections(results),
-                "figures": [_embed(plot) for plot in drawn],
+                "figures": drawn,
                 "rows": tables.full_table(results),
                 "skips": tables.skip_table(results),
             }
             for results, drawn in zip(files, figures, strict=True)
         ],
     )
-
-
-def _keep_together(text: str) -> str:
-    """No line ends inside of ``N = 4096``."""
-    return text.replace(" = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}")
-
-
-def _embed(plot: Plot) -> dict[str, str]:
-    return {"caption": plot.caption, "source": "data:image/png;base64," + base64.b64encode(plot.png).decode()}

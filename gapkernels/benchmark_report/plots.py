@@ -3,53 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from io import BytesIO
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gapkernels.benchmark_report.results import Problem, Results, Row, fastest_of_ours
 from gapkernels.benchmark_report.tables import seconds, significant, size
+from gapkernels.reporting.figures import COLORS, LINES, MARKERS, Plot, finish, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, made to be told apart with every common form of colour blindness.
-_BLUE, _VERMILION, _GREEN, _PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
-_ORANGE, _SKY, _BLACK, _GREY = "#E69F00", "#56B4E9", "#000000", "#767676"
-_DARK_BLUE, _LIGHT_BLUE = "#003A5D", "#4C9ED9"  # lightness tells our backends apart
-# (colour, marker, line) of every implementation that has a place of its own; the same in every figure.
-_STYLES = {
-    "gapkernels-torch": (_BLUE, "o", "-"),
-    "gapkernels-triton": (_LIGHT_BLUE, "s", "-"),
-    "gapkernels-cuda": (_DARK_BLUE, "D", "-"),
-    "authors": (_VERMILION, "^", "-"),
-    "authors-compile": (_VERMILION, "v", "--"),
-    "matmul": (_GREEN, "P", "-"),
-    "matmul-compile": (_GREEN, "X", "--"),
-    "open-clip": (_PURPLE, "<", "-"),
-    "inf-cl": (_ORANGE, ">", "-"),
-    "siglip-kernel": (_SKY, "h", "-"),
-    "pytorch-metric-learning": (_BLACK, "d", "-"),
-}
-_DEVICE_STYLES = tuple(zip((_BLUE, _VERMILION, _GREEN, _PURPLE, _ORANGE, _SKY), "o^PXDs", strict=True))
-_WIDTH, _HEIGHT, _DPI = 5.2, 3.6, 150
+_BLUE, *_PEERS = COLORS
+_OURS = (_BLUE, "#4C9ED9", "#003A5D", "#00283F")  # lightness tells our backends apart
+_GREY, _BLACK = "#767676", "#000000"
+_HEIGHT = 3.6
 _GPU_MEMORY = 80e9  # of the GPU that most readers have in mind
 
 
-@dataclass(frozen=True)
-class Plot:
-    """A finished figure.
+class Style(NamedTuple):
+    """How an implementation looks in every figure of a result file."""
 
-    Args:
-        name: file name without suffix.
-        caption: what it shows.
-        png: the image.
+    color: str
+    marker: str
+    line: Any
+
+
+def styles(results: Results) -> dict[str, Style]:
+    """Styles by implementation, in the order of measurement.
+
+    A peer and its compiled forms (`matmul`, `matmul-compile`) have one colour and differ in line and marker.
     """
-
-    name: str
-    caption: str
-    png: bytes
+    relatives: dict[str, list[str]] = {}
+    names = list(dict.fromkeys(row.implementation for row in results.rows))
+    for name in names:
+        relatives.setdefault(name.split("-")[0], []).append(name)
+    peers = [family for family in relatives if family != "gapkernels"]
+    found = {}
+    for number, name in enumerate(names):
+        family = name.split("-")[0]
+        place = relatives[family].index(name)
+        color = _OURS[place % len(_OURS)] if family == "gapkernels" else _PEERS[peers.index(family) % len(_PEERS)]
+        found[name] = Style(color, MARKERS[number % len(MARKERS)], LINES[place % len(LINES)])
+    return found
 
 
 def draw(results: Results) -> list[Plot]:
@@ -71,7 +66,7 @@ def draw_time(results: Results, family: Problem) -> Plot:
     figure, axes = _new_figure()
     series = results.series(family, "samples")
     for implementation, rows in series.items():
-        _line(axes, implementation, rows[0].label, [(row.samples, row.median) for row in rows])
+        _line(axes, styles(results)[implementation], rows[0], [(row.samples, row.median) for row in rows])
     stopped = _mark_stops(axes, results, family, {name: (r[-1].samples, r[-1].median) for name, r in series.items()})
     reference = max((rows for rows in series.values() if rows[0].ours), key=len)
     floor = [(row.samples, row.operations / (row.matmul_tflops * 1e12)) for row in reference]
@@ -83,8 +78,9 @@ def draw_time(results: Results, family: Problem) -> Plot:
     axes.set_ylabel("time (median)")
     axes.yaxis.set_major_formatter(lambda value, _: _short_seconds(value))
     _legend(axes)
-    return _finish(
+    return finish(
         figure,
+        results.device,
         f"time-{results.name}-{family.loss}",
         f"{results.device}: time against the batch size ({_without_samples(family)}). The grey lines are the times "
         f"of the matrix products alone, at the speed of one large product.{stopped}",
@@ -99,7 +95,7 @@ def draw_memory(results: Results, family: Problem) -> Plot | None:
     for implementation, rows in results.series(family, "samples").items():
         points = [(row.samples, row.peak_extra_bytes) for row in rows if row.peak_extra_bytes]
         if points:
-            _line(axes, implementation, rows[0].label, points)
+            _line(axes, styles(results)[implementation], rows[0], points)
             drawn += [samples for samples, _ in points]
             last[implementation] = points[-1]
     if not drawn:
@@ -121,8 +117,9 @@ def draw_memory(results: Results, family: Problem) -> Plot | None:
     axes.set_ylabel("peak memory beyond the inputs")
     axes.yaxis.set_major_formatter(lambda value, _: size(value))
     _legend(axes)
-    return _finish(
+    return finish(
         figure,
+        results.device,
         f"memory-{results.name}-{family.loss}",
         f"{results.device}: peak memory beyond the inputs, gradients included, against the batch size "
         f"({_without_samples(family)}).{stopped}",
@@ -135,7 +132,7 @@ def draw_utilisation(results: Results, family: Problem) -> Plot:
     series = results.series(family, "width")
     for implementation, rows in series.items():
         if len(rows) > 1:
-            _line(axes, implementation, rows[0].label, [(row.width, row.utilisation) for row in rows])
+            _line(axes, styles(results)[implementation], rows[0], [(row.width, row.utilisation) for row in rows])
     axes.axhline(1, color=_GREY, linewidth=1.5, linestyle=":", label="torch.matmul")
     first = next(iter(series.values()))[0]
     if first.onednn_tflops:
@@ -149,8 +146,9 @@ def draw_utilisation(results: Results, family: Problem) -> Plot:
     axes.set_xlabel("width D of the embeddings")
     axes.set_ylabel("share of torch.matmul's rate")
     _legend(axes)
-    return _finish(
+    return finish(
         figure,
+        results.device,
         f"utilisation-{results.name}",
         f"{results.device}: operations of the products per second, as a share of a large torch.matmul in the same "
         f"run, against the width (N = {family.samples}, {family.dtype}, forward + backward).",
@@ -166,8 +164,8 @@ def draw_speedup(results: Results, problem: Problem) -> Plot | None:
     figure, axes = _new_figure(height=0.9 + 0.46 * len(rows))
     for position, row in enumerate(rows):
         ratio = base.median / row.median
-        color = _STYLES.get(row.implementation, (_GREY,))[0]
-        hatch = "///" if row.implementation.endswith("-compile") else None
+        color, _, line = styles(results)[row.implementation]
+        hatch = "///" if line != LINES[0] and not row.ours else None
         axes.barh(-position, ratio, height=0.68, color=color, hatch=hatch, edgecolor="white", linewidth=0)
         axes.text(ratio, -position, f" {significant(ratio)}×  ({seconds(row.median)})", va="center", fontsize=9)
     axes.set_yticks([-position for position in range(len(rows))], [row.label.replace(", ", ",\n") for row in rows])
@@ -176,8 +174,9 @@ def draw_speedup(results: Results, problem: Problem) -> Plot | None:
     axes.set_xlabel("speed relative to the authors' formulation", loc="right")
     axes.grid(visible=False)
     scope = "both" if problem.backward else "forward"
-    return _finish(
+    return finish(
         figure,
+        results.device,
         f"speedup-{results.name}-{problem.loss}-{scope}-N{problem.samples}-D{problem.width}",
         f"{results.device}: {problem.title}. Longer is faster.",
     )
@@ -195,7 +194,7 @@ def compare_devices(files: Sequence[Results]) -> list[Plot]:
         return []
     figure, axes = _new_figure()
     for number, (results, rows) in enumerate(sweeps):
-        color, marker = _DEVICE_STYLES[number % len(_DEVICE_STYLES)]
+        color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
         label = f"{results.device}, D = {rows[0].width}, {rows[0].dtype} ({results.date})"
         points = [(row.samples, row.median) for row in rows]
         axes.plot(*zip(*points, strict=True), color=color, marker=marker, markersize=5, label=label)
@@ -204,7 +203,7 @@ def compare_devices(files: Sequence[Results]) -> list[Plot]:
     axes.yaxis.set_major_formatter(lambda value, _: _short_seconds(value))
     _legend(axes, columns=1)
     caption = "Our fastest backend on each device, forward + backward of the whole loss."
-    return [_finish(figure, "devices", caption)]
+    return [finish(figure, "Devices", "devices", caption)]
 
 
 def _mark_stops(axes: Axes, results: Results, family: Problem, last: dict[str, tuple[int, float]]) -> str:
@@ -221,18 +220,16 @@ def _mark_stops(axes: Axes, results: Results, family: Problem, last: dict[str, t
     return " A cross: the next size ran out of memory."
 
 
-def _line(axes: Axes, implementation: str, label: str, points: Sequence[tuple[float, float]]) -> None:
-    color, marker, line = _STYLES.get(implementation, (_GREY, "*", "-"))
-    ours = implementation.startswith("gapkernels")
+def _line(axes: Axes, style: Style, row: Row, points: Sequence[tuple[float, float]]) -> None:
     axes.plot(
         *zip(*points, strict=True),
-        color=color,
-        marker=marker,
-        linestyle=line,
-        linewidth=2.4 if ours else 1.4,
-        markersize=6 if ours else 5,
-        zorder=4 if ours else 3,
-        label=label,
+        color=style.color,
+        marker=style.marker,
+        linestyle=style.line,
+        linewidth=2.4 if row.ours else 1.4,
+        markersize=6 if row.ours else 5,
+        zorder=4 if row.ours else 3,
+        label=row.label,
     )
 
 
@@ -275,16 +272,6 @@ def _without_samples(family: Problem) -> str:
 
 
 def _new_figure(height: float = _HEIGHT) -> tuple[Figure, Axes]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(_WIDTH, height), dpi=_DPI, layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
+    figure, axes = new_figure(height)
     axes.grid(alpha=0.3)
     return figure, axes
-
-
-def _finish(figure: Figure, name: str, caption: str) -> Plot:
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return Plot(name, caption, buffer.getvalue())

@@ -6,7 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,7 +41,7 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement. Times are in seconds; None stands for what was not measured."""
+    """One measurement. Times are in seconds, ``back_to_back`` per step; None stands for what was not measured."""
 
     implementation: str
     label: str
@@ -67,6 +67,7 @@ class Row:
     loss_error: float | None
     gradient_error: float | None
     other_cpu_share: float
+    back_to_back: float | None = None
 
     @property
     def problem(self) -> Problem:
@@ -198,7 +199,8 @@ def load(path: Path) -> Results:
 
 
 def _build(kind: type[Any], values: dict[str, Any]) -> Any:
-    return kind(**{field.name: values[field.name] for field in fields(kind)})
+    required = {field.name for field in fields(kind) if field.default is MISSING}
+    return kind(**{field.name: values[field.name] for field in fields(kind) if field.name in required | values.keys()})
 
 
 def exponent(points: Sequence[tuple[float, float]]) -> float | None:

@@ -24,13 +24,6 @@ def marked(table: Table) -> bool:
     return any(line[1].endswith(MARK) for line in table)
 
 
-def clock_note(results: Results) -> str:
-    """What a time is, where that needs a word; empty elsewhere."""
-    if any(row.clock == "CPU time" for row in results.rows):
-        return "Times are CPU times of one thread, because other processes shared the machine."
-    return ""
-
-
 def markdown(table: Table) -> str:
     """A Markdown table; the first row is the heading, all columns but the first are numbers."""
     heading, *rows = table
@@ -88,16 +81,16 @@ def full_table(results: Results) -> Table:
     unit = "TFLOP/s" if results.is_gpu else "GFLOP/s"
     heading = ["implementation", "loss", "N", "D", "type", "M", "pass", "time", "IQR", "rounds", unit, "utilisation"]
     heading += ["extra memory", "loss error", "gradient error"]
-    if not results.is_gpu:
-        heading.append("others' CPU share")
+    heading.append("back to back" if results.is_gpu else "others' CPU share")
     table = [heading]
     for row in sorted(results.rows, key=lambda row: (row.loss, not row.backward, row.problem, row.median)):
         values = [row.label, row.loss, str(row.samples), str(row.width), row.dtype, str(row.modalities)]
         values += ["fwd+bwd" if row.backward else "fwd", seconds(row.median), seconds(row.iqr), str(row.rounds)]
         values += _figures(results, row)
-        if not results.is_gpu:
-            values.append(f"{row.other_cpu_share:.0%}")
-        table.append(values)
+        last = f"{row.other_cpu_share:.0%}"
+        if results.is_gpu:
+            last = NOTHING if row.back_to_back is None else seconds(row.back_to_back)
+        table.append([*values, last])
     return table
 
 

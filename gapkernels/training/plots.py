@@ -7,8 +7,6 @@ marker as well as in colour, and classes carry their names: no figure depends on
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -17,16 +15,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from gapkernels.reporting.figures import COLORS, DPI, LINES, MARKERS, WIDTH, Plot, finish, new_figure
 from gapkernels.training.data import NO_CLASS
 from gapkernels.training.embeddings import read_embeddings
 from gapkernels.training.layout import EMBEDDINGS
 from gapkernels.training.paper import paper_results
 from gapkernels.training.results import Experiment, RunResult, summarise, table_columns
 
-# Okabe and Ito's palette, made to be told apart with every common form of colour blindness.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1)))
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 # M. A. Petroff, "Accessible Color Sequences for Data Visualization", 2021.
 _CLASS_COLORS = (
     *("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6"),
@@ -34,27 +29,8 @@ _CLASS_COLORS = (
 )
 _OTHER_CLASSES = "#d0d0d0"
 
-_WIDTH, _HEIGHT = 5.2, 3.9  # inches
-_DPI = 150
 _MOST_POINTS = 1500
 _SMALLEST_SPAN = 0.05  # of a metric's axis: differences of a tenth of a percent shall not look like anything
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A finished figure.
-
-    Args:
-        section: heading it belongs under.
-        name: file name without suffix.
-        caption: what it shows.
-        png: the image.
-    """
-
-    section: str
-    name: str
-    caption: str
-    png: bytes
 
 
 def draw_plots(experiment: Experiment) -> list[Plot]:
@@ -83,7 +59,7 @@ def _draw_summary(experiment: Experiment) -> Plot:
     """Draw the metrics of the results table: a row per metric with a scale of its own, a marker per method."""
     summary = summarise(experiment)
     columns = table_columns(next(iter(summary.values())))
-    figure = Figure(figsize=(_WIDTH, 0.2 + len(columns) * (0.45 + 0.17 * len(summary))), dpi=_DPI, layout="constrained")
+    figure = Figure(figsize=(WIDTH, 0.2 + len(columns) * (0.45 + 0.17 * len(summary))), dpi=DPI, layout="constrained")
     for axes, (key, heading) in zip(figure.subplots(len(columns), squeeze=False)[:, 0], columns.items(), strict=True):
         for number, metrics in enumerate(summary.values()):
             axes.errorbar(
@@ -92,8 +68,8 @@ def _draw_summary(experiment: Experiment) -> Plot:
                 xerr=metrics[key].std,
                 capsize=3,
                 markersize=6,
-                marker=_MARKERS[number % len(_MARKERS)],
-                color=_COLORS[number % len(_COLORS)],
+                marker=MARKERS[number % len(MARKERS)],
+                color=COLORS[number % len(COLORS)],
             )
         axes.set_yticks([-number for number in range(len(summary))], list(summary))
         axes.set_ylim(0.3 - len(summary), 0.7)
@@ -105,7 +81,7 @@ def _draw_summary(experiment: Experiment) -> Plot:
         axes.set_title(heading, fontsize=10, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="x", alpha=0.3)
-    return _finish(
+    return finish(
         figure, "Results", "summary", "Final metrics on the test split: mean over seeds, bar: ± standard deviation."
     )
 
@@ -119,8 +95,8 @@ def _draw_gap_against_grouping(experiment: Experiment) -> list[Plot]:
     axes.set_xlabel("modality gap")
     for number, (method, runs) in enumerate(methods.items()):
         style: dict[str, Any] = {
-            "marker": _MARKERS[number % len(_MARKERS)],
-            "color": _COLORS[number % len(_COLORS)],
+            "marker": MARKERS[number % len(MARKERS)],
+            "color": COLORS[number % len(COLORS)],
             "linestyle": "none",
         }
         points = [(run.metrics["gap"], run.metrics["v_measure"]) for run in runs]
@@ -130,7 +106,7 @@ def _draw_gap_against_grouping(experiment: Experiment) -> list[Plot]:
             axes.plot(published["gap"], published["v_measure"], **style, fillstyle="none", label=f"{method} (paper)")
     axes.legend(frameon=False)
     caption = "Gap and grouping of every run on the test split; upper left is better."
-    return [_finish(figure, "Results", "gap-against-v-measure", caption)]
+    return [finish(figure, "Results", "gap-against-v-measure", caption)]
 
 
 def draw_comparison(experiments: Sequence[Experiment]) -> list[Plot]:
@@ -157,14 +133,14 @@ def draw_comparison(experiments: Sequence[Experiment]) -> list[Plot]:
                 [statistic.mean for _, statistic in found],
                 yerr=[statistic.std or 0.0 for _, statistic in found],
                 capsize=3,
-                marker=_MARKERS[number % len(_MARKERS)],
-                color=_COLORS[number % len(_COLORS)],
-                linestyle=_LINES[number % len(_LINES)],
+                marker=MARKERS[number % len(MARKERS)],
+                color=COLORS[number % len(COLORS)],
+                linestyle=LINES[number % len(LINES)],
                 label=method,
             )
         axes.legend(frameon=False)
         name = f"batch-size-{key.replace('/', '-').replace('@', '-')}"
-        plots.append(_finish(figure, "Batch size", name, f"{heading}: mean over seeds, bar: ± standard deviation."))
+        plots.append(finish(figure, "Batch size", name, f"{heading}: mean over seeds, bar: ± standard deviation."))
     return plots
 
 
@@ -178,7 +154,7 @@ def _draw_curves(methods: Mapping[str, Sequence[RunResult]], split: str, key: st
     axes.legend(frameon=False)
     where = "the test split" if split == "test" else "the training batches"
     caption = f"{what}, on {where}; mean over seeds, band: ± standard deviation."
-    return [_finish(figure, "Over training", key, caption)]
+    return [finish(figure, "Over training", key, caption)]
 
 
 def _draw_gap_terms(method: str, runs: Sequence[RunResult]) -> list[Plot]:
@@ -197,7 +173,7 @@ def _draw_gap_terms(method: str, runs: Sequence[RunResult]) -> list[Plot]:
             _draw_line(axes, runs, "train", keys[index], name, number)
         axes.legend(frameon=False)
         caption = f"{method}: {label}, on the training batches. A term whose weight is 0 is not computed."
-        plots.append(_finish(figure, "Over training", f"{kind}-{method}", caption))
+        plots.append(finish(figure, "Over training", f"{kind}-{method}", caption))
     return plots
 
 
@@ -213,7 +189,7 @@ def _draw_space(method: str, run: RunResult) -> list[Plot]:
 
     plots = []
     for grouping in ("modality", "class"):
-        figure, axes = _new_figure()
+        figure, axes = new_figure()
         if grouping == "modality":
             _draw_by_modality(axes, clouds)
         elif embeddings.labels is None or not (embeddings.labels != NO_CLASS).any():
@@ -225,7 +201,7 @@ def _draw_space(method: str, run: RunResult) -> list[Plot]:
             axes.set(**{f"{axis}label": name})
         axes.set_aspect("equal", adjustable="datalim")
         caption = f"{method}, by {grouping}: unit vectors of the test split, seed {run.seed}."
-        plots.append(_finish(figure, "The joint space", f"space-{method}-by-{grouping}", caption))
+        plots.append(finish(figure, "The joint space", f"space-{method}-by-{grouping}", caption))
     return plots
 
 
@@ -240,8 +216,8 @@ def _draw_by_modality(axes: Axes, clouds: Mapping[str, np.ndarray]) -> None:
             distinct[:, 1],
             s=60 if few else 12,
             alpha=1.0 if few else 0.5,
-            marker=_MARKERS[number],
-            color=_COLORS[number],
+            marker=MARKERS[number],
+            color=COLORS[number],
             edgecolors="white" if few else "none",
             linewidths=0.8,
             label=name,
@@ -266,11 +242,11 @@ def _draw_by_class(axes: Axes, clouds: Mapping[str, np.ndarray], labels: np.ndar
             points[:, 1],
             s=12,
             alpha=0.6,
-            marker=_MARKERS[number],
+            marker=MARKERS[number],
             c=colors,
             edgecolors="none",
         )
-        axes.scatter([], [], s=20, marker=_MARKERS[number], color="#555555", label=modality)
+        axes.scatter([], [], s=20, marker=MARKERS[number], color="#555555", label=modality)
     axes.legend(frameon=True, framealpha=0.9)
     largest = max(clouds.values(), key=lambda points: len(np.unique(points.round(3), axis=0)))
     for label in named:
@@ -285,8 +261,8 @@ def _draw_line(axes: Axes, runs: Sequence[RunResult], split: str, key: str, labe
     if not len(epochs):
         return
     mean = values.mean(axis=0)
-    color = _COLORS[number % len(_COLORS)]
-    axes.plot(epochs, mean, color=color, linestyle=_LINES[number % len(_LINES)], linewidth=1.8, label=label)
+    color = COLORS[number % len(COLORS)]
+    axes.plot(epochs, mean, color=color, linestyle=LINES[number % len(LINES)], linewidth=1.8, label=label)
     if len(runs) > 1:
         std = values.std(axis=0, ddof=1)
         axes.fill_between(epochs, mean - std, mean + std, color=color, alpha=0.18, linewidth=0)
@@ -303,22 +279,9 @@ def _series(history: Iterable[Mapping[str, Any]], split: str, key: str) -> dict[
     return {record["epoch"]: record[key] for record in history if record["split"] == split and key in record}
 
 
-def _new_figure() -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(_WIDTH, _HEIGHT), dpi=_DPI, layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
 def _new_curves(label: str) -> tuple[Figure, Axes]:
-    figure, axes = _new_figure()
+    figure, axes = new_figure()
     axes.set_xlabel("epoch")
     axes.set_ylabel(label)
     axes.grid(alpha=0.3)
     return figure, axes
-
-
-def _finish(figure: Figure, section: str, name: str, caption: str) -> Plot:
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png")
-    return Plot(section, name, caption, buffer.getvalue())

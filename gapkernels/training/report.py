@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib import resources
 from itertools import groupby
 from pathlib import Path
 
 from gapkernels.environment import format_environment
-from gapkernels.training.checkpoint import atomic_write, write_text
+from gapkernels.reporting.figures import write_plots
+from gapkernels.reporting.page import render
+from gapkernels.training.checkpoint import write_text
 from gapkernels.training.config import describe_config
 from gapkernels.training.layout import PLOTS
 from gapkernels.training.paper import paper_results
-from gapkernels.training.plots import Plot, draw_comparison, draw_plots
+from gapkernels.training.plots import draw_comparison, draw_plots
 from gapkernels.training.results import Experiment, summarise, table_rows
-
-
-@dataclass(frozen=True)
-class _Figure:
-    """What the template needs of a figure."""
-
-    caption: str
-    source: str
 
 
 def write_report(experiments: Sequence[Experiment], path: Path) -> None:
@@ -36,23 +27,17 @@ def write_report(experiments: Sequence[Experiment], path: Path) -> None:
         experiments: what to report on, one section each.
         path: the HTML file; it refers to nothing outside itself.
     """
-    from jinja2 import Environment
-
-    # `select_autoescape` goes by file name; this template is always HTML.
-    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
-        (resources.files("gapkernels.training") / "report.html.j2").read_text(encoding="utf-8")
-    )
     path.parent.mkdir(parents=True, exist_ok=True)
     comparison = draw_comparison(experiments)
-    _write_plots(comparison, path.parent / PLOTS)
+    write_plots(comparison, path.parent / PLOTS)
     sections = [_describe(experiment) for experiment in experiments]
-    write_text(path, template.render(sections=sections, comparison=[_embed(plot) for plot in comparison]))
+    write_text(path, render("training/report.html.j2", sections=sections, comparison=comparison))
 
 
 def _describe(experiment: Experiment) -> dict[str, object]:
     """Collect what the template shows of one experiment."""
     plots = draw_plots(experiment)
-    _write_plots(plots, experiment.folder / PLOTS)
+    write_plots(plots, experiment.folder / PLOTS)
     summary = summarise(experiment)
     return {
         "name": experiment.config.name,
@@ -65,19 +50,7 @@ def _describe(experiment: Experiment) -> dict[str, object]:
         "seeds": {method: [run.seed for run in runs] for method, runs in experiment.methods.items()},
         "seconds": sum(run.seconds for run in experiment.runs),
         "runs": len(experiment.runs),
-        "groups": [(title, [_embed(plot) for plot in group]) for title, group in groupby(plots, lambda p: p.section)],
+        "groups": [(title, list(group)) for title, group in groupby(plots, lambda plot: plot.section)],
         "config": describe_config(experiment.config),
         "environment": format_environment(dict(experiment.environment)),
     }
-
-
-def _write_plots(plots: Sequence[Plot], folder: Path) -> None:
-    if plots:
-        folder.mkdir(exist_ok=True)
-    for plot in plots:
-        with atomic_write(folder / f"{plot.name}.png") as file:
-            file.write(plot.png)
-
-
-def _embed(plot: Plot) -> _Figure:
-    return _Figure(plot.caption, "data:image/png;base64," + base64.b64encode(plot.png).decode())

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from gapkernels.environment import source_commit
 from gapkernels.training.checkpoint import write_text
 from gapkernels.training.config import Config, load_config
 from gapkernels.training.experiment import run_experiment
@@ -93,18 +93,3 @@ def write_results(experiments: Sequence[Experiment], path: Path) -> None:
         ],
     }
     write_text(path, json.dumps(content, indent=1) + "\n")
-
-
-def source_commit() -> str | None:
-    """Return the git commit of this package's source, with `-dirty` if files differ; None outside a checkout."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return None
-    git = ["git", "-C", str(root)]
-    try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        status = [*git, "status", "--porcelain", "--untracked-files=no", "--", "gapkernels"]
-        changed = subprocess.run(status, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return f"{commit}-dirty" if changed else commit

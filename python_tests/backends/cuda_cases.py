@@ -16,11 +16,12 @@ from oracle import TOLERANCE, Tolerance, assert_matches_oracle, random_embedding
 
 from gapkernels import backends, gap_loss
 from gapkernels.backends import cuda
-from gapkernels.backends.cuda import build, kernels
-from gapkernels.backends.triton import backend as launcher
-from gapkernels.backends.triton import backward_plan, tile_sums
+from gapkernels.backends.contract import Matrix
+from gapkernels.backends.cuda import build
+from gapkernels.backends.cuda.kernels import CudaBackend
+from gapkernels.backends.triton import backend as triton_backend
+from gapkernels.backends.triton import products, tile_sums
 from gapkernels.backends.triton.device import INTERPRETED
-from gapkernels.backends.triton.matrix import Matrix
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy on infinities that are meant
 SIXTEEN_BIT = [torch.bfloat16, torch.float16]
@@ -33,15 +34,19 @@ def library(tmp_path_factory):
     from torch.utils import cpp_extension
 
     folder = tmp_path_factory.mktemp("cuda_host")
-    cpp_extension.load(
-        "gapkernels_cuda_host",
-        [str(build.source_folder() / "binding.cpp"), str(Path(__file__).parent / "cuda_host" / "kernels.cpp")],
-        extra_cflags=[*WARNINGS, *(flag for flag in build.BINDING_FLAGS if flag != "-DUSE_CUDA")],
-        extra_include_paths=[str(build.source_folder())],
-        build_directory=str(folder),
-        is_python_module=False,
-    )
-    return ctypes.CDLL(str(folder / "gapkernels_cuda_host.so"))
+    with build.ninja_on_path():
+        cpp_extension.load(
+            "gapkernels_cuda_host",
+            [str(build.source_folder() / "binding.cpp"), str(Path(__file__).parent / "cuda_host" / "kernels.cpp")],
+            extra_cflags=[*WARNINGS, *(flag for flag in build.BINDING_FLAGS if flag != "-DUSE_CUDA")],
+            extra_include_paths=[str(build.source_folder())],
+            build_directory=str(folder),
+            is_python_module=False,
+        )
+    loaded = ctypes.CDLL(str(folder / "gapkernels_cuda_host.so"))
+    loaded.gapkernels_driver_problem.restype = ctypes.c_char_p
+    loaded.gapkernels_is_encoded.restype = ctypes.c_bool
+    return loaded
 
 
 @pytest.fixture
@@ -50,8 +55,8 @@ def on_cpu(library, monkeypatch):
     assert INTERPRETED
     monkeypatch.setattr(cuda, "unusable_because", lambda device=None, dtype=None: None)
     monkeypatch.setattr(build, "load", lambda: None)
-    monkeypatch.setenv(backward_plan.VARIABLE, "blocks")
-    monkeypatch.setattr(launcher, "add_product", lambda total, left, right: total.addmm_(left.float(), right.float()))
+    product = lambda total, left, right: total.addmm_(left.float(), right.float())  # noqa: E731
+    monkeypatch.setattr(products, "add_product", product)
 
 
 def test_schemas_are_registered(library):
@@ -86,6 +91,37 @@ def test_order_of_tiles_is_balanced(library):
     """No cluster has many more tiles than another: they all take the same time."""
     counts = [len(walk(library, 8192, 8192, 2, 0b10, cluster, 66, 2)) for cluster in range(66)]
     assert max(counts) - min(counts) <= 1
+
+
+def test_quotients_by_multiplication(library):
+    """Of every divisor that a launch may have, at the edges of every quotient's range."""
+    largest = 2**31 - 1
+    divisors = [*range(1, 1200), *(2**b + d for b in range(11, 30) for d in (-1, 0, 1)), largest]
+    for divisor in divisors:
+        quotients = {0, 1, 2, 7, largest // divisor // 2, largest // divisor}
+        numbers = {q * divisor + d for q in quotients for d in (-1, 0, 1)} | {largest}
+        for number in (n for n in numbers if 0 <= n <= largest):
+            assert library.gapkernels_quotient(number, divisor) == number // divisor, (number, divisor)
+
+
+@pytest.mark.parametrize(
+    ("version", "problem"),
+    [
+        (0, b"there is no NVIDIA driver"),
+        (11080, b"the driver is for CUDA 11.8, the kernels need one for 12.1 or newer"),
+        (12000, b"the driver is for CUDA 12.0, the kernels need one for 12.1 or newer"),
+        (12010, None),
+        (13020, None),
+    ],
+)
+def test_old_drivers_are_named(library, version, problem):
+    assert library.gapkernels_driver_problem(version) == problem
+
+
+def test_copy_descriptors_that_the_driver_refused_are_noticed(library):
+    """CUTLASS leaves zeros in their place."""
+    assert not library.gapkernels_is_encoded(bytes(128), 128)
+    assert library.gapkernels_is_encoded(bytes(127) + b"\1", 128)
 
 
 def walk(library, rows, cols, matrices, symmetric, cluster, clusters, height):
@@ -135,7 +171,7 @@ def test_values_of_centroids_in_float16(on_cpu, dtype, nce_weight):
 
 @pytest.mark.parametrize(("block", "dim", "modalities"), [(128, 24, 3), (200, 256, 2)])
 def test_values_by_blocks_of_gradients(on_cpu, monkeypatch, block, dim, modalities):
-    monkeypatch.setattr(launcher, "BLOCK", block)
+    monkeypatch.setattr(triton_backend, "BLOCK", block)
     embeddings = random_embeddings(260, dim, modalities, dtype=torch.float16)
     assert_matches_oracle(embeddings, 14.3, "cuda", pairs="all")
 
@@ -198,13 +234,13 @@ def test_refusals(on_cpu, library):
 def test_operators_check_what_the_copy_engine_needs(library, change, message):
     x = torch.zeros(20, 8, dtype=torch.float16)
     good = Matrix(x, torch.zeros(20), x, torch.zeros(20), torch.ones(()))
-    kernels.tile_sums([good], None, 100)
+    CudaBackend().tile_sums([good], None, 100)
     with pytest.raises(RuntimeError, match=message):
-        kernels.tile_sums([good._replace(**change)], None, 100)
+        CudaBackend().tile_sums([good._replace(**change)], None, 100)
 
 
 def test_operators_refuse_more_tiles_than_they_can_number(library):
     x = torch.zeros(1, 8, dtype=torch.float16).expand(2**22, 8)
     matrix = Matrix(x, torch.zeros(1), x, torch.zeros(1), torch.ones(()))
     with pytest.raises(RuntimeError, match=r"at most 1073741824 tiles, got 2147483648"):
-        kernels.tile_sums([matrix, matrix], None, 100)
+        CudaBackend().tile_sums([matrix, matrix], None, 100)

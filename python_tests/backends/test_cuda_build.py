@@ -1,6 +1,8 @@
 """Compiling on the user's machine: what is found, what is said when something is missing, who waits for whom."""
 
+import importlib.metadata
 import multiprocessing
+import shutil
 import subprocess
 import sys
 import time
@@ -43,6 +45,7 @@ def test_library_is_named_after_what_it_depends_on(cache, monkeypatch, tmp_path)
         ("nvcc", None, "nvcc, which was not found"),
         ("cutlass_include", None, r"pip install 'gapkernels\[cuda\]'"),
         ("kernel_sources", [], "its sources are missing"),
+        ("ninja", None, r"ninja is missing \(pip install 'gapkernels\[cuda\]'"),
     ],
 )
 def test_missing_tools_are_named(monkeypatch, name, value, said):
@@ -112,30 +115,94 @@ def test_only_hopper_is_taken(monkeypatch, capability):
     assert reason == "its kernels are for compute capability 9.0 (Hopper), not {}.{}".format(*capability)
 
 
-def build_slowly(starts, results):
+def build_slowly(starts, results, works=True):
     """In a process of its own: a build whose compiler takes a while."""
 
     def compile_(target):
         starts.put(time.monotonic())
         time.sleep(0.5)
+        if not works:
+            raise build.BuildError("no such instruction")
         target.write_bytes(b"library")
 
     build._compile = compile_
-    results.put(build.build().read_bytes())
+    try:
+        results.put(build.build().read_bytes())
+    except build.BuildError as error:
+        results.put(str(error))
 
 
-def test_processes_that_build_at_one_time_compile_once(cache):
+@pytest.mark.parametrize(("works", "result"), [(True, b"library"), (False, "no such instruction")])
+def test_processes_that_build_at_one_time_compile_once(cache, works, result):
     context = multiprocessing.get_context("fork")  # nothing to import
     starts, results = context.Queue(), context.Queue()
-    workers = [context.Process(target=build_slowly, args=(starts, results)) for _ in range(3)]
+    workers = [context.Process(target=build_slowly, args=(starts, results, works)) for _ in range(3)]
     for worker in workers:
         worker.start()
-    assert [results.get(timeout=60) for _ in workers] == [b"library"] * 3
+    assert [results.get(timeout=60) for _ in workers] == [result] * 3
     for worker in workers:
         worker.join()
         assert worker.exitcode == 0
     starts.get(timeout=5)
     assert starts.empty()
+
+
+def test_a_failure_is_remembered_by_the_process_and_not_by_the_next(monkeypatch):
+    calls = []
+
+    def fail(target):
+        calls.append(target)
+        raise build.BuildError("no such instruction")
+
+    monkeypatch.setattr(build, "_compile", fail)
+    build._load.cache_clear()
+    try:
+        for _ in range(2):
+            with pytest.raises(build.BuildError, match="no such instruction"):
+                build.load()
+        assert len(calls) == 1
+        assert not build.is_loaded()
+    finally:
+        build._load.cache_clear()
+    monkeypatch.setattr(build, "_compile", lambda target: target.write_bytes(b"library"))
+    assert build.build().read_bytes() == b"library"
+
+
+def test_one_library_serves_every_torch_of_one_cuda(monkeypatch):
+    def library(torch_version, cuda_version, machine="x86_64"):
+        monkeypatch.setattr(torch, "__version__", torch_version)
+        monkeypatch.setattr(torch.version, "cuda", cuda_version)
+        monkeypatch.setattr("platform.machine", lambda: machine)
+        return build.library()
+
+    first = library("2.10.0+cu130", "13.0")
+    assert library("2.13.0+cu132", "13.2") == first
+    assert library("2.13.0+cu128", "12.8") != first
+    assert library("2.10.0+cu130", "13.0", "aarch64") != first
+
+
+def test_ninja_beside_the_python_that_runs_is_found(monkeypatch, tmp_path):
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin" / "ninja"
+    program.write_text("#!/bin/sh\necho 1.11.1\n")
+    program.chmod(0o755)
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path / "elsewhere"))
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "empty" / "python"))
+    assert build.ninja() is None
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
+    assert build.ninja() == program
+    with build.ninja_on_path():  # torch runs it by its name
+        assert subprocess.run(["ninja", "--version"], capture_output=True, text=True).stdout == "1.11.1\n"
+    assert shutil.which("ninja") is None
+
+
+def test_the_oldest_torch_of_the_binding_is_the_oldest_of_the_package():
+    """The stable ABI gives what the oldest version has to every later one."""
+    (flag,) = (flag for flag in build.BINDING_FLAGS if flag.startswith("-DTORCH_TARGET_VERSION="))
+    version = int(flag.partition("=")[2], 16)
+    oldest = next(r for r in importlib.metadata.requires("gapkernels") or () if r.startswith("torch"))
+    assert oldest == f"torch>={version >> 56}.{version >> 48 & 0xFF}"
 
 
 def test_interrupted_compilation_leaves_no_library(monkeypatch):

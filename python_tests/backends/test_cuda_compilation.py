@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch_headers
 
 from gapkernels.backends.cuda import build
 
@@ -107,6 +108,8 @@ def assert_instructions(function, expected):
     type_ = "BF16" if "bfloat16" in function.splitlines()[0] else ""
     products = [line for line in code if "HGMMA" in line]
     assert all("64x128x16" in line and type_ in line for line in products)
+    # Divisions by variables go by multiplications; one costs a warp the time of about forty dependent instructions.
+    assert not any("MUFU.RCP" in line for line in code)
     # Both changes of registers: the warps that copy give some up, those that compute take them.
     assert sum("USETMAXREG" in line for line in code) == 2
 
@@ -114,12 +117,16 @@ def assert_instructions(function, expected):
 @pytest.fixture(scope="module")
 def binding(tmp_path_factory):
     """The binding's object file, with the stream of torch's CUDA build, which the tests on the CPU leave out."""
+    return compile_binding(Path(torch.__file__).parent / "include", tmp_path_factory.mktemp("binding"))
+
+
+def compile_binding(include, folder):
+    """Compile the binding with the headers of some torch; the kernels see none."""
     if shutil.which("g++") is None:
         pytest.skip("there is no C++ compiler")
-    target = tmp_path_factory.mktemp("binding") / "binding.o"
+    target = folder / "binding.o"
     flags = ["-std=c++17", "-fPIC", "-Wall", "-Wextra", "-Werror", *build.BINDING_FLAGS, "-O0"]
     source = build.source_folder() / "binding.cpp"
-    include = Path(torch.__file__).parent / "include"
     run = subprocess.run(
         ["g++", "-c", str(source), "-o", str(target), "-isystem", str(include), *flags], capture_output=True, text=True
     )
@@ -127,11 +134,27 @@ def binding(tmp_path_factory):
     return target
 
 
-def test_binding_uses_the_stable_interface_only(binding):
+def symbols_of_torch(binding):
+    """What an object file takes from torch's libraries, all of it in plain C."""
     listing = subprocess.run(["nm", "-C", str(binding)], capture_output=True, text=True, check=True).stdout
-    assert "aoti_torch_get_current_cuda_stream" in listing
     assert "U gapkernels::similarity_stats(gapkernels::StatsArguments const&, void*)" in listing
-    assert not re.search(r" U (at|c10)::", listing)
+    assert not re.search(r" U (at|c10|torch)::", listing)
+    return set(re.findall(r" U ((?:aoti_)?torch_\w+)$", listing, flags=re.MULTILINE))
+
+
+def test_binding_uses_the_stable_interface_only(binding):
+    assert "aoti_torch_get_current_cuda_stream" in symbols_of_torch(binding)
+
+
+@pytest.mark.skipif(
+    os.environ.get(torch_headers.VARIABLE) != "1",
+    reason=f"downloads wheels of torch, 1.4 GB; make test-slow sets {torch_headers.VARIABLE}=1",
+)
+@pytest.mark.parametrize("version", torch_headers.VERSIONS)
+def test_binding_compiles_with_older_headers_to_the_same_symbols(version, binding, tmp_path):
+    """Which is why one build serves all: what it takes of the newest torch, the oldest has."""
+    older = compile_binding(torch_headers.include_folder(version), tmp_path)
+    assert symbols_of_torch(older) == symbols_of_torch(binding)
 
 
 # What the test below runs: the operators are there, and a launch that fails says so.
@@ -165,3 +188,4 @@ def test_library_links_loads_and_reports_a_failed_launch(compiled, binding, tmp_
     run = subprocess.run([sys.executable, "-c", CALL, str(target)], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-4000:]
     assert re.search(r"similarity_stats could not be launched: .*(driver|device)", run.stdout)
+    assert "TMA" not in run.stderr  # asked before the copy engine's descriptors are made

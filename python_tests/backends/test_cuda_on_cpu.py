@@ -5,7 +5,6 @@ imported. See ``cuda_cases.py``.
 """
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,10 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
-if shutil.which("ninja") is None:
+
+from gapkernels.backends.cuda import build
+
+if build.ninja() is None:
     pytest.skip("ninja is not installed", allow_module_level=True)
 
 CASES = Path(__file__).parent / "cuda_cases.py"

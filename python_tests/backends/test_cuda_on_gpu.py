@@ -21,12 +21,6 @@ pytestmark = pytest.mark.skipif(
 DTYPES = [torch.bfloat16, torch.float16]
 
 
-@pytest.fixture(autouse=True)
-def by_blocks(monkeypatch):
-    """The backward pass that uses these kernels, whatever the count of operations says of a size."""
-    monkeypatch.setenv("GAPKERNELS_BACKWARD", "blocks")
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scale", [1.0, 14.3, 100.0])
 @pytest.mark.parametrize("dim", [1, 7, 64, 100, 512, 768, 1024])

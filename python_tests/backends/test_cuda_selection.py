@@ -9,6 +9,7 @@ import torch
 from gapkernels import backends
 from gapkernels.backends import cuda
 from gapkernels.backends.cuda import measured
+from gapkernels.spec import LossSpec
 
 SOURCE = "benchmarks/results/variants/made-up.json"
 
@@ -39,7 +40,7 @@ def hopper(monkeypatch, tmp_path):
 def chosen(samples, width, dtype=torch.bfloat16, device="cuda"):
     """What auto takes, of embeddings that need not exist."""
     like = SimpleNamespace(device=torch.device(device), dtype=dtype, shape=torch.Size((samples, width)))
-    backend = backends.select("auto", like)
+    backend = backends.select("auto", like, LossSpec())
     return backend.rpartition(".")[2] if isinstance(backend, str) else type(backend).__name__
 
 

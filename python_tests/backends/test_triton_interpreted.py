@@ -19,13 +19,13 @@ CASES = Path(__file__).parent / "triton_cases.py"
 
 GROUPS = {
     "values": "values",
-    "degenerate": "degenerate and not whole_rows",
+    "degenerate": "degenerate",
     "range": "range",
     "deterministic": "deterministic",
     "blocks": "blocks",
-    "tiles": "tiles and not whole_rows",
-    "whole rows": "whole_rows",
+    "tiles": "tiles",
     "distributed": "distributed",
+    "products": "both_products",
 }
 
 

@@ -18,13 +18,6 @@ pytestmark = pytest.mark.skipif(
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
-@pytest.fixture(params=["rows", "blocks"])
-def plan(request, monkeypatch):
-    """Either backward pass, whatever the count says; by blocks where rows do not fit."""
-    monkeypatch.setenv("GAPKERNELS_BACKWARD", request.param)
-    return request.param
-
-
 # ---- values ---------------------------------------------------------------------------------------------------------
 
 
@@ -33,13 +26,13 @@ def plan(request, monkeypatch):
 @pytest.mark.parametrize(
     ("n", "dim"), [(2, 1), (3, 7), (127, 64), (128, 100), (129, 128), (1000, 33), (1000, 256), (4097, 72)]
 )
-def test_sizes_scales_and_types(plan, n, dim, scale, dtype):
+def test_sizes_scales_and_types(n, dim, scale, dtype):
     assert_matches_oracle(random_embeddings(n, dim, dtype=dtype), scale, "triton")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("pairs", ["anchor", "all"])
-def test_modalities_and_options(plan, pairs, dtype):
+def test_modalities_and_options(pairs, dtype):
     for normalize, normalize_centroids in ((True, True), (False, False)):
         embeddings = random_embeddings(300, 40, 4)
         if not normalize:
@@ -57,21 +50,19 @@ def test_modalities_and_options(plan, pairs, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("n", "dim"), [(4097, 512), (16384, 768), (32768, 256), (65536, 64), (65536, 128)])
-def test_large_batches(plan, n, dim, dtype):
-    if plan == "rows" and dim > 256:
-        pytest.skip("rows of this length do not fit the registers")
+def test_large_batches(n, dim, dtype):
     assert_matches_chunked_oracle(random_embeddings(n, dim, dtype=dtype), 20.0, "triton")
 
 
 @pytest.mark.parametrize("scale", [100.0, 1000.0, 20000.0])
-def test_sums_below_the_range_of_the_constant_exponent(plan, scale):
+def test_sums_below_the_range_of_the_constant_exponent(scale):
     x, y = random_embeddings(600, 8)
     x, y = x[:1] + 0.04 * x, -x[:1] + 0.04 * y
     tolerance = Tolerance(*(max(t, 4 * scale * torch.finfo(torch.float32).eps) for t in TOLERANCE[torch.float32]))
     assert_matches_oracle([x, y], scale, "triton", tolerance)
 
 
-def test_log_sums_too_far_apart_for_one_exponential(plan):
+def test_log_sums_too_far_apart_for_one_exponential():
     x, y = random_embeddings(600, 8)
     x[:300], y[:300] = x[:1] + 0.01 * x[:300], -x[:1] + 0.01 * y[:300]
     assert_matches_oracle([x, y], 400.0, "triton", Tolerance(1e-4, 4e-4))
@@ -79,7 +70,7 @@ def test_log_sums_too_far_apart_for_one_exponential(plan):
 
 @pytest.mark.parametrize("dim", [64, 128, 200])
 @pytest.mark.parametrize("place", range(5))
-def test_every_configuration_of_the_table(plan, place, dim, monkeypatch):
+def test_every_configuration_of_the_table(place, dim, monkeypatch):
     """What tuning may choose has to be right as well: tensor copy engine, other tiles."""
     from gapkernels.backends.triton import tuning
 
@@ -115,12 +106,9 @@ def test_rows_beyond_two_to_the_31():
 
 
 def test_columns_beyond_two_to_the_31():
-    """Tiles of an operand with more numbers than 32 bits count: sums, blocks of gradients, whole rows."""
-    from gapkernels.backends.triton.gradient_rows import Partner, gradient_rows
+    """Tiles of an operand with more numbers than 32 bits count: sums, blocks of gradients."""
+    from gapkernels.backends.contract import Matrix
     from gapkernels.backends.triton.gradient_tiles import gradient_tiles
-    from gapkernels.backends.triton.matrix import Matrix
-    from gapkernels.backends.triton.pair_weights import PairWeights
-    from gapkernels.backends.triton.row_statistics import Operands
     from gapkernels.backends.triton.tile_sums import tile_sums
 
     needs_memory(16)
@@ -141,43 +129,13 @@ def test_columns_beyond_two_to_the_31():
     gradient_tiles(block, zero.expand(rows).clone(), zero.expand(rows).clone(), zero, 1.0, None, h)
     torch.testing.assert_close(h[:, :rows].double(), 2 * torch.exp(x).fill_diagonal_(0), rtol=1e-2, atol=1e-6)
 
-    weights = PairWeights(
-        logs=torch.zeros(2, n, device="cuda"),
-        shares=torch.ones(2, n, device="cuda"),
-        ranges=torch.zeros(1, 2, device="cuda"),
-        positive_moments=torch.zeros(1, dtype=torch.float64, device="cuda"),
-        log_reference=zero,
-        centroid_reference=zero,
-    )
-    products = gradient_rows(
-        Operands(stacked, ones), [Partner(0, 0, 1, 0, 0)], None, weights, scale, tail, 1.0, needs_scale=False
-    ).pairs.sum(dim=1)[0]
-    expected = torch.zeros(rows, dim, dtype=torch.float64, device="cuda")
-    for start in range(0, n, 2**18):
-        y = stacked[1, start : start + 2**18].double()
-        h = 2 * torch.exp(5.0 * stacked[0, tail].double() @ y.T)
-        own = torch.arange(n - rows, n, device="cuda")[:, None] == torch.arange(start, start + len(y), device="cuda")
-        expected += h.masked_fill(own, 0) @ y
-    error = (products.double() - expected).norm() / expected.norm()
-    assert error < 4e-3, error
-
 
 # ---- memory, graphs, compilation ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("n", "dim", "plan"),
-    [
-        (32768, 512, "blocks"),
-        (65536, 768, "blocks"),
-        (131072, 128, "rows"),
-        (131072, 128, "blocks"),
-        (4096, 64, "rows"),
-    ],
-)
-def test_peak_memory(n, dim, plan, monkeypatch):
+@pytest.mark.parametrize(("n", "dim"), [(32768, 512), (65536, 768), (131072, 128), (4096, 64)])
+def test_peak_memory(n, dim):
     """Beyond inputs and gradients at most two copies of the inputs and 64 MiB."""
-    monkeypatch.setenv("GAPKERNELS_BACKWARD", plan)
     x, y = (e.requires_grad_() for e in random_embeddings(n, dim, dtype=torch.bfloat16))
     gap_loss(x, y, backend="triton").backward()  # the library's own workspace is allocated once
     x.grad = y.grad = None
@@ -192,7 +150,7 @@ def test_peak_memory(n, dim, plan, monkeypatch):
 
 @pytest.mark.parametrize("scale", [14.3, 20000.0])
 @pytest.mark.parametrize(("n", "dim"), [(1000, 64), (5000, 72)])
-def test_cuda_graph(plan, n, dim, scale):
+def test_cuda_graph(n, dim, scale):
     """Captured once, replayed on other data, with the running maximum where the data ask for it."""
     x, y = (e.requires_grad_() for e in random_embeddings(n, dim, dtype=torch.bfloat16))
     logit_scale = torch.tensor(scale, device=x.device, requires_grad=True)
@@ -218,7 +176,7 @@ def test_cuda_graph(plan, n, dim, scale):
         torch.testing.assert_close(ours, eager, rtol=1e-3, atol=1e-6)
 
 
-def test_compiled_without_a_graph_break(plan):
+def test_compiled_without_a_graph_break():
     x, y = random_embeddings(500, 64, dtype=torch.bfloat16)
     scale = torch.tensor(14.3, device=x.device)
 
@@ -236,7 +194,7 @@ def test_compiled_without_a_graph_break(plan):
 
 
 @pytest.mark.parametrize("fixed", [True, False])
-def test_no_synchronisation_with_the_host(plan, fixed):
+def test_no_synchronisation_with_the_host(fixed):
     x, y = (e.requires_grad_() for e in random_embeddings(3000, 64, dtype=torch.bfloat16))
     logit_scale = 14.3 if fixed else torch.tensor(14.3, device=x.device, requires_grad=True)
     gap_loss(x, y, logit_scale=logit_scale, backend="triton").backward()
@@ -248,22 +206,21 @@ def test_no_synchronisation_with_the_host(plan, fixed):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_another_batch_size_compiles_nothing(plan):
-    from gapkernels.backends.triton.gradient_rows import gradient_rows_kernel
+def test_another_batch_size_compiles_nothing():
     from gapkernels.backends.triton.gradient_tiles import gradient_tiles_kernel
     from gapkernels.backends.triton.tile_sums import tile_sums_kernel
 
     def run(n):
         x, y = (e.requires_grad_() for e in random_embeddings(n, 64, dtype=torch.bfloat16))
         gap_loss(x, y, backend="triton").backward()
-        kernels = (tile_sums_kernel, gradient_rows_kernel, gradient_tiles_kernel)
+        kernels = (tile_sums_kernel, gradient_tiles_kernel)
         return [sum(len(caches[0]) for caches in kernel.device_caches.values()) for kernel in kernels]
 
     assert run(4224) == run(4225) == run(5000) == run(4999)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_deterministic_mode(plan, dtype, monkeypatch):
+def test_deterministic_mode(dtype, monkeypatch):
     """The same bits again, and no need to set up cuBLAS for it."""
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     x, y = (e.requires_grad_() for e in random_embeddings(5000, 64, dtype=dtype))

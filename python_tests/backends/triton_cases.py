@@ -7,10 +7,10 @@ import torch
 from oracle import TOLERANCE, Tolerance, assert_matches_oracle, random_embeddings
 
 from gapkernels import gap_loss
-from gapkernels.backends.triton import backend as launcher
-from gapkernels.backends.triton import gradient_rows, row_backward, tuning
+from gapkernels.backends.triton import backend as triton_backend
+from gapkernels.backends.triton import tuning
 from gapkernels.backends.triton.device import INTERPRETED
-from gapkernels.backends.triton.pair_weights import pair_weights
+from gapkernels.backends.triton.products import add_products
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy on infinities that are meant
@@ -178,7 +178,7 @@ def test_deterministic_mode_agrees_and_repeats():
 @pytest.mark.parametrize("block", [32, 48])
 def test_blocks_of_gradients(monkeypatch, block, dtype):
     """More rows than one block of gradients holds: partial blocks, diagonals, modalities with rows and columns."""
-    monkeypatch.setattr(launcher, "BLOCK", block)
+    monkeypatch.setattr(triton_backend, "BLOCK", block)
     assert_matches_oracle(random_embeddings(97, 20, 3, dtype=dtype), 14.3, "triton", pairs="all")
     assert_matches_oracle(random_embeddings(97, 20, 2, dtype=dtype), 14.3, "triton")
 
@@ -199,141 +199,6 @@ def test_tiles_of_every_shape(monkeypatch, config):
     monkeypatch.setattr(tuning, "INTERPRETER", config)
     for n in (5, 32, 81):
         assert_matches_oracle(random_embeddings(n, 40), 14.3, "triton")
-
-
-@pytest.fixture
-def whole_rows(monkeypatch):
-    """The other plan of the backward pass; the rest of this file tests the one by blocks."""
-    monkeypatch.setenv("GAPKERNELS_BACKWARD", "rows")
-    calls = []
-    original = launcher.backward_by_rows
-    monkeypatch.setattr(launcher, "backward_by_rows", lambda *a: calls.append(1) or original(*a))
-    yield
-    assert calls
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize(
-    ("n", "dim", "scale"), [(2, 1, 14.3), (33, 64, 100.0), (65, 100, 1.0), (129, 33, 14.3)], ids=str
-)
-def test_whole_rows(whole_rows, n, dim, scale, dtype):
-    assert_matches_oracle(random_embeddings(n, dim, dtype=dtype), scale, "triton")
-
-
-@pytest.mark.parametrize("pairs", ["anchor", "all"])
-def test_whole_rows_of_modalities_and_options(whole_rows, pairs):
-    for normalize, normalize_centroids in ((True, True), (False, False)):
-        assert_matches_oracle(
-            [e if normalize else e / 4 for e in random_embeddings(35, 20, 3)],
-            9.0,
-            "triton",
-            anchor=1,
-            pairs=pairs,
-            normalize=normalize,
-            normalize_centroids=normalize_centroids,
-            uniformity_t=1.5,
-        )
-
-
-@pytest.mark.parametrize("weights", [(0.7, 0.0, 0.0), (0.0, 0.0, 0.7), (0.0, 0.7, 0.0), (0.7, 0.7, 0.0)], ids=str)
-def test_whole_rows_for_weights(whole_rows, weights):
-    nce, atp, cu = weights
-    assert_matches_oracle(random_embeddings(20, 12, 3), 14.3, "triton", nce_weight=nce, atp_weight=atp, cu_weight=cu)
-
-
-def test_whole_rows_for_strides_and_one_sample(whole_rows):
-    x, y = random_embeddings(33, 20)
-    assert_matches_oracle([x.T.contiguous().T, torch.stack([y, y], dim=2)[:, :, 1]], 14.3, "triton")
-    assert_matches_oracle(random_embeddings(1, 8), 14.3, "triton", cu_weight=0.0)
-
-
-def test_whole_rows_with_gradients_where_needed(whole_rows):
-    inputs = [*random_embeddings(40, 12, 3), torch.tensor(7.0)]
-
-    def gradients(flags):
-        leaves = [v.clone().requires_grad_(flag) for v, flag in zip(inputs, flags, strict=True)]
-        gap_loss(*leaves[:3], logit_scale=leaves[3], pairs="all", backend="triton").backward()
-        return [leaf.grad for leaf in leaves]
-
-    full = gradients((True,) * 4)
-    for needed in [(False, False, False, True), (True, False, False, False), (False, True, False, True)]:
-        for part, whole, flag in zip(gradients(needed), full, needed, strict=True):
-            if flag:
-                torch.testing.assert_close(part, whole)
-            else:
-                assert part is None
-
-
-@pytest.mark.parametrize(
-    ("kind", "dtype"),
-    [(kind, torch.float32) for kind in ("collapsed", "poles", "duplicates", "zeros", "norms")]
-    + [(kind, torch.float16) for kind in ("collapsed", "poles", "norms")],
-    ids=str,
-)
-def test_whole_rows_degenerate(whole_rows, kind, dtype):
-    test_degenerate(kind, dtype)
-
-
-@pytest.mark.parametrize("scale", [100.0, 20000.0])
-def test_whole_rows_where_sums_left_below(whole_rows, scale):
-    test_range_of_sums_left_below(scale)
-
-
-def test_whole_rows_of_log_sums_far_apart(whole_rows):
-    """Further than one exponential per entry can serve: two for all of the pair."""
-    assert_log_sums_may_be_far_apart(96)
-
-
-def test_whole_rows_need_two_exponentials_there(whole_rows, monkeypatch):
-    """The test above is about something: with one exponential entries are lost or infinite."""
-    monkeypatch.setattr(
-        row_backward,
-        "pair_weights",
-        lambda *a, **k: (weights := pair_weights(*a, **k))._replace(ranges=weights.ranges * torch.tensor([1.0, 0.0])),
-    )
-    with pytest.raises(AssertionError, match="gradient of embedding"):
-        assert_log_sums_may_be_far_apart(96)
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_whole_rows_do_not_hide_numbers(whole_rows, bad):
-    test_degenerate_numbers_are_not_hidden(bad)
-
-
-@pytest.mark.parametrize(("n", "programs", "dtype"), [(97, 24, torch.float32), (128, 1000, torch.float16)], ids=str)
-def test_whole_rows_in_splits_of_the_columns(whole_rows, monkeypatch, n, programs, dtype):
-    """More programs than rows: several walk along parts of the columns, some of them along none."""
-    monkeypatch.setattr(gradient_rows, "num_processors", lambda device: programs)
-    monkeypatch.setattr(tuning, "INTERPRETER", tuning.Config(32, 16, 64, 4, 1))
-    assert_matches_oracle(random_embeddings(n, 20, 2, dtype=dtype), 14.3, "triton")
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_whole_rows_a_part_at_a_time(whole_rows, monkeypatch, dtype):
-    """Products of all rows would take too much memory."""
-    monkeypatch.setattr(row_backward, "PRODUCT_BYTES", 40 * 4 * 32)
-    assert_matches_oracle(random_embeddings(97, 20, 3, dtype=dtype), 14.3, "triton", pairs="all")
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        tuning.Config(16, 32, 16, 4, 1),
-        tuning.Config(32, 16, 16, 4, 1),
-        tuning.Config(64, 16, 16, 4, 1, tma=True),
-        tuning.Config(16, 16, 16, 4, 1, tma=True),
-    ],
-    ids=str,
-)
-def test_whole_rows_with_tiles_of_every_shape(whole_rows, monkeypatch, config):
-    """Tiles on the diagonal and at the edge in all combinations; descriptors instead of pointers."""
-    monkeypatch.setattr(tuning, "INTERPRETER", config)
-    for n in (5, 32, 81):
-        assert_matches_oracle(random_embeddings(n, 40), 14.3, "triton")
-
-
-def test_whole_rows_repeat_bit_by_bit(whole_rows):
-    test_deterministic_mode_agrees_and_repeats()
 
 
 def distributed_worker(rank, size, file, results):
@@ -375,3 +240,32 @@ def test_distributed(size, tmp_path):
     for _, value, _, scale_gradient in by_rank:
         assert abs(value - loss.item()) < 1e-5 * abs(loss.item())
         assert abs(scale_gradient - scale.grad.item()) < 1e-5
+
+
+@pytest.mark.parametrize("copy_engine", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("rows", "cols", "dim"), [(1, 1, 16), (33, 70, 48), (128, 65, 80), (97, 128, 144)])
+def test_both_products_in_one_launch(monkeypatch, rows, cols, dim, dtype, copy_engine):
+    """Added to what is there, or put in its place; either one alone; the room of H past its edges does not count."""
+    monkeypatch.setattr(tuning, "INTERPRETER", tuning.INTERPRETER._replace(tile_n=128, group=2, tma=copy_engine))
+    generator = torch.Generator().manual_seed(0)
+    h = torch.full((rows + 64, cols + 96 - cols % 32), torch.nan, dtype=dtype)[:rows, :cols]
+    h.copy_(torch.rand(rows, cols, generator=generator))
+    y, x = (torch.randn(side, dim, generator=generator).to(dtype) for side in (cols, rows))
+    products = h.double() @ y.double(), h.double().T @ x.double()
+    for first, first_cols, with_rows, with_cols in itertools.product([True, False], repeat=4):
+        sides = ((first, with_rows, rows), (first_cols, with_cols, cols))
+        before = [torch.full((n, dim), torch.nan if overwritten else 3.0) for overwritten, _, n in sides]
+        totals = [b.clone() if wanted else None for b, (_, wanted, _) in zip(before, sides, strict=True)]
+        add_products(*totals, h, y, x, first, first_cols)
+        for total, product, (overwritten, _, _) in zip(totals, products, sides, strict=True):
+            if total is not None:
+                expected = product if overwritten else 3.0 + product
+                torch.testing.assert_close(total.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_both_products_in_one_launch_need_room(monkeypatch):
+    """Rows of H end within a tile: reading on would leave the buffer."""
+    h, x = torch.ones(40, 40), torch.ones(40, 16)
+    with pytest.raises(AssertionError, match="room for whole tiles"):
+        add_products(None, torch.ones(40, 16), h, x, x, True)

@@ -106,6 +106,29 @@ def test_tables(path: Path) -> None:
     assert authors == ["authors' formulation", "N^2.00", "N^2.00", "2048", "N = 4096: out of memory (limit 1.0 GiB)"]
 
 
+def test_times_back_to_back_are_shown_where_a_file_has_them(path: Path) -> None:
+    """On a GPU; files from before there were any remain readable."""
+    results = load(path)
+    assert {row.back_to_back for row in results.rows} == {None}
+    assert "back to back" not in tables.full_table(results)[0]
+    rows = [replace(results.rows[0], back_to_back=0.0125), *results.rows[1:]]
+    heading, *lines = tables.full_table(replace(results, is_gpu=True, rows=rows))
+    column = [line[heading.index("back to back")] for line in lines]
+    assert sorted(column) == ["12.5 ms", *[tables.NOTHING] * (len(rows) - 1)]
+
+
+def test_a_peer_and_its_compiled_forms_share_a_colour(path: Path) -> None:
+    results = load(path)
+    names = ["gapkernels-torch", "matmul", "keops", "gapkernels-cuda", "matmul-compile", "matmul-max-autotune"]
+    rows = [replace(results.rows[0], implementation=name) for name in names]
+    styles = plots.styles(replace(results, rows=rows))
+    assert list(styles) == names
+    assert len({style.color for style in styles.values()}) == 4
+    assert len({styles[name].color for name in names if name.startswith("matmul")}) == 1
+    assert len({(style.color, style.line) for style in styles.values()}) == len(names)
+    assert len({style.marker for style in styles.values()}) == len(names)
+
+
 def test_two_sizes_or_several_backends_are_no_sweep(path: Path) -> None:
     results = load(path)
     rows = [row for row in results.rows if row.samples in (256, 512) and row.width == 512]

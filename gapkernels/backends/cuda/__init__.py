@@ -1,6 +1,6 @@
 """The CUDA backend: tensor-core kernels for Hopper (H100, H200) from ``csrc/``, compiled on the user's machine.
 
-Only the two steps that cost N² differ from the Triton backend, whose launcher and O(N·D) kernels it shares.
+Only the two steps that cost N² differ from the Triton backend, whose other functions it inherits.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from gapkernels.backends import triton as triton_backend
 
 if TYPE_CHECKING:
-    from gapkernels.backends.triton.backend import TritonBackend
+    from gapkernels.backends.cuda.kernels import CudaBackend
 
 CAPABILITY = (9, 0)
 DTYPES = (torch.bfloat16, torch.float16)
@@ -49,15 +49,14 @@ def is_compiled() -> bool:
     return build.is_loaded() or build.library().exists()  # the name of the library costs reading all sources
 
 
-def create() -> TritonBackend:
+def create() -> CudaBackend:
     """An instance of the backend; compiles its kernels first where that has not been done yet.
 
     Raises:
         BuildError: the kernels cannot be compiled here.
     """
     from gapkernels.backends.cuda import build
-    from gapkernels.backends.cuda.kernels import KERNELS
-    from gapkernels.backends.triton.backend import TritonBackend
+    from gapkernels.backends.cuda.kernels import CudaBackend
 
     build.load()
-    return TritonBackend(KERNELS)
+    return CudaBackend()

@@ -2,8 +2,9 @@
 
     python -m gapkernels.backends.cuda.build        ahead of time, instead of at the first use
 
-Several processes may ask at one time: one compiles, the others wait for it. A library appears under its final name only
-when it is complete, so that an interrupted compilation leaves nothing that could be taken for one.
+Several processes may ask at one time: one compiles, the others wait for it and share its success or failure. A library
+appears under its final name only when it is complete, so that an interrupted compilation leaves nothing that could be
+taken for one. A process that failed to compile does not try again.
 """
 
 from __future__ import annotations
@@ -13,11 +14,15 @@ import functools
 import hashlib
 import importlib.util
 import os
+import platform
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -42,7 +47,7 @@ NVCC_FLAGS = (
     "-U__CUDA_NO_HALF2_OPERATORS__",
     "-U__CUDA_NO_BFLOAT16_CONVERSIONS__",
 )
-# The oldest torch whose stable ABI has what the binding uses: 2.10.
+# The oldest torch whose stable ABI has what the binding uses: 2.10. What is compiled with any later one runs with all.
 BINDING_FLAGS = ("-O2", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000")
 
 
@@ -100,6 +105,26 @@ def nvcc_version(program: Path) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+def ninja() -> Path | None:
+    """On the PATH, or beside the Python that runs, which need not be on it: ``.venv/bin/python`` by its path."""
+    folders = (None, str(Path(sys.executable).parent), sysconfig.get_path("scripts"))
+    found = (shutil.which("ninja", path=folder) for folder in folders)
+    return next((Path(program) for program in found if program), None)
+
+
+@contextmanager
+def ninja_on_path() -> Iterator[None]:
+    """Torch calls ninja by its name only."""
+    program = ninja()
+    before = os.environ.get("PATH", "")
+    if program is not None and shutil.which("ninja") is None:
+        os.environ["PATH"] = os.pathsep.join([str(program.parent), before])
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = before
+
+
 def missing_tool() -> str | None:
     """What stands in the way of compiling, with the remedy; None if nothing is known to."""
     if sys.platform != "linux":
@@ -115,7 +140,7 @@ def missing_tool() -> str | None:
         if chosen := os.environ.get(CUTLASS_VARIABLE):
             return f"there are no CUTLASS headers in {CUTLASS_VARIABLE}={chosen}"
         return "CUTLASS's headers are missing (pip install 'gapkernels[cuda]')"
-    if shutil.which("ninja") is None:
+    if ninja() is None:
         return "ninja is missing (pip install 'gapkernels[cuda]')"
     return None
 
@@ -134,13 +159,16 @@ def nvcc_command(source: Path, output: Path) -> list[str]:
 
 
 def library() -> Path:
-    """Where the compiled kernels are, or will be: one folder for each state of sources, flags and versions."""
+    """Where the compiled kernels are, or will be: one folder for each state of sources, flags and versions.
+
+    Of torch's version the stable ABI asks for nothing; of CUDA's the runtime library's name contains the first number.
+    """
     from torch.utils import cpp_extension
 
     digest = hashlib.sha256()
     for file in sorted(source_folder().glob("*")):
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
-    versions = torch.__version__, torch.version.cuda, _cutlass_version()
+    versions = (torch.version.cuda or "").split(".")[0], _cutlass_version(), platform.machine()
     digest.update(repr((nvcc_flags(), BINDING_FLAGS, versions)).encode())
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
     return root / f"{NAME}_{digest.hexdigest()[:16]}" / f"{NAME}.so"
@@ -156,11 +184,20 @@ def build() -> Path:
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
+    asked = time.time()
     with (target.parent / "lock").open("w") as lock:
         # The system lets go of this lock when its process ends, however it ends.
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
-            _compile(target)
+            failure = target.parent / "failure.txt"
+            if failure.exists() and failure.stat().st_mtime > asked:
+                raise BuildError(failure.read_text(encoding="utf-8"))  # of the process that this one waited for
+            try:
+                _compile(target)
+            except BuildError as error:
+                failure.write_text(str(error), encoding="utf-8")
+                raise
+            failure.unlink(missing_ok=True)
     return target
 
 
@@ -185,16 +222,17 @@ def _compile(target: Path) -> None:
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
     try:
-        cpp_extension.load(
-            NAME,
-            [str(source_folder() / "binding.cpp"), *map(str, kernel_sources())],
-            extra_cflags=list(BINDING_FLAGS),
-            extra_cuda_cflags=nvcc_flags(),
-            extra_include_paths=[str(include)],
-            build_directory=str(scratch),
-            with_cuda=True,
-            is_python_module=False,
-        )
+        with ninja_on_path():
+            cpp_extension.load(
+                NAME,
+                [str(source_folder() / "binding.cpp"), *map(str, kernel_sources())],
+                extra_cflags=list(BINDING_FLAGS),
+                extra_cuda_cflags=nvcc_flags(),
+                extra_include_paths=[str(include)],
+                build_directory=str(scratch),
+                with_cuda=True,
+                is_python_module=False,
+            )
     except (RuntimeError, OSError, subprocess.SubprocessError) as error:
         raise BuildError(
             f"the CUDA kernels could not be compiled; backend='triton' needs no compiler\n{error}"
@@ -203,21 +241,31 @@ def _compile(target: Path) -> None:
     print(f"gapkernels: compiled in {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
 
 
-@functools.cache
 def load() -> None:
     """Make the operators ``torch.ops.gapkernels_cuda`` available in this process, compiling them if need be.
 
     Raises:
-        BuildError: see :func:`build`.
+        BuildError: see :func:`build`; a second call says so again without compiling again.
     """
-    compiled = build()
+    if (failure := _load()) is not None:
+        raise BuildError(failure)
+
+
+@functools.cache
+def _load() -> str | None:
+    """What went wrong, or None."""
+    try:
+        compiled = build()
+    except BuildError as error:
+        return str(error)
     if not hasattr(torch.ops.gapkernels_cuda, "similarity_stats"):  # compiling loads them too
         torch.ops.load_library(str(compiled))
+    return None
 
 
 def is_loaded() -> bool:
     """Whether :func:`load` has done its work in this process."""
-    return load.cache_info().currsize > 0
+    return _load.cache_info().currsize > 0 and _load() is None
 
 
 if __name__ == "__main__":

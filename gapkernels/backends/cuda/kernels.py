@@ -1,4 +1,4 @@
-"""The kernels of ``csrc/`` under the signatures of their Triton counterparts.
+"""The CUDA backend: the Triton backend with the two functions that cost N² from ``csrc/``.
 
 Matrices of 16-bit operands are computed here, those of float32 operands (the centroids of small problems) in Triton.
 """
@@ -10,77 +10,76 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from gapkernels.backends.triton import gradient_tiles as triton_gradient_tiles
-from gapkernels.backends.triton import tile_sums as triton_tile_sums
-from gapkernels.backends.triton.matrix import Matrix, MatrixKernels
+from gapkernels.backends.contract import Matrix
+from gapkernels.backends.triton.backend import TritonBackend
 
 MAX_MATRICES = 8
 """Of one launch, as in ``csrc/similarity.h``."""
 
 
-def tile_sums(matrices: list[Matrix], largest: Tensor | None, headroom: int) -> tuple[Tensor, Tensor]:
-    """Sums relative to the constant reference exponent; see :func:`gapkernels.backends.triton.tile_sums.tile_sums`.
+class CudaBackend(TritonBackend):
+    """``backend="cuda"``; what it does not replace is Triton's."""
 
-    One launch for each type of operands, at most ``MAX_MATRICES`` matrices each.
-    """
-    first = matrices[0]
-    if first.rows.dtype == torch.float32:
-        return triton_tile_sums.tile_sums(matrices, largest, headroom)
-    num_rows, num_cols = first.rows.shape[0], first.cols.shape[0]
-    sums = torch.zeros(len(matrices) * (num_rows + num_cols), dtype=torch.float32, device=first.rows.device)
-    row_sums, col_sums = (
-        part.view(len(matrices), -1) for part in sums.split([len(matrices) * num_rows, len(matrices) * num_cols])
-    )
-    for part in _launches(matrices):
-        members = matrices[part]
-        torch.ops.gapkernels_cuda.similarity_stats(
-            [m.rows for m in members],
-            [m.row_factor for m in members],
-            [m.cols for m in members],
-            [m.col_factor for m in members],
-            [_scale(m) for m in members],
-            [m.biased for m in members],
-            [m.symmetric for m in members],
-            None if largest is None else _largest(largest, part),
-            members[0].diagonal,
-            headroom,
-            row_sums[part],
-            col_sums[part],
+    def tile_sums(self, matrices: list[Matrix], largest: Tensor | None, headroom: int) -> tuple[Tensor, Tensor]:
+        """Sums relative to the constant reference exponent; see :func:`gapkernels.backends.triton.tile_sums.tile_sums`.
+
+        One launch for each type of operands, at most ``MAX_MATRICES`` matrices each.
+        """
+        first = matrices[0]
+        if first.rows.dtype == torch.float32:
+            return super().tile_sums(matrices, largest, headroom)
+        num_rows, num_cols = first.rows.shape[0], first.cols.shape[0]
+        sums = torch.zeros(len(matrices) * (num_rows + num_cols), dtype=torch.float32, device=first.rows.device)
+        row_sums, col_sums = (
+            part.view(len(matrices), -1) for part in sums.split([len(matrices) * num_rows, len(matrices) * num_cols])
         )
-    return row_sums, col_sums
+        for part in _launches(matrices):
+            members = matrices[part]
+            torch.ops.gapkernels_cuda.similarity_stats(
+                [m.rows for m in members],
+                [m.row_factor for m in members],
+                [m.cols for m in members],
+                [m.col_factor for m in members],
+                [_scale(m) for m in members],
+                [m.biased for m in members],
+                [m.symmetric for m in members],
+                None if largest is None else _largest(largest, part),
+                members[0].diagonal,
+                headroom,
+                row_sums[part],
+                col_sums[part],
+            )
+        return row_sums, col_sums
 
-
-def gradient_tiles(
-    block: Matrix,
-    row_log_sum: Tensor | None,
-    col_log_sum: Tensor | None,
-    reference: Tensor,
-    unit: float,
-    scale_partials: Tensor | None,
-    out: Tensor,
-) -> None:
-    """Write one block of H; see :func:`gapkernels.backends.triton.gradient_tiles.gradient_tiles`."""
-    if block.rows.dtype == torch.float32:
-        triton_gradient_tiles.gradient_tiles(block, row_log_sum, col_log_sum, reference, unit, scale_partials, out)
-        return
-    torch.ops.gapkernels_cuda.similarity_grad(
-        block.rows,
-        block.row_factor,
-        block.cols,
-        block.col_factor,
-        _scale(block),
-        block.biased,
-        row_log_sum,
-        col_log_sum,
-        block.diagonal,
-        unit,
-        reference,
-        scale_partials,
-        out,
-    )
-
-
-KERNELS = MatrixKernels(tile_sums, gradient_tiles)
+    def gradient_tiles(
+        self,
+        block: Matrix,
+        row_log_sum: Tensor | None,
+        col_log_sum: Tensor | None,
+        reference: Tensor,
+        scale: float,
+        scale_partials: Tensor | None,
+        out: Tensor,
+    ) -> None:
+        """Write one block of H; see :func:`gapkernels.backends.triton.gradient_tiles.gradient_tiles`."""
+        if block.rows.dtype == torch.float32:
+            super().gradient_tiles(block, row_log_sum, col_log_sum, reference, scale, scale_partials, out)
+            return
+        torch.ops.gapkernels_cuda.similarity_grad(
+            block.rows,
+            block.row_factor,
+            block.cols,
+            block.col_factor,
+            _scale(block),
+            block.biased,
+            row_log_sum,
+            col_log_sum,
+            block.diagonal,
+            scale,
+            reference,
+            scale_partials,
+            out,
+        )
 
 
 def _launches(matrices: list[Matrix]) -> list[slice]:

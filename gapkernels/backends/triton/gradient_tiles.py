@@ -20,13 +20,14 @@ otherwise the tile takes two.
 Per block R×C: 2·R·C·D operations, R·C exponentials, R·C·b bytes written.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from gapkernels.backends.contract import Matrix
 from gapkernels.backends.triton import tuning
 from gapkernels.backends.triton.device import cdiv, input_precision
-from gapkernels.backends.triton.matrix import Matrix
 from gapkernels.backends.triton.tiles import (
     exponents,
     grouped_tile,
@@ -37,6 +38,13 @@ from gapkernels.backends.triton.tiles import (
 )
 
 LOWEST = tl.constexpr(-1e30)  # stands for −∞ where it is multiplied by zero
+HALF_SCALE = 2.0**14
+"""Float16 gradients are scaled such that a soft-max weight of one becomes this; twice it is still in range."""
+
+
+def gradient_scale(dtype: torch.dtype) -> float:
+    """2^h, what H of pairs is multiplied by where operands are of this type, so that float16 does not underflow."""
+    return HALF_SCALE if dtype == torch.float16 else 1.0
 
 
 @triton.jit
@@ -111,7 +119,7 @@ def gradient_tiles_kernel(
     num_cols,
     dim,
     diagonal,
-    unit,
+    entry_scale,
     BIASED: tl.constexpr,
     NEEDS_SCALE: tl.constexpr,
     TILE_M: tl.constexpr,
@@ -145,7 +153,7 @@ def gradient_tiles_kernel(
         col_log = tl.load(col_log_sums + j, mask=j_exists, other=float("inf"))
         smallest, largest = log_sum_range(row_log, col_log, i_exists, j_exists)
         middle = (smallest + largest) * 0.5
-        row_factor *= unit
+        row_factor *= entry_scale
         if largest - smallest <= 100.0:
             store_pair(
                 x, row_log, col_log, middle, row_factor, col_factor, out, out_stride, scale_partials,
@@ -163,7 +171,7 @@ def gradient_tiles(
     row_log_sum: Tensor | None,
     col_log_sum: Tensor | None,
     reference: Tensor,
-    unit: float,
+    scale: float,
     scale_partials: Tensor | None,
     out: Tensor,
 ) -> None:
@@ -173,7 +181,7 @@ def gradient_tiles(
         block: ``[R, C]``; its diagonal entries are written as zero.
         row_log_sum, col_log_sum: ``[R]``, ``[C]`` float32, relative to the reference; None for centroids.
         reference: 0-dim float32.
-        unit: 2^h.
+        scale: 2^h.
         scale_partials: ``[tiles or more]`` float64, to which each tile's Σ G_ij·(x_ij − reference) is added. None if
             not needed.
         out: in the type of the operands, unit stride along its columns; at least ``[R, C]``, rounded up to whole tiles.
@@ -201,7 +209,7 @@ def gradient_tiles(
             num_cols,
             dim,
             block.diagonal,
-            unit,
+            scale,
             BIASED=block.biased,
             NEEDS_SCALE=scale_partials is not None,
             TILE_M=config.tile_m,

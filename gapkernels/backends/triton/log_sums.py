@@ -20,9 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gapkernels.backends.contract import Matrix
 from gapkernels.backends.triton import tuning
 from gapkernels.backends.triton.device import cdiv, input_precision, num_processors
-from gapkernels.backends.triton.matrix import Matrix
 from gapkernels.backends.triton.tile_sums import constant_shift
 from gapkernels.backends.triton.tiles import exponents, inner_products, load_scale, without_diagonal
 

@@ -1,17 +1,30 @@
-"""Products of a gradient block with embeddings, added to float32: by the vendor's library, else by a kernel here.
+"""Products of a gradient block with embeddings, added to float32.
 
-    total[R, D] += H[R, C] · y[C, D]         total[C, D] += H[R, C]ᵀ · z[R, D]
+    total_rows[R, D] += H[R, C] · cols[C, D]         total_cols[C, D] += Hᵀ[C, R] · rows[R, D]
 
-torch multiplies 16-bit operands into a float32 accumulator on NVIDIA GPUs only (``torch.addmm(out_dtype=…)``, with a
-float32 addend since 2.10), and in deterministic mode refuses to unless CUBLAS_WORKSPACE_CONFIG was set when it started.
-There and elsewhere (AMD, Triton's interpreter) the kernel below does: a program per tile of ``total``, steps along C or
-R. 2·R·C·D operations; reads R·C·b bytes of H, from the L2 cache if it was just written there.
+:func:`add_products` takes both in one launch, so that the tiles of one fill the processors that the other leaves idle:
+
+    program numbers   | tiles of total_rows: R/TILE_M × D/TILE_N | tiles of total_cols: C/TILE_M × D/TILE_N |
+    one tile          steps of TILE_K along C or R, float32 accumulators, then stored, or added to what is there
+
+4·R·C·D operations; H is read from the L2 cache if it was just written there, D/TILE_N times for each product. A tile
+has one owner and a fixed order of additions: always the same bits. :func:`fitting_side` says how large a block should
+be.
+
+:func:`add_product` takes one of the two, from the vendor's library where that computes in these types: torch multiplies
+16-bit operands into a float32 accumulator on NVIDIA GPUs only (``torch.addmm(out_dtype=…)``, with a float32 addend
+since 2.10), and in deterministic mode refuses to unless CUBLAS_WORKSPACE_CONFIG was set when it started.
 """
+
+from __future__ import annotations
+
+import functools
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gapkernels.backends.triton import tuning
 from gapkernels.backends.triton.device import INTERPRETED, cdiv, input_precision
@@ -87,3 +100,190 @@ def _add_product_here(total: Tensor, left: Tensor, right: Tensor) -> None:
         )
 
     launch(tuning.choose("add_product", right, launch, reset=total))
+
+
+@triton.jit
+def product_tile(
+    left, left_stride, right, right_stride, total, total_stride, tile, num_rows, dim, depth, is_first,
+    TRANSPOSED: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
+    GROUP: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr,
+):  # fmt: skip
+    """One tile of ``left @ right``, or of ``leftᵀ @ right`` if TRANSPOSED, stored or added."""
+    row_tile, col_tile = grouped_tile(tile, tl.cdiv(num_rows, TILE_M), tl.cdiv(dim, TILE_N), GROUP)
+    row_start, col_start = row_tile * TILE_M, col_tile * TILE_N
+    acc = tl.zeros((TILE_M, TILE_N), dtype=tl.float32)
+    if USE_TMA:
+        for start in range(0, depth, TILE_K):
+            x = left.load([start, row_start]).T if TRANSPOSED else left.load([row_start, start])
+            acc = tl.dot(x, right.load([start, col_start]), acc, input_precision=PRECISION)
+    else:
+        # No mask in the direction of contiguous numbers but one that a multiple of 16 bounds: masks and clamped places
+        # there make the compiler load number by number. Rows of H have room for whole tiles.
+        i, k = row_start + tl.arange(0, TILE_M), tl.arange(0, TILE_K)
+        j = col_start + tl.arange(0, TILE_N)
+        if TRANSPOSED:
+            x_pointers, x_step = left + (k[:, None] * left_stride + i[None, :]), TILE_K * left_stride
+        else:
+            i = tl.minimum(i, num_rows - 1)
+            x_pointers, x_step = left + (i[:, None] * left_stride + k[None, :]), TILE_K
+        y_pointers = right + (k[:, None] * right_stride + j[None, :])
+        j_exists = (j < dim)[None, :]
+        whole = depth // TILE_K * TILE_K
+        for _ in range(0, whole, TILE_K):
+            x = tl.load(x_pointers)
+            y = tl.load(y_pointers, mask=j_exists, other=0.0)
+            acc = tl.dot(x.T if TRANSPOSED else x, y, acc, input_precision=PRECISION)
+            x_pointers += x_step
+            y_pointers += TILE_K * right_stride
+        if whole < depth:
+            inside = k < depth - whole
+            x = tl.load(x_pointers, mask=inside[:, None] if TRANSPOSED else inside[None, :], other=0.0)
+            y = tl.load(y_pointers, mask=inside[:, None] & j_exists, other=0.0)
+            acc = tl.dot(x.T if TRANSPOSED else x, y, acc, input_precision=PRECISION)
+    total += tl.cast(row_start, tl.int64) * total_stride + col_start
+    add_tile(acc, total, total_stride, num_rows - row_start, dim - col_start, is_first, TILE_M, TILE_N)
+
+
+@triton.jit
+def add_tile(acc, total, total_stride, height, width, is_first, TILE_M: tl.constexpr, TILE_N: tl.constexpr):
+    """Add a tile to what is in memory, or put it there; wide ones in parts, which take the registers of a part only."""
+    if TILE_N > 64:
+        left, right = tl.split(tl.permute(tl.reshape(acc, (TILE_M, 2, TILE_N // 2)), (0, 2, 1)))
+        add_tile(left, total, total_stride, height, width, is_first, TILE_M, TILE_N // 2)
+        half: tl.constexpr = TILE_N // 2
+        add_tile(right, total + half, total_stride, height, width - half, is_first, TILE_M, half)
+    else:
+        i, j = tl.arange(0, TILE_M), tl.arange(0, TILE_N)
+        exists = (i < height)[:, None] & (j < width)[None, :]
+        pointers = total + (i[:, None] * total_stride + j[None, :])
+        # Where nothing has been added yet nothing is read: the buffer may hold anything.
+        before = tl.load(pointers, mask=exists & (is_first == 0), other=0.0)
+        tl.store(pointers, before + acc, mask=exists)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_cols", "rows_are_first", "cols_are_first"])
+def both_products_kernel(
+    h,
+    h_transposed,
+    h_stride,
+    cols,
+    col_stride,
+    rows,
+    row_stride,
+    total_rows,
+    total_row_stride,
+    total_cols,
+    total_col_stride,
+    num_rows,
+    num_cols,
+    dim,
+    rows_are_first,
+    cols_are_first,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    USE_TMA: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    row_tiles = 0
+    if total_rows is not None:
+        row_tiles = tl.cdiv(num_rows, TILE_M) * tl.cdiv(dim, TILE_N)
+        if tile < row_tiles:
+            product_tile(
+                h, h_stride, cols, col_stride, total_rows, total_row_stride, tile, num_rows, dim, num_cols,
+                rows_are_first, False, TILE_M, TILE_N, TILE_K, GROUP, PRECISION, USE_TMA,
+            )  # fmt: skip
+    if total_cols is not None:  # in two steps: what is absent is not compiled
+        if tile >= row_tiles:
+            product_tile(
+                h_transposed, h_stride, rows, row_stride, total_cols, total_col_stride, tile - row_tiles, num_cols,
+                dim, num_rows, cols_are_first, True, TILE_M, TILE_N, TILE_K, GROUP, PRECISION, USE_TMA,
+            )  # fmt: skip
+
+
+def add_products(
+    total_rows: Tensor | None,
+    total_cols: Tensor | None,
+    h: Tensor,
+    cols: Tensor,
+    rows: Tensor,
+    first: bool,
+    first_cols: bool | None = None,
+) -> None:
+    """``total_rows += h @ cols`` and ``total_cols += h.T @ rows``, in one launch.
+
+    Args:
+        total_rows: ``[R, D']`` float32; None if not wanted.
+        total_cols: ``[C, D']`` float32; None if not wanted.
+        h: ``[R, C]`` in the operands' type, unit stride along its columns, a view of a buffer whose rows have room for
+            whole tiles; what is there does not matter.
+        cols, rows: ``[C, D']``, ``[R, D']``, unit stride along their rows.
+        first: these are the first products that ``total_rows`` receives: it is overwritten and may hold anything.
+        first_cols: likewise of ``total_cols``; None: as ``first``.
+    """
+    (num_rows, num_cols), dim = h.shape, cols.shape[1]
+    totals = tuple(total for total in (total_rows, total_cols) if total is not None)
+    if not totals:
+        return
+    rows_are_first, cols_are_first = int(first), int(first if first_cols is None else first_cols)
+
+    def launch(config: tuning.Config) -> None:
+        m, n, k = config.tile_m, config.tile_n, config.tile_k
+        use_tma = config.tma and _copyable(h, cols, rows)
+        assert use_tma or h.stride(0) >= cdiv(num_cols, m) * m, "rows of H must have room for whole tiles"
+        tiles = sum(cdiv(total.shape[0], m) for total in totals) * cdiv(dim, n)
+        both_products_kernel[(tiles,)](
+            TensorDescriptor.from_tensor(h, [m, k]) if use_tma else h,
+            TensorDescriptor.from_tensor(h, [k, m]) if use_tma else h,
+            h.stride(0),
+            TensorDescriptor.from_tensor(cols, [k, n]) if use_tma else cols,
+            cols.stride(0),
+            TensorDescriptor.from_tensor(rows, [k, n]) if use_tma else rows,
+            rows.stride(0),
+            total_rows,
+            0 if total_rows is None else total_rows.stride(0),
+            total_cols,
+            0 if total_cols is None else total_cols.stride(0),
+            num_rows,
+            num_cols,
+            dim,
+            rows_are_first,
+            cols_are_first,
+            TILE_M=m,
+            TILE_N=n,
+            TILE_K=k,
+            GROUP=config.group,
+            PRECISION=input_precision(h.dtype),
+            USE_TMA=use_tma,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+
+    launch(tuning.choose("both_products", cols, launch, reset=totals))
+
+
+def _copyable(*operands: Tensor) -> bool:
+    """Whether the copy engine can read them: aligned to 16 bytes, as is each row."""
+    return all(x.data_ptr() % 16 == 0 and x.stride(0) * x.itemsize % 16 == 0 for x in operands)
+
+
+@functools.cache
+def fitting_side(dim: int, processors: int, tile_m: int, tile_n: int, largest: int = 4352) -> int:
+    """Rows and columns of a block of H with which the tiles of both products fill the processors best.
+
+    A launch of t tiles takes ⌈t / processors⌉ rounds; of the sides whose rounds are fullest this is the largest.
+
+    Args:
+        dim: D.
+        processors: of the device.
+        tile_m, tile_n: of :func:`add_products`.
+        largest: such that H stays in the L2 cache: 4352² entries of 16 bits are 36 MiB.
+    """
+
+    def fullness(side: int) -> float:
+        tiles = 2 * cdiv(side, tile_m) * cdiv(dim, tile_n)
+        return tiles / (cdiv(tiles, processors) * processors)
+
+    return max(range(tile_m * cdiv(2048, tile_m), largest + 1, tile_m), key=lambda side: (fullness(side), side))

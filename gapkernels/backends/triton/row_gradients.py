@@ -1,6 +1,6 @@
 """Gradient of the embeddings of one modality, from the accumulated products: everything O(N·D), in one launch.
 
-    g_i  = weight·(2^−h·‖z_i‖·Σ_j H_ij y_j − Σ_pairs wrong_share_i·ŷ_i)            InfoNCE, the positive in float32
+    g_i  = weight·(2^−h·‖z_i‖·Σ_j H_ij y_j − Σ_pairs negative_mass_i·ŷ_i)            InfoNCE, the positive in float32
          + 2·w_atp/(N(M−1))·Σ_partners (ẑ_i − ŷ_i)                                  ATP
          + 1/M·J_c·(2t·w_cu/Z)·(Σ_j e_ij (c_j − c_i))                                CU through the centroid
     dz_i = (g_i − ⟨g_i, ẑ_i⟩ẑ_i)/‖z_i‖
@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gapkernels.backends.contract import Evaluation
 from gapkernels.backends.triton.device import cdiv, num_processors, row_block
+from gapkernels.backends.triton.gradient_tiles import gradient_scale
 from gapkernels.backends.triton.row_statistics import (
-    RowStatistics,
     centred,
     centroid_exponent,
     centroid_rows,
@@ -23,7 +24,6 @@ from gapkernels.backends.triton.row_statistics import (
     padded,
     unit_rows,
 )
-from gapkernels.spec import LossSpec
 
 
 @triton.jit
@@ -34,18 +34,16 @@ def through_normalization(gradient, unit, inverse, clamped):
 
 
 @triton.jit(
-    do_not_specialize=["num_rows", "all_rows", "first_row", "total_rows", "num_splits", "num_centroid_splits"],
-    do_not_specialize_on_alignment=["log_total", "out"],
+    do_not_specialize=["num_rows", "all_rows", "first_row", "total_rows"],
+    do_not_specialize_on_alignment=["log_total", "reference", "out"],
 )
 def row_gradients_kernel(
     embeddings,
     strides,
     factors,
     products,
-    num_splits,
     centroid_products,
-    num_centroid_splits,
-    wrong_share,
+    negative_mass,
     centroid_logs,
     log_total,
     reference,
@@ -59,7 +57,7 @@ def row_gradients_kernel(
     total_rows,
     dim,
     padded_dim,
-    unit,
+    entry_scale,
     uniformity_t,
     world_size,
     TARGET: tl.constexpr,
@@ -83,7 +81,7 @@ def row_gradients_kernel(
     if CENTROIDS:
         total = tl.load(log_total)
         stretch = centroid_exponent(sums, len(embeddings), dim, total_rows, BLOCK_D)
-        cu_weight = 2 * uniformity_t * tl.load(upstream + 2)
+        cu_weight = 2 * tl.load(uniformity_t) * tl.load(upstream + 2)
         product_weight = (cu_weight * tl.exp2(tl.load(reference).to(tl.float64) - total - stretch)).to(tl.float32)
     for start in tl.range(program * BLOCK_N, num_rows, programs * BLOCK_N):
         local = start + tl.arange(0, BLOCK_N)  # within the block of rows whose gradient is computed
@@ -95,15 +93,12 @@ def row_gradients_kernel(
         if NCE:
             factor = tl.load(factors + local, mask=exists, other=1.0)
             product = load_rows(products, padded_dim, local, num_rows, dim, BLOCK_D)
-            for s in tl.range(1, num_splits):
-                part = products + tl.cast(s, tl.int64) * num_rows * padded_dim
-                product += load_rows(part, padded_dim, local, num_rows, dim, BLOCK_D)
-            gradient += product * (weight / unit / factor)[:, None]
+            gradient += product * (weight / entry_scale / factor)[:, None]
             for p in tl.static_range(len(POSITIVES)):
                 partner, _, _ = unit_rows(
                     embeddings[POSITIVES[p][1]], strides[POSITIVES[p][1]], i, all_rows, dim, BLOCK_D, NORMALIZE
                 )
-                share = tl.load(wrong_share + POSITIVES[p][0] * all_rows.to(tl.int64) + i, mask=exists, other=0.0)
+                share = tl.load(negative_mass + POSITIVES[p][0] * all_rows.to(tl.int64) + i, mask=exists, other=0.0)
                 gradient -= (weight * share.to(tl.float32))[:, None] * partner
         for p in tl.static_range(len(ATP_PARTNERS)):
             partner, _, _ = unit_rows(
@@ -117,9 +112,6 @@ def row_gradients_kernel(
             share = tl.exp2(tl.load(centroid_logs + i, mask=exists, other=0.0) - total)
             own_weight = (cu_weight * share).to(tl.float32)
             through = load_rows(centroid_products, padded_dim, i, all_rows, dim, BLOCK_D)
-            for s in tl.range(1, num_centroid_splits):
-                part = centroid_products + tl.cast(s, tl.int64) * all_rows * padded_dim
-                through += load_rows(part, padded_dim, i, all_rows, dim, BLOCK_D)
             through *= product_weight
             through -= own_weight[:, None] * tl.where(
                 inside, centred(c, sums, len(embeddings), dim, total_rows, BLOCK_D), 0.0
@@ -134,86 +126,56 @@ def row_gradients_kernel(
 
 
 def row_gradients(
-    target: int,
-    first_row: int,
-    embeddings: list[Tensor],
-    statistics: RowStatistics,
-    factors: Tensor | None,
-    products: Tensor | None,
+    targets: list[int],
+    rows: slice,
+    factors: list[Tensor | None],
+    products: list[Tensor | None],
     centroid_products: Tensor | None,
-    wrong_share: Tensor,
-    centroid_logs: Tensor,
-    reference: Tensor | None,
-    upstream: Tensor,
-    logit_scale: Tensor,
-    unit: float,
-    spec: LossSpec,
-    world_size: int,
-    out: Tensor,
+    evaluation: Evaluation,
+    out: list[Tensor],
 ) -> None:
-    """Write the gradient of a block of rows of one modality.
-
-    Args:
-        target: index of the modality.
-        first_row: where the block begins among the rows of this process.
-        embeddings: M tensors ``[n, D]``.
-        statistics: of this process's rows, ``sums`` of all rows.
-        factors: ``[R]`` float32, what the operand's rows are multiplied by, of the block.
-        products: ``[R, D']`` or ``[splits, R, D']`` float32, Σ H y over all pairs, of the block; None without InfoNCE.
-        centroid_products: ``[n, D']`` or ``[splits, n, D']``; None without CU.
-        wrong_share: ``[P, n]`` float64.
-        centroid_logs: ``[n + 1]`` float64, see :func:`.terms.terms`.
-        reference: 0-dim float32, that of the centroid products.
-        upstream: ``[3]`` float64, gradient with respect to the terms.
-        logit_scale: 0-dim.
-        unit: 2^h.
-        spec, world_size: as everywhere.
-        out: ``[R, D]``, contiguous.
-    """
-    num_rows, dim = out.shape
+    """See :meth:`gapkernels.backends.contract.Backend.row_gradients`; one launch for each target."""
+    embeddings, spec, saved = evaluation.embeddings, evaluation.spec, evaluation.saved
+    all_rows, dim = embeddings[0].shape
     modalities = len(embeddings)
-    pairs = spec.nce_pairs(modalities) if products is not None else []
-    partners = [(p, k if m == target else m) for p, (m, k) in enumerate(pairs) if target in (m, k)]
-    atp_partners = [k for k in range(modalities) if k != target] if target == spec.anchor else [spec.anchor]
+    num_rows = rows.stop - rows.start
     block_rows, block_dim = row_block(dim, 2048)
-    grid = (min(cdiv(num_rows, block_rows), 8 * num_processors(out.device)),)
-    row_gradients_kernel[grid](
-        tuple(embeddings),
-        tuple(e.stride(0) for e in embeddings),
-        factors,
-        products,
-        _splits(products),
-        centroid_products,
-        _splits(centroid_products),
-        wrong_share,
-        centroid_logs,
-        centroid_logs[-1:] if centroid_products is not None else None,
-        reference,
-        statistics.sums,
-        upstream,
-        logit_scale,
-        out,
-        num_rows,
-        embeddings[0].shape[0],
-        first_row,
-        embeddings[0].shape[0] * world_size,
-        dim,
-        padded(dim),
-        unit,
-        spec.uniformity_t,
-        float(world_size),
-        TARGET=target,
-        POSITIVES=tuple(partners),
-        ATP_PARTNERS=tuple(atp_partners) if spec.atp_weight else (),
-        NUM_PAIRS=len(pairs),
-        NCE=products is not None,
-        CENTROIDS=centroid_products is not None,
-        NORMALIZE=spec.normalize,
-        NORMALIZE_CENTROIDS=spec.normalize_centroids,
-        BLOCK_N=block_rows,
-        BLOCK_D=block_dim,
-    )
-
-
-def _splits(products: Tensor | None) -> int:
-    return products.shape[0] if products is not None and products.dim() == 3 else 1
+    grid = (min(cdiv(num_rows, block_rows), 8 * num_processors(embeddings[0].device)),)
+    for target, factor, product, gradient in zip(targets, factors, products, out, strict=True):
+        pairs = spec.nce_pairs(modalities) if product is not None else []
+        partners = [(p, k if m == target else m) for p, (m, k) in enumerate(pairs) if target in (m, k)]
+        atp_partners = [k for k in range(modalities) if k != target] if target == spec.anchor else [spec.anchor]
+        row_gradients_kernel[grid](
+            tuple(embeddings),
+            tuple(e.stride(0) for e in embeddings),
+            factor,
+            product,
+            centroid_products,
+            saved.negative_mass,
+            saved.centroid_log_sum,
+            saved.centroid_summary,
+            evaluation.prepared.centroid_reference,
+            saved.sums,
+            evaluation.upstream,
+            evaluation.scalars.logit_scale,
+            gradient,
+            num_rows,
+            all_rows,
+            rows.start,
+            evaluation.total_rows,
+            dim,
+            padded(dim),
+            gradient_scale(embeddings[0].dtype),
+            evaluation.scalars.uniformity_t,
+            float(evaluation.world_size),
+            TARGET=target,
+            POSITIVES=tuple(partners),
+            ATP_PARTNERS=tuple(atp_partners) if spec.atp else (),
+            NUM_PAIRS=len(pairs),
+            NCE=product is not None,
+            CENTROIDS=centroid_products is not None,
+            NORMALIZE=spec.normalize,
+            NORMALIZE_CENTROIDS=spec.normalize_centroids,
+            BLOCK_N=block_rows,
+            BLOCK_D=block_dim,
+        )

@@ -1,8 +1,8 @@
 """What the loss needs of the rows before any N×N work, O(N·D): operands, cosines of matching rows, means, centroids.
 
     operands          z_i·2^q with norm in [1, 2), rows padded to whole 32-byte sectors, and the inverse of that norm
-    row_statistics    cos(z_i^m, z_i^a) per pair; per program the sums over its rows of ẑ^m, c, Σ‖ẑ^m − ẑ^a‖², Σ cos,
-                      Σ‖c‖²                                           (a reduction over programs gives the means)
+    row_statistics    cos(z_i^m, z_i^a) per pair; per program the sums over its rows of ẑ^m, c, ‖ẑ^m − ẑ^a‖², cosines
+                      and ‖c‖²                                        (a reduction over programs gives the means)
     centroids         2^k·(c_i − mean c), rounded, and its bias −t·log2 e·‖c_i − mean c‖²
 
 Operands of the matrix products are the embeddings themselves but for a power of two: no rounding, so products on the
@@ -20,22 +20,18 @@ for each of the three kernels (matching rows meet again in L2), writes of M·N·
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from gapkernels.backends.contract import NORM_EPS, SUM_SCALARS, Centroids, Operand, RowStatistics
 from gapkernels.backends.triton.device import cdiv, num_processors, row_block
-from gapkernels.backends.triton.matrix import HALF_UNIT
 from gapkernels.backends.triton.tiles import LOG2_E
-from gapkernels.rows import NORM_EPS
 from gapkernels.spec import LossSpec, unordered_pairs
 
 EPS = tl.constexpr(NORM_EPS)
-NUM_SCALARS = tl.constexpr(4)  # of the sums: squared distances of true pairs, their cosines, ‖c‖², and one unused
+NUM_SCALARS = tl.constexpr(SUM_SCALARS)
 LARGEST_CENTROID_EXPONENT = tl.constexpr(12)
 
 
@@ -186,6 +182,7 @@ def row_statistics_kernel(
                 embeddings[ATP_PAIRS[p][1]], strides[ATP_PAIRS[p][1]], i, num_rows, dim, BLOCK_D, NORMALIZE
             )
             distance_sum += tl.sum((x - y) * (x - y))
+    positive_sum = 0.0
     for p in tl.static_range(len(NCE_PAIRS)):
         for first in tl.range(start, num_rows, step):
             i = first + tl.arange(0, BLOCK_N)
@@ -195,7 +192,9 @@ def row_statistics_kernel(
             y, _, _ = unit_rows(
                 embeddings[NCE_PAIRS[p][1]], strides[NCE_PAIRS[p][1]], i, num_rows, dim, BLOCK_D, NORMALIZE
             )
-            tl.store(cosines + p * num_rows.to(tl.int64) + i, tl.sum(x * y, axis=1), mask=i < num_rows)
+            cosine = tl.sum(x * y, axis=1)
+            positive_sum += tl.sum(cosine, axis=0)
+            tl.store(cosines + p * num_rows.to(tl.int64) + i, cosine.to(tl.float64), mask=i < num_rows)
     centroid_sum = tl.zeros((BLOCK_D,), tl.float32)
     square_sum = 0.0
     if CENTROIDS:
@@ -208,7 +207,7 @@ def row_statistics_kernel(
     tl.store(scalars, distance_sum)
     tl.store(scalars + 1, cosine_sum)
     tl.store(scalars + 2, square_sum)
-    tl.store(scalars + 3, 0.0)
+    tl.store(scalars + 3, positive_sum)
 
 
 @triton.jit
@@ -252,7 +251,7 @@ def centroids_kernel(
     k = tl.arange(0, BLOCK_D)
     exponent = centroid_exponent(sums, len(embeddings), dim, total_rows, BLOCK_D)
     stretch = tl.exp2(exponent).to(tl.float32)
-    scale_value = 2 * uniformity_t / (stretch * stretch)
+    scale_value = 2 * tl.load(uniformity_t).to(tl.float32) / (stretch * stretch)
     if program == 0:
         tl.store(scale, scale_value)
     for first in tl.range(program * BLOCK_N, num_rows, programs * BLOCK_N):
@@ -268,45 +267,6 @@ def centroids_kernel(
         tl.store(biases + i, bias, mask=i < num_rows)
 
 
-class Operands(NamedTuple):
-    """Embeddings as operands of matrix products.
-
-    Attributes:
-        rows: ``[M, n, D']``, D padded with zeros, in the type of the embeddings.
-        factors: ``[M, n]`` float32: row times factor is the vector that the loss uses.
-    """
-
-    rows: Tensor
-    factors: Tensor
-
-
-class RowStatistics(NamedTuple):
-    """Per row, and sums over the rows of this process.
-
-    Attributes:
-        cosines: ``[P, n]`` float32, inner product of the matching rows of each InfoNCE pair.
-        sums: ``[(M + 1)·D + 4]`` float64: the M sums of unit vectors, the sum of centroids, then the sums over rows
-            (and pairs) of squared distances of true pairs, of their cosines, and of ‖c‖².
-    """
-
-    cosines: Tensor
-    sums: Tensor
-
-
-class Centroids(NamedTuple):
-    """Centred centroids, stretched by a power of two 2^k.
-
-    Attributes:
-        rows: ``[n, D']``, padded, float16 for 16-bit embeddings unless they are few, else float32.
-        biases: ``[n]`` float32, −t·log2 e·‖c‖².
-        scale: ``[]`` float32, 2t·2^(−2k).
-    """
-
-    rows: Tensor
-    biases: Tensor
-    scale: Tensor
-
-
 def _grid(embeddings: list[Tensor], block_rows: int) -> tuple[int]:
     rows = embeddings[0].shape[0]
     return (min(cdiv(rows, block_rows), 4 * num_processors(embeddings[0].device)),)
@@ -317,20 +277,19 @@ def padded(dim: int) -> int:
     return -(-dim // 16) * 16
 
 
-def operands(embeddings: list[Tensor], spec: LossSpec) -> Operands:
-    """Operands of the matrices of pairs, from embeddings ``[n, D]``."""
+def operands(embeddings: list[Tensor], spec: LossSpec) -> list[Operand]:
+    """Operands of the matrices of pairs, from embeddings ``[n, D]``, rows padded to ``[n, D']``."""
     num_rows, dim = embeddings[0].shape
     block_rows, block_dim = row_block(padded(dim), 2048)
-    result = Operands(
-        embeddings[0].new_empty((len(embeddings), num_rows, padded(dim))),
-        # Each modality's factors begin at an aligned address whatever n is: nothing is compiled anew for another n.
-        embeddings[0].new_empty((len(embeddings), padded(num_rows)), dtype=torch.float32)[:, :num_rows],
-    )
+    rows = embeddings[0].new_empty((len(embeddings), num_rows, padded(dim)))
+    # Each modality's factors begin at an aligned address whatever n is: nothing is compiled anew for another n.
+    factors = embeddings[0].new_empty((len(embeddings), padded(num_rows)), dtype=torch.float32)[:, :num_rows]
     operands_kernel[_grid(embeddings, block_rows)](
         tuple(embeddings),
         tuple(e.stride(0) for e in embeddings),
-        *result,
-        result.factors.stride(0),
+        rows,
+        factors,
+        factors.stride(0),
         num_rows,
         dim,
         padded(dim),
@@ -338,19 +297,19 @@ def operands(embeddings: list[Tensor], spec: LossSpec) -> Operands:
         BLOCK_N=block_rows,
         BLOCK_D=block_dim,
     )
-    return result
+    return [Operand(rows[m], factors[m]) for m in range(len(embeddings))]
 
 
 def row_statistics(embeddings: list[Tensor], spec: LossSpec) -> RowStatistics:
     """One pass over the embeddings ``[n, D]``."""
     num_rows, dim = embeddings[0].shape
     modalities = len(embeddings)
-    nce_pairs = spec.nce_pairs(modalities) if spec.nce_weight else []
+    nce_pairs = spec.nce_pairs(modalities)
     block_rows, block_dim = row_block(dim, 2048)
     grid = _grid(embeddings, block_rows)
     new = embeddings[0].new_empty
-    cosines = new((len(nce_pairs), num_rows), dtype=torch.float32)
-    sums = new((*grid, (modalities + 1) * dim + NUM_SCALARS.value), dtype=torch.float64)
+    cosines = new((len(nce_pairs), num_rows), dtype=torch.float64)
+    sums = new((*grid, (modalities + 1) * dim + SUM_SCALARS), dtype=torch.float64)
     row_statistics_kernel[grid](
         tuple(embeddings),
         tuple(e.stride(0) for e in embeddings),
@@ -360,8 +319,8 @@ def row_statistics(embeddings: list[Tensor], spec: LossSpec) -> RowStatistics:
         dim,
         ALL_PAIRS=tuple(unordered_pairs(modalities)),
         NCE_PAIRS=tuple(nce_pairs),
-        ATP_PAIRS=tuple(spec.anchor_pairs(modalities)) if spec.atp_weight else (),
-        CENTROIDS=bool(spec.cu_weight),
+        ATP_PAIRS=tuple(spec.anchor_pairs(modalities)) if spec.atp else (),
+        CENTROIDS=spec.cu,
         NORMALIZE=spec.normalize,
         NORMALIZE_CENTROIDS=spec.normalize_centroids,
         BLOCK_N=block_rows,
@@ -370,39 +329,29 @@ def row_statistics(embeddings: list[Tensor], spec: LossSpec) -> RowStatistics:
     return RowStatistics(cosines, sums.sum(dim=0, dtype=torch.float64))
 
 
-def _centroid_dtype(embedding: Tensor, total_rows: int, whole_rows: bool) -> torch.dtype:
+def _centroid_dtype(embedding: Tensor, total_rows: int) -> torch.dtype:
     """The type centroids are rounded to.
 
     Rounding to float16 moves CU by about 8e-4/√(N·D), which has to stay clear of 1e-5 relative. Where there is so
-    little to average over, float32 costs nothing that could be measured. For gradients, of which less is asked, a row
-    of more than 64 numbers is enough to average over; by whole rows such rows fit the registers in 16 bits only.
+    little to average over, float32 costs nothing that could be measured.
     """
-    dim = embedding.shape[1]
-    small = total_rows * dim <= 2**16 and total_rows <= 4096 and not (whole_rows and dim > 64)
-    return torch.float32 if small or embedding.dtype == torch.float32 else torch.float16
-
-
-def centroid_headroom(embedding: Tensor, total_rows: int, whole_rows: bool = False) -> float:
-    """Base-2 logarithm of the largest gradient with respect to an inner product of centroids, for their type.
-
-    No entry exceeds its row's sum, so relative to the largest of these none exceeds one; float16 is used to its end.
-    """
-    return math.log2(HALF_UNIT) if _centroid_dtype(embedding, total_rows, whole_rows) == torch.float16 else 0.0
+    few = total_rows * embedding.shape[1] <= 2**16 and total_rows <= 4096
+    return torch.float32 if few or embedding.dtype == torch.float32 else torch.float16
 
 
 def centroids(
-    embeddings: list[Tensor], sums: Tensor, total_rows: int, spec: LossSpec, whole_rows: bool = False
+    embeddings: list[Tensor], sums: Tensor, uniformity_t: Tensor, total_rows: int, spec: LossSpec
 ) -> Centroids:
     """The operand of the centroid matrix, from the sums over the rows of all processes.
 
-    ``whole_rows``: for gradients computed by whole rows.
+    Rows are padded, in float16 for 16-bit embeddings unless they are few, else in float32.
     """
     num_rows, dim = embeddings[0].shape
     block_rows, block_dim = row_block(padded(dim), 2048)
     new = embeddings[0].new_empty
     result = Centroids(
-        rows=new((num_rows, padded(dim)), dtype=_centroid_dtype(embeddings[0], total_rows, whole_rows)),
-        biases=new(num_rows, dtype=torch.float32),
+        rows=new((num_rows, padded(dim)), dtype=_centroid_dtype(embeddings[0], total_rows)),
+        bias=new(num_rows, dtype=torch.float32),
         scale=new((), dtype=torch.float32),
     )
     centroids_kernel[_grid(embeddings, block_rows)](
@@ -414,7 +363,7 @@ def centroids(
         total_rows,
         dim,
         padded(dim),
-        spec.uniformity_t,
+        uniformity_t,
         NORMALIZE=spec.normalize,
         NORMALIZE_CENTROIDS=spec.normalize_centroids,
         BLOCK_N=block_rows,

@@ -1,7 +1,7 @@
 """From log sums to the terms of the loss and to what the backward pass needs. O(N) in float64, in two launches.
 
-    row_terms   per row i and pair: odds o = 2^(L − positive), cross-entropy ln(1 + o), wrong share o/(1 + o), for rows
-                and for columns; log2 of the sums with the positive; Σ_i 2^(L_i) of the centroids, relative to a maximum
+    row_terms   per row i and pair: odds o = 2^(L − positive), cross-entropy ln(1 + o), negative mass o/(1 + o), of
+                rows and of columns; log2 of the sums with the positive; Σ_i 2^(L_i) of centroids, relative to a maximum
     combine     one program adds up what the programs of the first left, and writes loss and terms
 
 Per row: P·(3 reads + 3 writes) of 8 bytes.
@@ -16,12 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gapkernels.backends.contract import Forward, LogSums, RowStatistics, Saved, Scalars
 from gapkernels.backends.triton.device import cdiv, next_power_of_2
-from gapkernels.backends.triton.row_statistics import NUM_SCALARS, RowStatistics
 from gapkernels.backends.triton.tiles import LOG2_E
-from gapkernels.distributed import World
-from gapkernels.plan import Saved
-from gapkernels.rows import compute_dtype
 from gapkernels.spec import LossSpec, unordered_pairs
 
 LN_2 = tl.constexpr(math.log(2))
@@ -59,7 +56,7 @@ def row_terms_kernel(
     centroid_logs,
     row_log_sum,
     col_log_sum,
-    wrong_share,
+    negative_mass,
     own_centroid_logs,
     partials,
     num_rows,
@@ -78,15 +75,15 @@ def row_terms_kernel(
     for p in tl.static_range(NUM_PAIRS):
         row_base, col_base = p * num_rows.to(tl.int64), p * num_cols.to(tl.int64)
         cosine = tl.load(cosines + col_base + j, mask=exists, other=0.0)
-        positive = cosine.to(tl.float64) * (tl.load(logit_scale).to(tl.float64) * LOG2_E)
+        positive = cosine * (tl.load(logit_scale).to(tl.float64) * LOG2_E)
         row_log = tl.load(row_logs + row_base + i, mask=own, other=0.0)
         col_log = tl.load(col_logs + col_base + j, mask=exists, other=0.0)
         row_log_odds, col_log_odds = (row_log - positive) * LN_2, (col_log - positive) * LN_2
         cross_entropy += tl.where(own, softplus(row_log_odds) + softplus(col_log_odds), 0.0)
-        share = 1.0 / (1.0 + tl.exp(-row_log_odds)) + 1.0 / (1.0 + tl.exp(-col_log_odds))
+        mass = 1.0 / (1.0 + tl.exp(-row_log_odds)) + 1.0 / (1.0 + tl.exp(-col_log_odds))
         tl.store(row_log_sum + row_base + i, logaddexp2(row_log, positive), mask=own)
         tl.store(col_log_sum + col_base + j, logaddexp2(col_log, positive), mask=exists)
-        tl.store(wrong_share + row_base + i, share, mask=own)
+        tl.store(negative_mass + row_base + i, mass, mask=own)
     tl.store(partials + program * 3, 0.5 * tl.sum(cross_entropy, axis=0))
     if CENTROIDS:
         log = tl.load(centroid_logs + j, mask=exists, other=float("-inf"))
@@ -96,19 +93,17 @@ def row_terms_kernel(
         tl.store(partials + program * 3 + 2, tl.sum(tl.exp2(log - largest), axis=0))
 
 
-@triton.jit(do_not_specialize=["num_partials", "total_rows"], do_not_specialize_on_alignment=["log_total"])
+@triton.jit(do_not_specialize=["num_partials", "total_rows"], do_not_specialize_on_alignment=["centroid_summary"])
 def combine_kernel(
     partials,
     sums,
+    weights,
     loss,
     terms,
-    log_total,
+    centroid_summary,
     num_partials,
     total_rows,
     dim,
-    nce_weight,
-    atp_weight,
-    cu_weight,
     PAIRS: tl.constexpr,
     NUM_MODALITIES: tl.constexpr,
     NUM_PAIRS: tl.constexpr,
@@ -138,7 +133,8 @@ def combine_kernel(
         sum_of_rows = tl.sum(total * tl.exp2(maximum - largest), axis=0)
         log = largest + tl.log2(sum_of_rows) - 1.0  # rows count every unordered pair twice
         uniformity = log * LN_2 - tl.log(rows * (rows - 1.0) / 2.0)
-        tl.store(log_total, log)
+        tl.store(centroid_summary, log)
+        tl.store(centroid_summary + 1, largest)
 
     scalars = sums + (NUM_MODALITIES + 1) * dim
     align_true_pairs = tl.load(scalars) / (rows * (NUM_MODALITIES - 1))
@@ -151,7 +147,8 @@ def combine_kernel(
         difference = (x - y) / rows
         gap += tl.sqrt(tl.sum(difference * difference, axis=0)) / len(PAIRS)
 
-    tl.store(loss, nce_weight * info_nce + atp_weight * align_true_pairs + cu_weight * uniformity)
+    weighted = tl.load(weights) * info_nce + tl.load(weights + 1) * align_true_pairs
+    tl.store(loss, weighted + tl.load(weights + 2) * uniformity)
     tl.store(terms, info_nce)
     tl.store(terms + 1, align_true_pairs)
     tl.store(terms + 2, uniformity)
@@ -160,83 +157,64 @@ def combine_kernel(
 
 
 def terms(
+    embeddings: list[Tensor],
     statistics: RowStatistics,
-    logit_scale: Tensor,
-    pair_logs: tuple[Tensor, Tensor] | None,
-    centroid_logs: Tensor | None,
-    num_rows: int,
-    modalities: int,
+    all_cosines: Tensor,
+    pair_sums: LogSums | None,
+    centroid_log_sums: Tensor | None,
+    scalars: Scalars,
+    first_row: int,
     spec: LossSpec,
-    world: World,
-) -> tuple[Tensor, Tensor, Saved]:
-    """Evaluate the terms.
-
-    Args:
-        statistics: of the rows of this process, ``sums`` of those of all processes.
-        logit_scale: 0-dim.
-        pair_logs: ``([P, n], [P, N])`` from :func:`.log_sums.log_sums`, columns summed over processes; None if there
-            are no InfoNCE pairs.
-        centroid_logs: ``[N]``; None without CU.
-        num_rows, modalities: n and M.
-        spec, world: as everywhere.
-
-    Returns:
-        ``(loss [], terms [5], what the backward pass needs)``. In place of the shares Σ_{j≠i} e_ij / Z of the
-        centroids, the logarithms log2 Σ_{j≠i} e_ij are saved.
-    """
-    num_cols = num_rows * world.size
-    num_pairs = statistics.cosines.shape[0]
+) -> Forward:
+    """See :meth:`gapkernels.backends.contract.Backend.terms`."""
+    (num_rows, dim), modalities = embeddings[0].shape, len(embeddings)
+    num_pairs, num_cols = all_cosines.shape
+    has_centroids = centroid_log_sums is not None
     new = statistics.sums.new_empty
     saved = Saved(
         row_log_sum=new((num_pairs, num_rows)),
         col_log_sum=new((num_pairs, num_cols)),
-        wrong_share=new((num_pairs, num_rows)),
-        centroid=new(0 if centroid_logs is None else num_rows + 1),
+        negative_mass=new((num_pairs, num_rows)),
+        cosines=statistics.cosines,
+        sums=statistics.sums,
+        centroid_log_sum=new(num_rows if has_centroids else 0),
+        centroid_summary=new(2 if has_centroids else 0),
     )
-    cosines = statistics.cosines
-    if world.size > 1:
-        cosines = world.gather_rows(cosines.T.contiguous()).T.contiguous()
     grid = (cdiv(num_cols, BLOCK),)
     partials = new((*grid, 3))
     row_terms_kernel[grid](
-        *(pair_logs or (None, None)),
-        cosines,
-        logit_scale,
-        centroid_logs,
+        *(pair_sums or (None, None)),
+        all_cosines,
+        scalars.logit_scale,
+        centroid_log_sums,
         saved.row_log_sum,
         saved.col_log_sum,
-        saved.wrong_share,
-        saved.centroid,
+        saved.negative_mass,
+        saved.centroid_log_sum,
         partials,
         num_rows,
         num_cols,
-        world.rank * num_rows,
+        first_row,
         NUM_PAIRS=num_pairs,
-        CENTROIDS=centroid_logs is not None,
+        CENTROIDS=has_centroids,
         BLOCK=BLOCK,
     )
-    if world.size > 1:
-        partials[:, 0] = world.sum(partials[:, 0])
-    dim = (statistics.sums.shape[0] - NUM_SCALARS.value) // (modalities + 1)
-    loss = new((), dtype=compute_dtype(torch.float32))
-    values = new(5, dtype=loss.dtype)
+    loss, values = new((), dtype=torch.float32), new(5, dtype=torch.float32)
     combine_kernel[(1,)](
         partials,
         statistics.sums,
+        scalars.weights,
         loss,
         values,
-        saved.centroid[num_rows:],
+        saved.centroid_summary,
         grid[0],
         num_cols,
         dim,
-        spec.nce_weight,
-        spec.atp_weight,
-        spec.cu_weight,
         PAIRS=tuple(unordered_pairs(modalities)),
         NUM_MODALITIES=modalities,
         NUM_PAIRS=num_pairs,
-        CENTROIDS=centroid_logs is not None,
+        CENTROIDS=has_centroids,
         BLOCK=BLOCK,
         BLOCK_D=next_power_of_2(dim),
     )
-    return loss, values, saved
+    return Forward(loss, values, saved)

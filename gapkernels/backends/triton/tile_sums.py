@@ -21,9 +21,9 @@ import torch
 import triton
 import triton.language as tl
 
+from gapkernels.backends.contract import Matrix
 from gapkernels.backends.triton import tuning
 from gapkernels.backends.triton.device import cdiv, input_precision, num_processors
-from gapkernels.backends.triton.matrix import Matrix
 from gapkernels.backends.triton.tiles import (
     exponents,
     grouped_tile,

@@ -1,12 +1,13 @@
 """Tile shapes and schedules, keyed by kernel, architecture, length of the rows and type of the operands.
 
 The table holds one default per key. With GAPKERNELS_TUNE=1 the candidates of a key are timed once at first use and the
-fastest is remembered in a file (GAPKERNELS_TUNING_FILE, by default in the user's cache directory); nothing else is
-ever compiled twice, and no key depends on the batch size.
+fastest is remembered in a file (GAPKERNELS_TUNING_FILE, by default in the user's cache directory), which later processes
+go by whether they tune or not. Nothing else is ever compiled twice, and no key depends on the batch size.
 """
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import json
 import math
@@ -69,47 +70,29 @@ _SIXTEEN_BIT = {
         Config(128, 128, 64, 8, 2, programs_per_processor=2),
     ],
 }
+_SIXTEEN_BIT_PRODUCTS = {
+    "sm_80": [Config(128, 256, 32, 8, 3), Config(128, 128, 64, 8, 3)],
+    "sm_90": [
+        Config(128, 256, 64, 8, 4, tma=True),
+        Config(128, 256, 64, 8, 3, tma=True),
+        Config(128, 128, 64, 8, 4, tma=True),
+        Config(128, 128, 64, 8, 3),
+    ],
+    "sm_100": [
+        Config(128, 256, 64, 8, 4, tma=True),
+        Config(128, 256, 64, 8, 3, tma=True),
+        Config(128, 128, 64, 8, 4, tma=True),
+        Config(128, 128, 64, 8, 3),
+    ],
+    "gfx942": [Config(128, 128, 64, 8, 2)],
+}
 # True float32 products run on the ordinary units, where a large tile only costs registers.
 _FLOAT32 = [Config(64, 64, 32, 4, 3, programs_per_processor=4)]
 _FLOAT32_TENSOR = [Config(128, 128, 32, 8, 3), Config(128, 64, 32, 4, 3, programs_per_processor=2)]
 
 
-# Whole rows of the gradient in registers, by their length; where they do not fit, the length is not listed. A program's
-# warps meet at every tile, so more than one program per processor where registers allow; but 128 rows rather than 64
-# where the tiles of the other operand would otherwise take more than L2 delivers. tile_k means nothing here.
-_SIXTEEN_BIT_ROWS = {
-    "sm_80": {
-        64: [Config(128, 64, 64, 8, 3), Config(64, 64, 64, 4, 2, programs_per_processor=2)],
-        128: [Config(128, 64, 64, 8, 2)],
-    },
-    "sm_90": {
-        64: [
-            Config(64, 64, 64, 4, 3, programs_per_processor=2),
-            Config(128, 64, 64, 8, 3),
-            Config(128, 64, 64, 8, 3, tma=True),
-        ],
-        128: [
-            Config(128, 64, 64, 8, 3),
-            Config(128, 64, 64, 8, 3, tma=True),
-            Config(64, 64, 64, 4, 3, programs_per_processor=2),
-        ],
-        256: [Config(128, 64, 64, 8, 2), Config(128, 32, 64, 8, 3)],
-    },
-    "sm_100": {
-        64: [Config(128, 32, 64, 8, 2), Config(128, 32, 64, 8, 2, tma=True)],
-        128: [Config(128, 32, 64, 8, 2), Config(128, 32, 64, 8, 2, tma=True)],
-    },
-    "gfx942": {
-        64: [Config(64, 32, 64, 4, 2, programs_per_processor=2)],
-        128: [Config(64, 32, 64, 4, 2, programs_per_processor=2)],
-    },
-}
-_FLOAT32_ROWS = {64: [Config(32, 16, 64, 4, 2, programs_per_processor=2)]}
-_FLOAT32_TENSOR_ROWS = {64: [Config(64, 32, 64, 4, 2, programs_per_processor=2)]}
-
-
 def candidates(kernel: str, arch: str, dtype: torch.dtype, dim: int) -> tuple[Config, ...]:
-    """The configurations to choose from; the first is the default. None where a kernel does not fit."""
+    """The configurations to choose from; the first is the default."""
     if arch == "interpreter":
         return (INTERPRETER,)
     return _candidates(kernel, arch, dtype, dim, torch.get_float32_matmul_precision() == "highest")
@@ -117,28 +100,25 @@ def candidates(kernel: str, arch: str, dtype: torch.dtype, dim: int) -> tuple[Co
 
 @functools.cache
 def _candidates(kernel: str, arch: str, dtype: torch.dtype, dim: int, true_float32: bool) -> tuple[Config, ...]:
-    if kernel == "gradient_rows":
-        return _row_candidates(nearest(arch), dtype, dim, true_float32)
     float32 = _FLOAT32 if true_float32 else _FLOAT32_TENSOR
     table = float32 if dtype == torch.float32 else _SIXTEEN_BIT[nearest(arch)]
     if kernel == "log_sums":  # runs rarely; the running maxima and sums leave no room for wide tiles
         rows, warps = (32, 4) if dtype == torch.float32 else (128, 8)
         parts = 4 if dtype != torch.float32 and nearest(arch) == "sm_100" else 2
         table = [c._replace(tile_m=rows, tile_n=c.tile_n // parts, num_warps=warps, tma=False) for c in table[:1]]
-    if kernel == "gradient_tiles":  # two factors per column and the gradient: a wider tile spills
-        table = [c for c in table if c.tile_n <= 128]
+    if kernel == "gradient_tiles":  # two factors per column and the gradient: a wider tile spills,
+        # unless it is read by the copy engine, whose addresses take no registers.
+        table = [c for c in table if c.tile_n <= 128 or c.tma]
     if kernel == "add_product":
         table = [c._replace(num_warps=8, tma=False) for c in table if c.tile_n <= 128]
+    if kernel == "both_products" and dtype != torch.float32:
+        # A tile twice as wide reads H half as often; at D ≤ 256 there would be too few of them.
+        table = [c for c in _SIXTEEN_BIT_PRODUCTS[nearest(arch)] if c.tile_n <= max(128, dim // 2)]
+    if kernel == "both_products":  # steps go along the block of the gradient, not along rows
+        return tuple(table)
     # A step of the K loop longer than a row would be padding.
     shortest = max(16, next_power_of_2(dim))
     return tuple(dict.fromkeys(c._replace(tile_k=min(c.tile_k, shortest)) for c in table))
-
-
-def _row_candidates(arch: str, dtype: torch.dtype, dim: int, true_float32: bool) -> tuple[Config, ...]:
-    """Those of the kernel that keeps whole rows, none if they do not fit."""
-    float32 = _FLOAT32_ROWS if true_float32 else _FLOAT32_TENSOR_ROWS
-    table = float32 if dtype == torch.float32 else _SIXTEEN_BIT_ROWS[arch]
-    return tuple(table.get(max(64, next_power_of_2(dim)), ()))
 
 
 def nearest(arch: str) -> str:
@@ -157,30 +137,41 @@ def _number(arch: str) -> int:
     return int(arch.removeprefix("sm_"))
 
 
-def choose(kernel: str, like: Tensor, launch: Callable[[Config], object], reset: Tensor | None = None) -> Config:
+def choose(
+    kernel: str, like: Tensor, launch: Callable[[Config], object], reset: Tensor | tuple[Tensor, ...] | None = None
+) -> Config:
     """The configuration of a kernel for operands like these.
 
     Args:
         kernel: name of the kernel.
         like: an operand ``[n, D]``.
         launch: runs the kernel with a configuration, to time it.
-        reset: what a launch adds to, restored after the timing.
+        reset: what a launch adds to, one or several, restored after the timing.
     """
-    options = candidates(kernel, architecture(like.device), like.dtype, like.shape[1])
-    if len(options) == 1 or not _searching() or torch.cuda.is_current_stream_capturing():
+    arch, dim = architecture(like.device), like.shape[1]
+    options = candidates(kernel, arch, like.dtype, dim)
+    if len(options) == 1:
         return options[0]
-    dim = next_power_of_2(like.shape[1])
-    key = f"{kernel}/{architecture(like.device)}/{like.dtype}/{dim}/{triton.__version__}"
+    key = _key(kernel, arch, like.dtype, next_power_of_2(dim))
     found = _remembered().get(key)
-    if found is None:
-        kept = reset.clone() if reset is not None else None
-        times = {config: _time(launch, config) for config in options}
-        if reset is not None and kept is not None:
-            reset.copy_(kept)
-        found = min(times, key=times.__getitem__)
-        _remembered()[key] = found
-        _write(_remembered())
+    if found in options:
+        return found
+    if not _searching() or torch.cuda.is_current_stream_capturing():
+        return options[0]
+    changed = (reset,) if isinstance(reset, Tensor) else reset or ()
+    kept = [tensor.clone() for tensor in changed]
+    times = {config: _time(launch, config) for config in options}
+    for tensor, value in zip(changed, kept, strict=True):
+        tensor.copy_(value)
+    found = min(times, key=times.__getitem__)
+    _remembered()[key] = found
+    _write({key: found})
     return found
+
+
+@functools.cache
+def _key(kernel: str, arch: str, dtype: torch.dtype, dim: int) -> str:
+    return f"{kernel}/{arch}/{dtype}/{dim}/{triton.__version__}"
 
 
 def _time(launch: Callable[[Config], object], config: Config) -> float:
@@ -203,13 +194,24 @@ def _file() -> Path:
 
 @functools.cache
 def _remembered() -> dict[str, Config]:
+    return {} if INTERPRETED else _read()
+
+
+def _read() -> dict[str, Config]:
+    """What is in the file; of another version's entries those that say the same as ours."""
     if not _file().exists():
         return {}
-    return {key: Config(**value) for key, value in json.loads(_file().read_text()).items()}
+    entries = json.loads(_file().read_text(encoding="utf-8"))
+    return {key: Config(**value) for key, value in entries.items() if set(value) == set(Config._fields)}
 
 
-def _write(table: dict[str, Config]) -> None:
-    _file().parent.mkdir(parents=True, exist_ok=True)
-    temporary = _file().with_suffix(f".{os.getpid()}")
-    temporary.write_text(json.dumps({key: config._asdict() for key, config in table.items()}, indent=2) + "\n")
-    temporary.replace(_file())
+def _write(found: dict[str, Config]) -> None:
+    """Add to the file what this process found, to what others may have found meanwhile."""
+    file = _file()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        table = _read() | found
+        temporary = file.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps({key: config._asdict() for key, config in table.items()}, indent=2) + "\n")
+        temporary.replace(file)

@@ -9,6 +9,7 @@
 
 #include "entries.h"
 #include "fragments.h"
+#include "launch_checks.h"
 #include "similarity.h"
 
 namespace gapkernels {
@@ -187,8 +188,9 @@ void grad_tile(const GradArguments& arguments, int row_start, int col_start) {
 template <class Visit>
 void walk_all(const TileSpace& space, Visit visit) {
   constexpr int kClusters = 3;
+  const TileOrder<kCluster> order = TileOrder<kCluster>::of(space);
   for (int cluster = 0; cluster < kClusters; ++cluster) {
-    for (TileWalk<kCluster> walk(space, cluster, kClusters); walk.valid(); walk.advance()) {
+    for (TileWalk<kCluster> walk(order, cluster, kClusters); walk.valid(); walk.advance()) {
       for (int block = 0; block < kCluster; ++block) {
         const Item& item = walk.item();
         visit(item.matrix, item.row_start + block * kTile, item.col_start);
@@ -236,7 +238,19 @@ extern "C" int gapkernels_walk(int num_rows, int num_cols, int num_matrices, uns
       std::memcpy(out + 3 * count, values, sizeof(values));
     }
   };
-  if (height == 1) take(gapkernels::TileWalk<1>(space, cluster, num_clusters));
-  else take(gapkernels::TileWalk<2>(space, cluster, num_clusters));
+  const auto one_high = gapkernels::TileOrder<1>::of(space);
+  const auto two_high = gapkernels::TileOrder<2>::of(space);
+  if (height == 1) take(gapkernels::TileWalk<1>(one_high, cluster, num_clusters));
+  else take(gapkernels::TileWalk<2>(two_high, cluster, num_clusters));
   return count;
+}
+
+// ---- for the tests of arithmetic and checks alone --------------------------------------------------------------------
+
+extern "C" int gapkernels_quotient(int number, int divisor) { return gapkernels::Divisor::of(divisor).divide(number); }
+
+extern "C" const char* gapkernels_driver_problem(int version) { return gapkernels::driver_problem(version); }
+
+extern "C" bool gapkernels_is_encoded(const void* descriptor, size_t bytes) {
+  return gapkernels::is_encoded(descriptor, bytes);
 }

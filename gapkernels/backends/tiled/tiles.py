@@ -1,11 +1,11 @@
-"""The portable backend: matrices of exponentials in tiles of library matrix products. Any device torch runs on.
+"""A matrix of exponentials in tiles of library matrix products.
 
     for each block of rows I:                                        [T, D]
         for each block of columns J (J ≥ I if symmetric):            [T, D]
             exponent = scale·rows_I · cols_Jᵀ + biases               [T, T], stays in the cache
             forward:   row_sum_I += Σ_j exp2(exponent)      col_sum_J += Σ_i exp2(exponent)
-            backward:  G = exp2(exponent)·(u_I + v_Jᵀ)
-                       grad_rows_I += G · cols_J             grad_cols_J += Gᵀ · rows_I
+            backward:  H = exp2(exponent)·(1/row_sum_I + 1/col_sum_Jᵀ)
+                       row_products_I += H · cols_J         col_products_J += Hᵀ · rows_I
 
 With n rows, N columns: 2nND operations forward and 6nND backward (half of both if symmetric), O(T²) memory on top of
 the operands. Exponentials and sums pass over a tile a few times while it is in the cache, which costs about a tenth
@@ -24,39 +24,78 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gapkernels.backends.exponential import ExpMatrix, LogSums, SoftmaxWeights, statistics_dtype
+from gapkernels.backends.contract import NO_DIAGONAL, Matrix, SoftmaxSums, statistics_dtype
 from gapkernels.cpu import is_amd
 
 # A float32 tile of 1024×1024 is 4 MiB: two of them stay in the caches of current cores, and the products are large
 # enough to run at full speed (measured: 512 loses 5 %, 2048 gains nothing).
 TILE = 1024
+LOG2_E = math.log2(math.e)
 
 
-class TiledBackend:
-    """Tiles of library matrix products, driven from Python."""
+class _Sums(NamedTuple):
+    """Of one matrix, ``[n]`` and ``[N]`` in the statistics type; the same tensor twice if it is symmetric."""
 
-    def off_diagonal_log_sums(self, matrix: ExpMatrix) -> LogSums:
-        shift = _constant_shift(matrix)
-        sums = _sum_with_constant_shift(matrix, shift)
-        smallest = torch.minimum(sums.row.min(), sums.col.min())
-        if matrix.symmetric:  # only the total of a symmetric matrix is divided by, so only the total must be in range
-            smallest = sums.row.sum() / matrix.rows.shape[0]
-        if _known_true(smallest >= _smallest_exact_sum(matrix)):
-            return LogSums(sums.row.log2() + shift, sums.col.log2() + shift, sums.diagonal)
-        return _sum_with_running_maximum(matrix)
+    row: Tensor
+    col: Tensor
 
-    def add_products(
-        self, matrix: ExpMatrix, weights: SoftmaxWeights | None, grad_rows: Tensor | None, grad_cols: Tensor | None
-    ) -> None:
-        if weights is None:
-            _add_products(matrix, None, None, grad_rows, grad_cols)
-            return
-        shift = _constant_shift(matrix)
-        smallest = torch.minimum(weights.row_log_sum.min(), weights.col_log_sum.min()) - shift
+
+def log_sums(matrix: Matrix) -> _Sums:
+    """Base-2 logarithms of row and column sums, diagonal left out."""
+    shift = _constant_shift(matrix)
+    sums = _sum_with_constant_shift(matrix, shift)
+    smallest = torch.minimum(sums.row.min(), sums.col.min())
+    if matrix.symmetric:  # only the total of a symmetric matrix is divided by, so only the total must be in range
+        smallest = sums.row.sum() / matrix.rows.shape[0]
+    if _known_true(smallest >= _smallest_exact_sum(matrix)):
+        return _Sums(sums.row.log2() + shift, sums.col.log2() + shift)
+    return _sum_with_running_maximum(matrix)
+
+
+def add_products(
+    matrix: Matrix,
+    sums: SoftmaxSums | None,
+    reference: Tensor,
+    row_products: Tensor | None,
+    col_products: Tensor | None,
+    moment: Tensor | None,
+) -> None:
+    """Both products in one walk; see :meth:`gapkernels.backends.contract.Backend.add_products`."""
+    shift: Tensor | None = reference
+    factors = None
+    if sums is not None:
+        # With the forward pass's own reference exponent rows of H sum up to what its sums say, rounding included.
+        constant = _constant_shift(matrix)
+        below = constant - reference
+        smallest = torch.minimum(sums.row.min(), sums.col.min()) - below
         if _known_true(smallest >= math.log2(_smallest_exact_sum(matrix))):
-            _add_products(matrix, weights, shift, grad_rows, grad_cols)
+            shift, dtype = constant, matrix.rows.dtype
+            factors = torch.exp2(below - sums.row).to(dtype), torch.exp2(below - sums.col).to(dtype)
         else:
-            _add_products(matrix, weights, None, grad_rows, grad_cols)
+            shift = None
+            sums = sums._replace(row=sums.row + reference, col=sums.col + reference)
+    entries_to_gradient = _gradient_rule(sums, factors, matrix.rows.dtype)
+    products = _products(matrix)
+    if matrix.symmetric:
+        col_products = row_products
+    if moment is not None and row_products is None:
+        row_products = torch.zeros_like(matrix.rows)
+    before = None if moment is None or row_products is None else _inner_product(matrix.rows, row_products)
+    for tile in _tiles(matrix, shift):
+        gradient = entries_to_gradient(tile)
+        if sums is not None and tile.diagonal_rows is not None:
+            gradient.diagonal(tile.diagonal_offset).copy_(-sums.negative_mass[tile.diagonal_rows])
+        if row_products is not None:
+            products.add(row_products[tile.row], gradient, matrix.cols[tile.col])
+        if col_products is not None and tile.counts_for_cols:
+            products.add(col_products[tile.col], gradient.T, matrix.rows[tile.row])
+    if moment is not None and before is not None and row_products is not None:
+        moment += _inner_product(matrix.rows, row_products) - before  # Σ_ij H_ij⟨rows_i, cols_j⟩
+
+
+def _inner_product(x: Tensor, y: Tensor) -> Tensor:
+    """Σ x·y, summed in the statistics type."""
+    return torch.linalg.vecdot(x, y).sum(dtype=statistics_dtype(x.device))
 
 
 # ---- range --------------------------------------------------------------------------------------------------------
@@ -66,14 +105,20 @@ def _minimum_exponent(dtype: torch.dtype) -> int:
     return -126 if dtype == torch.float32 else -1022
 
 
-def _constant_shift(matrix: ExpMatrix) -> Tensor:
+def _constant_shift(matrix: Matrix) -> Tensor:
     """The smallest reference exponent with which no sum of up to N entries can overflow."""
     entries = max(matrix.rows.shape[0], matrix.cols.shape[0])
     headroom = -_minimum_exponent(matrix.rows.dtype) - math.ceil(math.log2(entries))
-    return (matrix.bound - headroom).clamp_min(0)
+    statistics = statistics_dtype(matrix.rows.device)
+    if matrix.biased:  # distances are not negative
+        return torch.zeros((), dtype=statistics, device=matrix.rows.device)
+    bound = matrix.scale.to(statistics) * LOG2_E
+    if matrix.largest is not None:
+        bound = bound * matrix.largest
+    return (bound - headroom).clamp_min(0)
 
 
-def _smallest_exact_sum(matrix: ExpMatrix) -> float:
+def _smallest_exact_sum(matrix: Matrix) -> float:
     """A sum at least this large loses less than its rounding to the entries that underflow."""
     entries = max(matrix.rows.shape[0], matrix.cols.shape[0])
     mantissa_bits = 24 if matrix.rows.dtype == torch.float32 else 53
@@ -126,7 +171,7 @@ def onednn_is_faster() -> bool:
     )
 
 
-def _products(matrix: ExpMatrix) -> _TorchProducts | _OneDnnProducts:
+def _products(matrix: Matrix) -> _TorchProducts | _OneDnnProducts:
     on_cpu = matrix.rows.device.type == "cpu"
     if on_cpu and matrix.rows.dtype == torch.float32 and onednn_is_faster():
         return _OneDnnProducts()
@@ -144,7 +189,6 @@ class _Tile(NamedTuple):
         exponents: ``[rows, cols]``, to be overwritten by whoever receives the tile; −inf on the matrix's diagonal.
         diagonal_rows: the rows whose diagonal entry lies in this tile; None if there are none.
         diagonal_offset: where ``torch.diagonal`` finds them.
-        diagonal_exponents: their exponents.
         counts_for_cols: False for a tile on the diagonal of a symmetric matrix, which holds every pair twice.
     """
 
@@ -153,16 +197,17 @@ class _Tile(NamedTuple):
     exponents: Tensor
     diagonal_rows: slice | None
     diagonal_offset: int
-    diagonal_exponents: Tensor | None
     counts_for_cols: bool
 
 
-def _tiles(matrix: ExpMatrix, shift: Tensor | None) -> Iterator[_Tile]:
+def _tiles(matrix: Matrix, shift: Tensor | None) -> Iterator[_Tile]:
     """Compute the tiles one after another, ``shift`` subtracted from the exponents."""
     products = _products(matrix)
     rows, cols = matrix.rows, matrix.cols
-    scale = matrix.scale.to(rows.dtype)
-    row_bias, col_bias = matrix.bias if matrix.bias is not None else (None, rows.new_zeros(cols.shape[0]))
+    scale = (matrix.scale.to(statistics_dtype(rows.device)) * LOG2_E).to(rows.dtype)
+    row_bias, col_bias = matrix.row_factor, matrix.col_factor
+    if col_bias is None:
+        col_bias = rows.new_zeros(cols.shape[0])
     if shift is not None:
         col_bias = col_bias - shift.to(rows.dtype)
     for i, row in enumerate(_blocks(rows.shape[0])):
@@ -173,33 +218,18 @@ def _tiles(matrix: ExpMatrix, shift: Tensor | None) -> Iterator[_Tile]:
             exponents = products.exponents(scaled_rows, cols[col], col_bias[col])
             if row_bias is not None:
                 exponents += row_bias[row, None]
-            diagonal_rows, offset, diagonal_exponents = None, 0, None
-            if matrix.diagonal is not None:
+            diagonal_rows, offset = None, row.start + matrix.diagonal - col.start
+            if matrix.diagonal != NO_DIAGONAL:
                 first = max(row.start, col.start - matrix.diagonal)
                 last = min(row.stop, col.stop - matrix.diagonal)
                 if first < last:
-                    diagonal_rows, offset = slice(first, last), row.start + matrix.diagonal - col.start
-                    diagonal = exponents.diagonal(offset)
-                    diagonal_exponents = diagonal.clone()
-                    diagonal.fill_(-math.inf)
-            counts_for_cols = not (matrix.symmetric and i == j)
-            yield _Tile(row, col, exponents, diagonal_rows, offset, diagonal_exponents, counts_for_cols)
+                    diagonal_rows = slice(first, last)
+                    exponents.diagonal(offset).fill_(-math.inf)
+            yield _Tile(row, col, exponents, diagonal_rows, offset, not (matrix.symmetric and i == j))
 
 
 def _blocks(length: int) -> list[slice]:
     return [slice(start, min(start + TILE, length)) for start in range(0, length, TILE)]
-
-
-class _Diagonal:
-    """Collects the exponents of the diagonal, where the caller has a use for them."""
-
-    def __init__(self, matrix: ExpMatrix) -> None:
-        wanted = matrix.diagonal is not None and not matrix.symmetric
-        self.exponents = _statistic(matrix.rows) if wanted else None
-
-    def keep(self, tile: _Tile) -> None:
-        if self.exponents is not None and tile.diagonal_exponents is not None:
-            self.exponents[tile.diagonal_rows] = tile.diagonal_exponents.to(self.exponents.dtype)
 
 
 def _statistic(operand: Tensor) -> Tensor:
@@ -207,31 +237,27 @@ def _statistic(operand: Tensor) -> Tensor:
     return operand.new_zeros(operand.shape[0], dtype=statistics_dtype(operand.device))
 
 
-def _sum_with_constant_shift(matrix: ExpMatrix, shift: Tensor) -> LogSums:
+def _sum_with_constant_shift(matrix: Matrix, shift: Tensor) -> _Sums:
     """The sums (not yet their logarithms) of 2^−shift times the matrix: one exponential per entry."""
     row_sum = _statistic(matrix.rows)
     col_sum = row_sum if matrix.symmetric else _statistic(matrix.cols)
-    diagonal = _Diagonal(matrix)
     for tile in _tiles(matrix, shift):
-        diagonal.keep(tile)
         entries = tile.exponents.exp2_()
         row_sum[tile.row] += entries.sum(dim=1)
         if tile.counts_for_cols:
             col_sum[tile.col] += entries.sum(dim=0)
-    return LogSums(row_sum, col_sum, None if diagonal.exponents is None else diagonal.exponents + shift)
+    return _Sums(row_sum, col_sum)
 
 
-def _sum_with_running_maximum(matrix: ExpMatrix) -> LogSums:
+def _sum_with_running_maximum(matrix: Matrix) -> _Sums:
     """The logarithms of the sums, with a reference exponent of its own for every row and every column."""
     row_sum = _RunningLogSum(matrix.rows)
     col_sum = row_sum if matrix.symmetric else _RunningLogSum(matrix.cols)
-    diagonal = _Diagonal(matrix)
     for tile in _tiles(matrix, None):
-        diagonal.keep(tile)
         row_sum.add(tile.row, tile.exponents, dim=1)
         if tile.counts_for_cols:
             col_sum.add(tile.col, tile.exponents, dim=0)
-    return LogSums(row_sum.log2(), col_sum.log2(), diagonal.exponents)
+    return _Sums(row_sum.log2(), col_sum.log2())
 
 
 class _RunningLogSum:
@@ -254,44 +280,19 @@ class _RunningLogSum:
         return self._sum.log2() + torch.where(self._maximum == -math.inf, 0.0, self._maximum)
 
 
-def _add_products(
-    matrix: ExpMatrix,
-    weights: SoftmaxWeights | None,
-    shift: Tensor | None,
-    grad_rows: Tensor | None,
-    grad_cols: Tensor | None,
-) -> None:
-    """Both gradient products in one walk over the tiles; ``weights`` without ``shift`` takes two exponentials."""
-    products = _products(matrix)
-    entries_to_gradient = _gradient_rule(weights, shift, matrix.rows.dtype)
-    if matrix.symmetric:
-        grad_cols = grad_rows
-    for tile in _tiles(matrix, shift):
-        gradient = entries_to_gradient(tile)
-        if weights is not None and tile.diagonal_rows is not None:
-            gradient.diagonal(tile.diagonal_offset).copy_(weights.diagonal[tile.diagonal_rows])
-        if grad_rows is not None:
-            products.add(grad_rows[tile.row], gradient, matrix.cols[tile.col])
-        if grad_cols is not None and tile.counts_for_cols:
-            products.add(grad_cols[tile.col], gradient.T, matrix.rows[tile.row])
-
-
 def _gradient_rule(
-    weights: SoftmaxWeights | None, shift: Tensor | None, dtype: torch.dtype
+    sums: SoftmaxSums | None, factors: tuple[Tensor, Tensor] | None, dtype: torch.dtype
 ) -> Callable[[_Tile], Tensor]:
-    """How the exponents of a tile become its part of G, in place where possible."""
-    if weights is None:
+    """How the exponents of a tile become its part of H, in place where possible."""
+    if sums is None:
         return lambda tile: tile.exponents.exp2_()
-    if shift is not None:
-        row_factor = (weights.weight * torch.exp2(shift - weights.row_log_sum)).to(dtype)
-        col_factor = (weights.weight * torch.exp2(shift - weights.col_log_sum)).to(dtype)
+    if factors is not None:
+        row_factor, col_factor = factors
         return lambda tile: tile.exponents.exp2_().mul_(row_factor[tile.row, None] + col_factor[None, tile.col])
-    row_reference, col_reference = weights.row_log_sum.to(dtype), weights.col_log_sum.to(dtype)
-    weight = weights.weight.to(dtype)
+    row_log_sum, col_log_sum = sums.row.to(dtype), sums.col.to(dtype)
 
     def with_two_exponentials(tile: _Tile) -> Tensor:
-        by_row = torch.exp2(tile.exponents - row_reference[tile.row, None])
-        by_col = torch.exp2(tile.exponents - col_reference[None, tile.col])
-        return by_row.add_(by_col).mul_(weight)
+        by_row = torch.exp2(tile.exponents - row_log_sum[tile.row, None])
+        return by_row.add_(torch.exp2(tile.exponents - col_log_sum[None, tile.col]))
 
     return with_two_exponentials

@@ -1,11 +1,15 @@
-"""The embeddings that every implementation is measured on."""
+"""What is measured: the embeddings that everybody gets, and one step on them."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from benchmarks.cases import Case
+
+Loss = Callable[[Sequence[Tensor]], Tensor]
 
 
 def embeddings(case: Case, device: torch.device) -> list[Tensor]:
@@ -18,3 +22,19 @@ def embeddings(case: Case, device: torch.device) -> list[Tensor]:
         (common + torch.randn(shape, generator=generator, device=device)).to(dtype).requires_grad_(case.backward)
         for _ in range(case.modalities)
     ]
+
+
+def step(function: Loss, inputs: Sequence[Tensor], backward: bool) -> Tensor:
+    """The loss, and its gradients if asked for."""
+    if not backward:
+        with torch.no_grad():
+            return function(inputs)
+    loss = function(inputs)
+    loss.backward()
+    return loss.detach()
+
+
+def clear_gradients(inputs: Sequence[Tensor]) -> None:
+    """Forget the gradients of an earlier step, as an optimiser does between two."""
+    for z in inputs:
+        z.grad = None

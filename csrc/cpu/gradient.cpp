@@ -1,0 +1,350 @@
+// The gradient with respect to the inner products of a matrix, H, multiplied with both operands while it is in cache.
+//
+//     pairs        H_ij = row_factor_i·col_factor_j·(2^(x_ij − L_i) + 2^(x_ij − L_j))      L: log sums of row and column
+//     centroids    H_ij = 2^(x_ij − reference)
+//     row_products += H·cols        col_products += Hᵀ·rows        without the diagonal
+//
+// One exponential per entry: with the middle of all log sums, 2^(x − L_i) + 2^(x − L_j) = 2^(x − middle)·(u_i + v_j),
+// u_i = 2^(middle − L_i), v_j = 2^(middle − L_j), as long as the log sums lie within 100 of each other (an entry lost then
+// is below 2^−76 of a sum); otherwise two.
+//
+//     for each block of at most 2048 rows × 1024 columns:
+//         1   tiles of 128 × 64:   S (L1) → H, in bf16 twice: [row][column] and, pairs of rows interleaved, [panel][row][64]
+//             beside them the block's operands: pairs of rows of cols interleaved, rows transposed
+//         2   rows_I  += H[I, :]·cols                 a thread owns rows I and columns of D
+//             colsᵀ_J  = rowsᵀ·H[:, J], then added    a thread owns columns J and columns of D
+//
+// Tasks are fixed by the shape and each number has one owner: the same bits for any number of threads. A symmetric
+// matrix has tiles on and above its diagonal only; those above are multiplied both ways into the rows.
+//
+// 6·n·N·D operations (half if symmetric), n·N exponentials; 12 MiB for H in bf16, 8 in float32, and O(N·D) for packing.
+
+#include <cmath>
+
+#include "operands.h"
+
+namespace {
+
+constexpr int64_t block_rows = 2048, block_cols = 1024;
+constexpr int64_t square = 128;       // granularity of the triangle
+constexpr int64_t dims_at_once = 256; // columns of D that a task of step 2 owns
+constexpr int64_t depth = 256;        // of float32 products, whose right operand is not packed
+constexpr double largest_range = 100;
+
+// What the epilogue multiplies exponentials with, per row and per column.
+template <class A>
+struct Weights {
+    const A *row, *col;  // u_i, v_j, or L_i, L_j where they take two exponentials
+    const A* row_factor;
+    A middle;
+};
+
+// Where a tile of H goes.
+template <class T>
+struct Destination {
+    T* rows;         // [height][ld]
+    int64_t ld;
+    T* interleaved;  // bf16: [height / 2][64][2]
+};
+
+// The epilogue: S of a tile → H. Returns Σ (2^(x − L_i) + 2^(x − L_j))·x if `moment`.
+template <bool biased, bool one_exponential, bool moment, class T, class A>
+double gradient_tile(const A* s, int64_t height, int64_t width, const Exponents<A>& x, int64_t row, int64_t col,
+                     const Weights<A>& w, Destination<T> out) {
+    using V = Vec<A>;
+    const V scale = V::all(x.scale), middle = V::all(w.middle), lowest = V::all(A(-1e30));
+    double result = 0;
+    for_stripes<A>(width, [&](auto vectors, int64_t j) {
+        constexpr int n = decltype(vectors)::value;
+        V factor[n], shift[n], share[n], sum[n];
+        for (int v = 0; v < n; ++v) {
+            const int64_t at = col + j + v * V::size;
+            factor[v] = V::load(x.col + at);
+            shift[v] = V::load(x.shift + at);
+            if constexpr (!biased) share[v] = V::load(w.col + at);
+            sum[v] = V::zero();
+        }
+        const auto entry = [&](int64_t i, int v) {
+            const V y = exponent<biased>(V::load(s + i * panel_width + j + v * V::size), V::all(x.row[row + i]), scale,
+                                         factor[v], shift[v]);
+            if constexpr (biased) {
+                return exp2(y);
+            } else {
+                V t;
+                if constexpr (one_exponential) {
+                    t = exp2(y) * (V::all(w.row[row + i]) + share[v]);
+                    if constexpr (moment) sum[v] = fma(t, max_or_nan(y + middle, lowest), sum[v]);
+                } else {
+                    t = exp2(y - V::all(w.row[row + i])) + exp2(y - share[v]);
+                    if constexpr (moment) sum[v] = fma(t, max_or_nan(y, lowest), sum[v]);
+                }
+                return t * (factor[v] * V::all(w.row_factor[row + i]));
+            }
+        };
+        if constexpr (std::is_same_v<T, Bf16>) {
+#ifdef HAS_BF16_PRODUCTS
+            for (int64_t i = 0; i < height; i += 2) {
+                uint16_t* even = &out.rows[i * out.ld + j].bits;
+                uint16_t* pairs = &out.interleaved[(i / 2 * panel_width + j) * 2].bits;
+                const bool has_odd = i + 1 < height;
+                for (int v = 0; v < n; ++v) {
+                    const V first = entry(i, v), second = has_odd ? entry(i + 1, v) : V::zero();
+                    // Where there is no second row its zeros go to the padding of the block.
+                    store_bf16_rows(first, second, even + v * V::size, even + out.ld + v * V::size,
+                                    pairs + 2 * v * V::size);
+                }
+            }
+#endif
+        } else {
+            for (int64_t i = 0; i < height; ++i) {
+                for (int v = 0; v < n; ++v) entry(i, v).store(out.rows + i * out.ld + j + v * V::size);
+            }
+        }
+        if constexpr (moment && !biased) {
+            for (int v = 0; v < n; ++v) result += static_cast<double>(sum[v].sum());
+        }
+    });
+    return result;
+}
+
+template <class T>
+class Gradient {
+    using A = Accumulator<T>;
+    static constexpr bool packed = std::is_same_v<T, Bf16>;
+    static constexpr int64_t col_multiple = packed ? 32 : 16;
+
+  public:
+    Gradient(const Matrix& matrix, const Operands<T>& operands, const Products& products, bool parallel)
+        : matrix_(matrix),
+          operands_(operands),
+          products_(products),
+          parallel_(parallel),
+          n_(operands.num_rows),
+          cols_(operands.num_cols),
+          dim_(operands.dim),
+          padded_cols_(round_up(cols_, panel_width)),
+          height_(std::min(block_rows, round_up(n_, 2))),
+          width_(std::min(block_cols, padded_cols_)),
+          row_ld_(width_ + 32),
+          transposed_ld_(height_ + 32),
+          rows_at_once_(n_ > 1024 && !matrix.symmetric ? 256 : square),
+          workspace_(bytes()) {
+        for (A*& p : per_row_) p = workspace_.take<A>(n_);
+        for (A*& p : per_col_) p = workspace_.take<A>(padded_cols_);
+        h_rows_ = workspace_.take<T>((height_ + 1) * row_ld_);
+        h_cols_ = packed ? workspace_.take<T>(height_ * width_) : nullptr;
+        rows_transposed_ = workspace_.take<T>(dim_ * transposed_ld_);
+        cols_interleaved_ = packed ? workspace_.take<T>(round_up(dim_, panel_width) * width_) : nullptr;
+        moments_ = workspace_.take<double>(max_tiles());
+        scratch_ = workspace_.take<A>(num_threads() * scratch_size);
+    }
+
+    void add() {
+        prepare();
+        for (int64_t row = 0; row < n_; row += block_rows) {
+            bool fresh = true;
+            for (int64_t col = 0; col < cols_; col += block_cols) {
+                if (matrix_.symmetric && col + block_cols <= row) continue;
+                add_block(row, std::min(block_rows, n_ - row), col, std::min(block_cols, cols_ - col), fresh);
+                fresh = false;
+            }
+        }
+    }
+
+  private:
+    static constexpr int64_t scratch_size = dims_at_once * panel_width;
+    static constexpr int64_t tile_cols = 4 * panel_width;  // of a task of step 1
+    static constexpr int64_t task_cols = 2 * panel_width;  // of a task of step 2
+
+    int64_t max_tiles() const { return ((height_ + tile_rows - 1) / tile_rows) * ((width_ + tile_cols - 1) / tile_cols); }
+
+    size_t bytes() const {
+        using W = Workspace;
+        size_t total = 3 * W::bytes<A>(n_) + 3 * W::bytes<A>(padded_cols_);
+        total += W::bytes<T>((height_ + 1) * row_ld_) + W::bytes<T>(dim_ * transposed_ld_);
+        if (packed) total += W::bytes<T>(height_ * width_) + W::bytes<T>(round_up(dim_, panel_width) * width_);
+        return total + W::bytes<double>(max_tiles()) + W::bytes<A>(num_threads() * scratch_size);
+    }
+
+    // Everything per row and per column that the epilogue reads.
+    void prepare() {
+        const double *row_log = products_.row_log, *col_log = products_.col_log;
+        double middle = 0;
+        one_exponential_ = true;
+        if (!matrix_.biased) {
+            double low = INFINITY, high = -INFINITY;
+            bool ordered = true;  // not a number takes the way that is right for anything
+            const auto look = [&](double log) {
+                low = std::min(low, log);
+                high = std::max(high, log);
+                ordered = ordered && log == log;
+            };
+            for (int64_t i = 0; i < n_; ++i) look(row_log[i]);
+            for (int64_t j = 0; j < cols_; ++j) look(col_log[j]);
+            one_exponential_ = ordered && high - low <= largest_range;
+            if (one_exponential_) middle = 0.5 * (low + high);
+        }
+        exponents_ = fold_factors<A>(matrix_, products_.reference + middle, per_row_[0], per_col_[0], per_col_[1], n_,
+                                     cols_, padded_cols_);
+        weights_ = {per_row_[1], per_col_[2], per_row_[2], static_cast<A>(middle)};
+        if (matrix_.biased) return;
+        const A* factor = static_cast<const A*>(matrix_.row_factor);
+        const auto weight = [&](double log) {
+            return one_exponential_ ? std::exp2(static_cast<A>(middle - log)) : static_cast<A>(log);
+        };
+        for (int64_t i = 0; i < n_; ++i) {
+            per_row_[1][i] = weight(row_log[i]);
+            per_row_[2][i] = factor ? factor[i] : A(1);
+        }
+        for (int64_t j = 0; j < cols_; ++j) per_col_[2][j] = weight(col_log[j]);
+        std::fill(per_col_[2] + cols_, per_col_[2] + padded_cols_, A(0));
+    }
+
+    void add_block(int64_t row, int64_t height, int64_t col, int64_t width, bool fresh) {
+        const bool wants_rows = products_.rows != nullptr;
+        const bool wants_cols = matrix_.symmetric ? wants_rows : products_.cols != nullptr;
+        const int64_t row_tiles = (height + tile_rows - 1) / tile_rows, col_tiles = (width + tile_cols - 1) / tile_cols;
+        const int64_t tiles = row_tiles * col_tiles;
+        const int64_t dim_panels = (dim_ + panel_width - 1) / panel_width;
+        const int64_t panels = packed && wants_rows ? dim_panels : 0;
+        const int64_t transposed = wants_cols && fresh ? dim_panels : 0;
+        run_tasks(tiles + panels + transposed, parallel_, [&](int64_t t, int thread) {
+            if (t < tiles) {
+                write_tiles(t, row, height, t / col_tiles * tile_rows, col, width, t % col_tiles * tile_cols,
+                            scratch_ + thread * scratch_size);
+            } else if (t < tiles + panels) {
+                if constexpr (packed) {
+                    pack_panel(operands_.cols + col * operands_.col_stride, operands_.col_stride, width, dim_,
+                               round_up(width, col_multiple) / 2, t - tiles, cols_interleaved_);
+                }
+            } else {
+                const int64_t first = (t - tiles - panels) * panel_width;
+                transpose_rows(operands_.factors[0].rows + row * operands_.stride, operands_.stride, height, first,
+                               std::min(panel_width, dim_ - first), rows_transposed_, transposed_ld_);
+            }
+        });
+        if (products_.moment) {
+            for (int64_t t = 0; t < tiles; ++t) *products_.moment += moments_[t];
+        }
+        const int64_t dim_groups = (dim_ + dims_at_once - 1) / dims_at_once;
+        const int64_t row_groups = wants_rows ? (height + rows_at_once_ - 1) / rows_at_once_ : 0;
+        const int64_t col_groups = wants_cols ? (width + task_cols - 1) / task_cols : 0;
+        const auto rows_task = [&](int64_t t) {
+            multiply_rows(row, height, t / dim_groups * rows_at_once_, col, width, t % dim_groups * dims_at_once);
+        };
+        const auto cols_task = [&](int64_t t, int thread) {
+            multiply_cols(row, height, col, width, t / dim_groups * task_cols, t % dim_groups * dims_at_once,
+                          scratch_ + thread * scratch_size);
+        };
+        const int64_t row_tasks = row_groups * dim_groups, col_tasks = col_groups * dim_groups;
+        if (matrix_.symmetric) {  // both add to the same rows
+            run_tasks(row_tasks, parallel_, [&](int64_t t, int) { rows_task(t); });
+            run_tasks(col_tasks, parallel_, cols_task);
+        } else {
+            run_tasks(row_tasks + col_tasks, parallel_, [&](int64_t t, int thread) {
+                if (t < row_tasks) {
+                    rows_task(t);
+                } else {
+                    cols_task(t - row_tasks, thread);
+                }
+            });
+        }
+    }
+
+    // Step 1: rows [i, i + 128) and columns [j, j + 256) of the block at (row, col).
+    void write_tiles(int64_t t, int64_t row, int64_t height, int64_t i, int64_t col, int64_t width, int64_t j, A* s) {
+        const int64_t tile_height = std::min(tile_rows, height - i);
+        double moment = 0;
+        for (int64_t end = std::min(j + tile_cols, width); j < end; j += panel_width) {
+            if (matrix_.symmetric && (col + j) / square < (row + i) / square) continue;
+            const int64_t tile_width = panel_columns(col + j, cols_, col_multiple);
+            inner_products(operands_, row + i, tile_height, (col + j) / panel_width, tile_width, s);
+            leave_out(s, row + i, tile_height, col + j, tile_width, matrix_.diagonal, false);
+            const Destination<T> out{h_rows_ + i * row_ld_ + j, row_ld_,
+                                     packed ? h_cols_ + (j / panel_width * (height_ / 2) + i / 2) * panel_width * 2 : nullptr};
+            moment += epilogue(s, tile_height, tile_width, row + i, col + j, out);
+        }
+        moments_[t] = moment;
+    }
+
+    double epilogue(const A* s, int64_t height, int64_t width, int64_t row, int64_t col, Destination<T> out) const {
+        const auto call = [&](auto biased, auto one, auto moment) {
+            return gradient_tile<biased.value, one.value, moment.value>(s, height, width, exponents_, row, col, weights_, out);
+        };
+        constexpr std::true_type yes;
+        constexpr std::false_type no;
+        if (matrix_.biased) return call(yes, yes, no);
+        if (one_exponential_) return products_.moment ? call(no, yes, yes) : call(no, yes, no);
+        return products_.moment ? call(no, no, yes) : call(no, no, no);
+    }
+
+    // Step 2, rows [i, i + rows_at_once) of the block: rows += H·cols.
+    void multiply_rows(int64_t row, int64_t height, int64_t i, int64_t col, int64_t width, int64_t d) const {
+        const int64_t m = std::min(rows_at_once_, height - i), d_end = std::min(d + dims_at_once, dim_);
+        // Tiles below the diagonal of a symmetric matrix were not written.
+        const int64_t first = matrix_.symmetric ? std::max<int64_t>((row + i) / square * square - col, 0) : 0;
+        const int64_t k_end = packed ? round_up(width, col_multiple) : width;
+        if (first >= k_end) return;
+        A* out = static_cast<A*>(products_.rows) + (row + i) * products_.row_stride;
+        for (; d < d_end; d += panel_width) {
+            const int64_t n = std::min(panel_width, dim_ - d);
+            const T* h = h_rows_ + i * row_ld_;
+            if constexpr (packed) {
+                const T* right = cols_interleaved_ + d * k_end + first * panel_width;
+                product(m, n, k_end - first, h + first, row_ld_, right, panel_width, out + d, products_.row_stride, true);
+            } else {
+                for (int64_t k = first; k < k_end; k += depth) {
+                    product(m, n, std::min(depth, k_end - k), h + k, row_ld_,
+                            operands_.cols + (col + k) * operands_.col_stride + d, operands_.col_stride, out + d,
+                            products_.row_stride, true);
+                }
+            }
+        }
+    }
+
+    // Step 2, columns [j, j + 128) of the block: cols += (rowsᵀ·H)ᵀ.
+    void multiply_cols(int64_t row, int64_t height, int64_t col, int64_t width, int64_t j, int64_t d, A* scratch) const {
+        const int64_t m = std::min(dims_at_once, dim_ - d);
+        // The square on the diagonal of a symmetric matrix is whole: it has been multiplied.
+        const int64_t k_end =
+            matrix_.symmetric ? std::min(height, (col + j) / square * square - row) : packed ? round_up(height, 2) : height;
+        if (k_end <= 0) return;
+        A* out = static_cast<A*>(matrix_.symmetric ? products_.rows : products_.cols);
+        const int64_t stride = matrix_.symmetric ? products_.row_stride : products_.col_stride;
+        for (int64_t end = std::min(j + task_cols, width); j < end; j += panel_width) {
+            const int64_t n = std::min(panel_width, width - j);
+            const T* left = rows_transposed_ + d * transposed_ld_;
+            if constexpr (packed) {
+                product(m, panel_columns(col + j, cols_, col_multiple), k_end, left, transposed_ld_,
+                        h_cols_ + j / panel_width * (height_ / 2) * panel_width * 2, panel_width, scratch, panel_width, false);
+            } else {
+                for (int64_t k = 0; k < k_end; k += depth) {
+                    product(m, n, std::min(depth, k_end - k), left + k, transposed_ld_, h_rows_ + k * row_ld_ + j, row_ld_,
+                            scratch, panel_width, k > 0);
+                }
+            }
+            add_transposed(scratch, panel_width, m, n, out + (col + j) * stride + d, stride);
+        }
+    }
+
+    const Matrix& matrix_;
+    const Operands<T>& operands_;
+    const Products& products_;
+    bool parallel_, one_exponential_ = true;
+    int64_t n_, cols_, dim_, padded_cols_, height_, width_, row_ld_, transposed_ld_, rows_at_once_;
+    Workspace workspace_;
+    Exponents<A> exponents_;
+    Weights<A> weights_;
+    A *per_row_[3], *per_col_[3], *scratch_;
+    T *h_rows_, *h_cols_, *rows_transposed_, *cols_interleaved_;
+    double* moments_;
+};
+
+}  // namespace
+
+void add_products(const Matrix& block, const Products& products) {
+    if (block.rows.count == 0 || block.cols.count == 0) return;
+    with_operands(block, false, [&](const auto& operands, bool parallel) {
+        Gradient(block, operands, products, parallel).add();
+    });
+}

@@ -1,0 +1,142 @@
+// The functions of the backend, in C++: one for each that gapkernels/backends/contract.py names. The binding calls them
+// with views of tensors it has checked.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "matrix.h"
+
+// The settings of a loss, gapkernels.spec.LossSpec.
+struct Spec {
+    int64_t anchor;
+    bool all_pairs, nce, atp, cu, normalize, normalize_centroids;
+};
+
+struct Pair {
+    int row, col;
+};
+
+inline std::vector<Pair> unordered_pairs(int modalities) {
+    std::vector<Pair> pairs;
+    for (int m = 0; m < modalities; ++m) {
+        for (int k = m + 1; k < modalities; ++k) pairs.push_back({m, k});
+    }
+    return pairs;
+}
+
+inline std::vector<Pair> anchor_pairs(int modalities, const Spec& spec) {
+    std::vector<Pair> pairs;
+    for (int m = 0; m < modalities; ++m) {
+        if (m != spec.anchor) pairs.push_back({m, static_cast<int>(spec.anchor)});
+    }
+    return pairs;
+}
+
+inline std::vector<Pair> nce_pairs(int modalities, const Spec& spec) {
+    if (!spec.nce) return {};
+    return spec.all_pairs ? unordered_pairs(modalities) : anchor_pairs(modalities, spec);
+}
+
+constexpr double log2_e = 1.4426950408889634, ln_2 = 0.6931471805599453, norm_eps = 1e-12;
+constexpr int sum_scalars = 4;
+
+// Factors or biases, float or double.
+struct Numbers {
+    void* data;
+    bool wide;
+    double operator[](int64_t i) const {
+        return wide ? static_cast<const double*>(data)[i] : static_cast<double>(static_cast<const float*>(data)[i]);
+    }
+    void set(int64_t i, double x) const {
+        if (wide) {
+            static_cast<double*>(data)[i] = x;
+        } else {
+            static_cast<float*>(data)[i] = static_cast<float>(x);
+        }
+    }
+    Numbers from(int64_t i) const { return {static_cast<char*>(data) + i * (wide ? 8 : 4), wide}; }
+};
+
+// rows.cpp ------------------------------------------------------------------------------------------------------------
+
+// factors: per modality, empty without InfoNCE or where rows are taken as they are. cosines [P, n].
+// Returns for each modality whether all norms are moderate, so that rows can be operands as they are.
+std::vector<bool> row_statistics(const std::vector<Rows>& embeddings, const Spec& spec, const std::vector<Numbers>& factors,
+                                 double* cosines, double* sums);
+
+// factors [n] of one modality; whether its norms are moderate.
+bool inverse_norms(const Rows& rows, Numbers factors);
+
+// out [n, out.dim], padded with zeros; if `factors` is given, rows are put at a norm in [1, 2) and factors follow.
+void copy_rows(const Rows& in, const Rows& out, const Numbers* factors);
+
+void centroids(const std::vector<Rows>& embeddings, const double* sums, double uniformity_t, int64_t total_rows,
+               const Spec& spec, const Rows& out, Numbers bias, double* scale);
+
+struct GradientOfRows {
+    std::vector<Rows> embeddings;
+    Spec spec;
+    std::vector<int> targets;
+    int64_t first_row, num_rows;
+    std::vector<Numbers> factors;            // per target, of the rows asked for; data is null for ones
+    std::vector<Rows> products;              // per target; data is null without InfoNCE
+    Rows centroid_products;                  // of all rows; data is null without CU
+    const double* negative_mass;             // [P, n]
+    const double* sums;
+    const double* centroid_log_sum;          // [n]
+    double centroid_total, centroid_reference, centroid_stretch;
+    double nce, atp, cu;                     // upstream
+    double logit_scale, uniformity_t;
+    double unit;
+    int64_t total_rows, world_size;
+    std::vector<Rows> out;                   // per target
+};
+void row_gradients(const GradientOfRows& task);
+
+// The power of two that centroids are multiplied by before they are rounded to float16.
+double centroid_stretch(const double* sums, int modalities, int64_t dim, int64_t total_rows);
+
+// log_sums.cpp --------------------------------------------------------------------------------------------------------
+
+// row_logs [m, n], col_logs [m, N].
+void log_sums(const std::vector<Matrix>& matrices, double* row_logs, double* col_logs);
+
+// gradient.cpp --------------------------------------------------------------------------------------------------------
+
+struct Products {
+    const double *row_log, *col_log;  // relative to the reference; null for centroids
+    double reference;               // for centroids that of their entries
+    void *rows, *cols;              // accumulators, in the type of factors; null if not needed
+    int64_t row_stride, col_stride;
+    double* moment;                 // null if not needed
+};
+void add_products(const Matrix& block, const Products& products);
+
+// terms.cpp -----------------------------------------------------------------------------------------------------------
+
+struct TermsTask {
+    int64_t num_rows, total_rows, first_row, dim;
+    int modalities, num_pairs;
+    Spec spec;
+    double weights[3], logit_scale, uniformity_t;
+    const double* sums;
+    const double* all_cosines;             // [P, N]
+    const double *row_logs, *col_logs;     // [P, n], [P, N]
+    const double* centroid_logs;           // [N], or null
+    double *row_log_sum, *col_log_sum, *negative_mass;
+    double *centroid_log_sum, *centroid_summary;
+    double loss, terms[5];
+};
+void terms(TermsTask& task);
+
+struct SoftmaxTask {
+    int64_t num_rows, total_rows;
+    int num_pairs;
+    double logit_scale;
+    const double *row_log_sum, *col_log_sum, *negative_mass, *cosines;
+    double cosine_sum;
+    double *rows, *cols;                   // results: relative to the reference
+    double reference, positive_moment;  // results
+};
+void softmax_sums(SoftmaxTask& task);

@@ -1,0 +1,142 @@
+// The only file that sees torch's headers.
+
+#include "library.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/native/CPUBlas.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <iterator>
+#include <mutex>
+#include <new>
+#include <utility>
+
+int num_threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
+
+namespace {
+
+// The thread that multiplied in bf16 has tile registers to give back.
+thread_local bool holds_tiles = false;
+
+void release_tiles() {
+    if (holds_tiles) at::native::cpublas::brgemm_release(true);
+    holds_tiles = false;
+}
+
+}  // namespace
+
+void run_tasks(int64_t count, bool parallel, const std::function<void(int64_t, int)>& task) {
+    const int64_t threads = parallel ? std::min<int64_t>(num_threads(), count) : 1;
+    if (threads <= 1) {
+        for (int64_t t = 0; t < count; ++t) task(t, 0);
+        release_tiles();
+        return;
+    }
+    std::atomic<int64_t> next{0};
+    at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+        const int thread = at::get_thread_num();
+        for (int64_t t = next++; t < count; t = next++) task(t, thread);
+        release_tiles();
+    });
+}
+
+bool has_bf16_products() {
+#ifdef __AVX512BF16__
+    return true;
+#else
+    return false;
+#endif
+}
+
+void product(int64_t m, int64_t n, int64_t k, const Bf16* a, int64_t lda, const Bf16* b, int64_t ldb, float* c,
+             int64_t ldc, bool add) {
+    holds_tiles = true;
+    at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, reinterpret_cast<const at::BFloat16*>(a),
+                                reinterpret_cast<const at::BFloat16*>(b), c, true);
+}
+
+void product(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
+             int64_t ldc, bool add) {
+    at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, false);
+}
+
+// float64 serves to check the other types: plain loops over four rows, which the compiler turns into vector code.
+void product(int64_t m, int64_t n, int64_t k, const double* a, int64_t lda, const double* b, int64_t ldb, double* c,
+             int64_t ldc, bool add) {
+    constexpr int64_t rows = 4, cols = 16;
+    for (int64_t i = 0; i < m; i += rows) {
+        for (int64_t j = 0; j < n; j += cols) {
+            double total[rows][cols] = {};
+            if (m - i >= rows && n - j >= cols) {
+                for (int64_t l = 0; l < k; ++l) {
+                    for (int64_t p = 0; p < rows; ++p) {
+                        for (int64_t q = 0; q < cols; ++q) total[p][q] += a[(i + p) * lda + l] * b[l * ldb + j + q];
+                    }
+                }
+            } else {
+                for (int64_t l = 0; l < k; ++l) {
+                    for (int64_t p = 0; p < std::min(rows, m - i); ++p) {
+                        for (int64_t q = 0; q < std::min(cols, n - j); ++q) {
+                            total[p][q] += a[(i + p) * lda + l] * b[l * ldb + j + q];
+                        }
+                    }
+                }
+            }
+            for (int64_t p = 0; p < std::min(rows, m - i); ++p) {
+                for (int64_t q = 0; q < std::min(cols, n - j); ++q) {
+                    double& entry = c[(i + p) * ldc + j + q];
+                    entry = add ? entry + total[p][q] : total[p][q];
+                }
+            }
+        }
+    }
+}
+
+namespace {
+
+// A few blocks are kept between calls: one call takes up to three.
+constexpr size_t largest_kept = size_t{64} << 20;
+struct Block {
+    char* memory = nullptr;
+    size_t size = 0;
+};
+std::mutex mutex;
+Block kept[4];
+
+}  // namespace
+
+Workspace::Workspace(size_t bytes) : memory_(nullptr), size_(0) {
+    {
+        const std::lock_guard<std::mutex> lock(mutex);
+        Block* best = nullptr;  // the smallest that is large enough
+        for (Block& block : kept) {
+            if (block.size >= bytes && block.memory && (!best || block.size < best->size)) best = &block;
+        }
+        if (best) {
+            memory_ = best->memory;
+            size_ = best->size;
+            *best = Block();
+        }
+    }
+    if (memory_ == nullptr) {
+        size_ = (std::max<size_t>(bytes, 1 << 16) + 4095) / 4096 * 4096;
+        memory_ = static_cast<char*>(std::aligned_alloc(4096, size_));
+        if (memory_ == nullptr) throw std::bad_alloc();
+    }
+    next_ = memory_;
+}
+
+Workspace::~Workspace() {
+    if (size_ <= largest_kept) {
+        const std::lock_guard<std::mutex> lock(mutex);
+        Block* smallest = std::min_element(std::begin(kept), std::end(kept),
+                                           [](const Block& a, const Block& b) { return a.size < b.size; });
+        if (size_ > smallest->size) {
+            std::swap(memory_, smallest->memory);
+            std::swap(size_, smallest->size);
+        }
+    }
+    std::free(memory_);
+}

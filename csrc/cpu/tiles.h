@@ -1,0 +1,95 @@
+// One tile of inner products, and the exponents made from it; shared by the sums and by the gradient.
+//
+//     rows of A  ──┐
+//                  ├─ product ─► S [tile_rows, 64] in L1 ─► x_ij = S_ij·row_i·col_j + shift_j     pairs
+//     panel of Bᵀ ─┘                                             S_ij·scale + row_i + shift_j      centroids
+//
+// Columns past the end have S = 0, col = 0 and shift = −∞: their exponentials are zero without a mask. Entries that do
+// not count, the diagonal's and those below it of a symmetric matrix, get S = −∞.
+#pragma once
+
+#include <limits>
+
+#include "kernels.h"
+#include "pack.h"
+
+constexpr int64_t tile_rows = 128;
+
+template <class A>
+constexpr A infinity = std::numeric_limits<A>::infinity();
+
+// The operands of a matrix's inner products, as a sum of one or three products of operands of type T: numbers of more
+// digits are split in two, and high·low, low·high follow high·high.
+template <class T>
+struct Operands {
+    struct Factor {
+        const T* rows;
+        const T* panels;  // pack_transposed
+    };
+    Factor factors[3];
+    int count;
+    int64_t stride;  // of rows
+    const T* cols;   // those of the first product, as rows of numbers
+    int64_t col_stride;
+    int64_t num_rows, num_cols, dim;
+};
+
+// Factors of rows and columns with everything folded in, in the type of the exponents.
+template <class A>
+struct Exponents {
+    const A* row;    // [n] scale·row_factor, or biases
+    const A* col;    // [⌈N⌉64] col_factor; not used for centroids
+    const A* shift;  // [⌈N⌉64] what is added along columns: −reference, or bias − reference; −∞ past the end
+    A scale;
+};
+
+template <class T>
+void inner_products(const Operands<T>& operands, int64_t row, int64_t height, int64_t panel, int64_t width,
+                    Accumulator<T>* s) {
+    for (int f = 0; f < operands.count; ++f) {
+        product(height, width, operands.dim, operands.factors[f].rows + row * operands.stride, operands.stride,
+                operands.factors[f].panels + panel * panel_width * operands.dim, panel_width, s, panel_width, f > 0);
+    }
+}
+
+// Width of the panel that begins at column `col`: whole groups of 16.
+inline int64_t panel_columns(int64_t col, int64_t num_cols, int64_t multiple) {
+    return std::min(panel_width, round_up(num_cols - col, multiple));
+}
+
+// S = −∞ on the diagonal j = i + diagonal, and below it too if `triangle`.
+template <class A>
+void leave_out(A* s, int64_t row, int64_t height, int64_t col, int64_t width, int64_t diagonal, bool triangle) {
+    const int64_t first = row + diagonal - col;  // the diagonal's column in the first row of the tile
+    if (first >= width || first + height <= 0) {
+        if (!(triangle && first >= width)) return;
+    }
+    for (int64_t i = 0; i < height; ++i) {
+        const int64_t j = first + i;
+        if (triangle) {
+            for (int64_t below = 0; below <= std::min(j, width - 1); ++below) s[i * panel_width + below] = -infinity<A>;
+        } else if (0 <= j && j < width) {
+            s[i * panel_width + j] = -infinity<A>;
+        }
+    }
+}
+
+template <bool biased, class A>
+inline Vec<A> exponent(Vec<A> s, Vec<A> row, Vec<A> scale, Vec<A> col, Vec<A> shift) {
+    if constexpr (biased) {
+        return fma(s, scale, row + shift);
+    } else {
+        return fma(s * row, col, shift);
+    }
+}
+
+// Calls visit<vectors>(first column) so that every column up to `width`, a multiple of 16, is in one stripe.
+template <class A, class Visit>
+inline void for_stripes(int64_t width, Visit visit) {
+    constexpr int wide = Vec<A>::per_stripe, narrow = 16 / Vec<A>::size;
+    int64_t j = 0;
+    for (; j + wide * Vec<A>::size <= width; j += wide * Vec<A>::size) {
+        visit(std::integral_constant<int, wide>(), j);
+    }
+    for (; j < width; j += narrow * Vec<A>::size) visit(std::integral_constant<int, narrow>(), j);
+}

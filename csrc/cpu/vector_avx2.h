@@ -1,0 +1,119 @@
+// AVX2: eight floats or four doubles. See vector.h for what each function means.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+template <class T>
+struct Vec;
+
+template <>
+struct Vec<float> {
+    static constexpr int size = 8;
+    static constexpr int per_stripe = 2;  // vectors of a row that a tile pass holds in registers
+    __m256 v;
+
+    static Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+    static Vec all(float x) { return {_mm256_set1_ps(x)}; }
+    static Vec zero() { return {_mm256_setzero_ps()}; }
+    void store(float* p) const { _mm256_storeu_ps(p, v); }
+    Vec operator+(Vec o) const { return {_mm256_add_ps(v, o.v)}; }
+    Vec operator-(Vec o) const { return {_mm256_sub_ps(v, o.v)}; }
+    Vec operator*(Vec o) const { return {_mm256_mul_ps(v, o.v)}; }
+    float sum() const {
+        __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+        s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+        return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
+    }
+};
+
+inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline Vec<float> max_or_nan(Vec<float> x, Vec<float> bound) { return {_mm256_max_ps(bound.v, x.v)}; }
+
+inline Vec<float> exp2(Vec<float> x) {
+    // Below 2^−127 the bits of a power of two are all zero, and so is the product. Nothing exceeds 2^127.
+    const __m256 y = max_or_nan(x, Vec<float>::all(-127.0f)).v;
+    const __m256 whole = _mm256_round_ps(y, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    const __m256 f = _mm256_sub_ps(y, whole);
+    __m256 p = _mm256_set1_ps(0x1.ec3209a9a553bp-10f);
+    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(0x1.26900cd9c4261p-7f));
+    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(0x1.c954464970dabp-5f));
+    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(0x1.ebd5a8d9c5fe0p-3f));
+    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(0x1.62e4f5a908831p-1f));
+    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(0x1.fffffd7c4cf39p-1f));
+    const __m256i bits = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(whole), _mm256_set1_epi32(127)), 23);
+    return {_mm256_mul_ps(p, _mm256_castsi256_ps(bits))};  // not a number stays one: p is
+}
+
+template <>
+struct Vec<double> {
+    static constexpr int size = 4;
+    static constexpr int per_stripe = 2;
+    __m256d v;
+
+    static Vec load(const double* p) { return {_mm256_loadu_pd(p)}; }
+    static Vec all(double x) { return {_mm256_set1_pd(x)}; }
+    static Vec zero() { return {_mm256_setzero_pd()}; }
+    void store(double* p) const { _mm256_storeu_pd(p, v); }
+    Vec operator+(Vec o) const { return {_mm256_add_pd(v, o.v)}; }
+    Vec operator-(Vec o) const { return {_mm256_sub_pd(v, o.v)}; }
+    Vec operator*(Vec o) const { return {_mm256_mul_pd(v, o.v)}; }
+    double sum() const {
+        const __m128d s = _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
+        return _mm_cvtsd_f64(_mm_add_sd(s, _mm_unpackhi_pd(s, s)));
+    }
+};
+
+inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
+inline Vec<double> max_or_nan(Vec<double> x, Vec<double> bound) { return {_mm256_max_pd(bound.v, x.v)}; }
+inline Vec<double> fraction(Vec<double> x) {
+    const Vec<double> bounded = max_or_nan(x, Vec<double>::all(-1e9));
+    return bounded - Vec<double>{_mm256_round_pd(bounded.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+// p·2^n for whole n, zero below 2^−1023.
+inline Vec<double> times_power_of_two(Vec<double> p, Vec<double> n) {
+    const __m256d bounded = max_or_nan(n, Vec<double>::all(-1023.0)).v;
+    const __m256i whole = _mm256_cvtepi32_epi64(_mm256_cvtpd_epi32(bounded));
+    const __m256i bits = _mm256_slli_epi64(_mm256_add_epi64(whole, _mm256_set1_epi64x(1023)), 52);
+    return {_mm256_mul_pd(p.v, _mm256_castsi256_pd(bits))};
+}
+
+// Eight floats from eight numbers of 16 bits.
+inline Vec<float> from_bf16(const uint16_t* p) {
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
+}
+inline Vec<float> from_f16(const uint16_t* p) {
+    return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+inline void to_f16(Vec<float> x, uint16_t* p) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT));
+}
+
+inline void transpose_8x8(const uint32_t* in, int64_t in_stride, uint32_t* out, int64_t out_stride) {
+    __m256 r[8], t[8];
+    for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(reinterpret_cast<const float*>(in + i * in_stride));
+    for (int i = 0; i < 4; ++i) {
+        t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+    }
+    for (int i = 0; i < 2; ++i) {
+        r[4 * i + 0] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0x44);
+        r[4 * i + 1] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0xee);
+        r[4 * i + 2] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0x44);
+        r[4 * i + 3] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0xee);
+    }
+    for (int i = 0; i < 4; ++i) {
+        _mm256_storeu_ps(reinterpret_cast<float*>(out + i * out_stride), _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
+        _mm256_storeu_ps(reinterpret_cast<float*>(out + (i + 4) * out_stride),
+                         _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+    }
+}
+
+// out[c][r] = in[r][c] for 16×16 words of 32 bits.
+inline void transpose_16x16(const uint32_t* in, int64_t in_stride, uint32_t* out, int64_t out_stride) {
+    for (int i = 0; i < 16; i += 8) {
+        for (int j = 0; j < 16; j += 8) transpose_8x8(in + i * in_stride + j, in_stride, out + j * out_stride + i, out_stride);
+    }
+}

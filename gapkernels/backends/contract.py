@@ -1,0 +1,365 @@
+"""What the plan and the backends share: the contract of functions, and the values that pass through it.
+
+The plan (:mod:`gapkernels.plan`) decides order, pairs, blocks, the triangle and the processes. A backend computes. What
+costs N² is a matrix of exponentials, or its gradient's products with the embeddings:
+
+    e_ij = 2^x_ij      pairs of modalities   x_ij = s·log2 e · ⟨rows_i, cols_j⟩ · row_factor_i · col_factor_j
+                       centroids             x_ij = s·log2 e · ⟨rows_i, cols_j⟩ + row_factor_i + col_factor_j
+
+The matrix is never stored, and its diagonal, the positives, is left out of every sum and product. Positives enter in
+O(N·D) steps, from the inner products of matching rows: ``1 − p_ii`` is then exact where a model is nearly right.
+
+All logarithms are to base 2.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from gapkernels.spec import LossSpec
+
+NORM_EPS = 1e-12
+"""Smallest norm a row is divided by, as in :func:`torch.nn.functional.normalize`."""
+
+NO_DIAGONAL = -(1 << 30)
+"""The diagonal of a block that has none."""
+
+SUM_SCALARS = 4
+"""How many scalars follow the vectors in :attr:`RowStatistics.sums`."""
+
+
+def statistics_dtype(device: torch.device) -> torch.dtype:
+    """The type of O(N) statistics: float64, except on devices that lack it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type of the loss, for embeddings of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Scalars(NamedTuple):
+    """The numbers that may change from step to step, as 0-dim tensors on the device of the embeddings.
+
+    Attributes:
+        logit_scale: any floating type, positive.
+        weights: ``[3]`` in the statistics type, of InfoNCE, ATP and CU.
+        uniformity_t: in the statistics type, positive.
+    """
+
+    logit_scale: Tensor
+    weights: Tensor
+    uniformity_t: Tensor
+
+
+class Operand(NamedTuple):
+    """The rows of one modality as an operand of matrix products: row times factor is the vector that the loss uses.
+
+    Attributes:
+        rows: ``[n, D']``, D' ≥ D where a backend pads rows with zeros; unit stride along a row.
+        factor: ``[n]``; None stands for ones.
+    """
+
+    rows: Tensor
+    factor: Tensor | None
+
+
+class RowStatistics(NamedTuple):
+    """What matching rows alone contribute.
+
+    Attributes:
+        cosines: ``[P, n]`` in the statistics type, inner product of the matching rows of each InfoNCE pair, of the
+            vectors as the loss uses them.
+        sums: ``[(M + 1)·D + SUM_SCALARS]`` in the statistics type, over rows: of the unit vectors of each modality; of
+            the centroids; then of ‖ẑ^m − ẑ^a‖² over ATP's pairs, of the cosines of all unordered pairs of modalities,
+            of ‖c‖², and of ``cosines``.
+    """
+
+    cosines: Tensor
+    sums: Tensor
+
+
+class Centroids(NamedTuple):
+    """Centroids less their mean, as an operand.
+
+    Squared distances do not change if the mean is taken away, but in the form ‖c_i‖² + ‖c_j‖² − 2⟨c_i, c_j⟩ they then
+    lose nothing when all centroids lie close together.
+
+    Attributes:
+        rows: ``[n, D']``, stretched by a factor 2^k of the backend's choice.
+        bias: ``[n]``, −t·log2 e·‖c_i‖².
+        scale: 0-dim, 2t·2^(−2k).
+    """
+
+    rows: Tensor
+    bias: Tensor
+    scale: Tensor
+
+
+class Matrix(NamedTuple):
+    """A matrix of exponentials, or a block of one.
+
+    Attributes:
+        rows: ``[n, D']``.
+        row_factor: ``[n]``, factors of a pair's rows (None stands for ones), or the biases of centroids.
+        cols: ``[N, D']``, same type. The same tensor as ``rows`` if ``symmetric``.
+        col_factor: ``[N]``, likewise.
+        scale: 0-dim, any floating type: the factor s of the natural exponent.
+        largest: 0-dim, no inner product of the vectors exceeds it; None for unit vectors and for centroids, whose
+            exponents are not positive.
+        diagonal: column of the diagonal entry of row 0; row i's is at ``diagonal + i``.
+        biased: whether the factors are biases: the matrix of centroids.
+        symmetric: rows and columns are the same, and each entry above the diagonal stands for two.
+    """
+
+    rows: Tensor
+    row_factor: Tensor | None
+    cols: Tensor
+    col_factor: Tensor | None
+    scale: Tensor
+    largest: Tensor | None = None
+    diagonal: int = 0
+    biased: bool = False
+    symmetric: bool = False
+
+    def block(self, row: slice, col: slice) -> Matrix:
+        """The part that covers these rows and columns; of a symmetric matrix one on the diagonal stays symmetric."""
+        return self._replace(
+            rows=self.rows[row],
+            row_factor=None if self.row_factor is None else self.row_factor[row],
+            cols=self.cols[col],
+            col_factor=None if self.col_factor is None else self.col_factor[col],
+            diagonal=NO_DIAGONAL if self.diagonal == NO_DIAGONAL else self.diagonal + row.start - col.start,
+            symmetric=self.symmetric and row == col,
+        )
+
+
+class LogSums(NamedTuple):
+    """Logarithms of the sums of m matrices of one shape, in the statistics type, diagonals left out.
+
+    Attributes:
+        rows: ``[m, n]``, log2 Σ_j e_ij; −∞ where there is no entry. All sums of a symmetric matrix.
+        cols: ``[m, N]``, log2 Σ_i e_ij; the line of a symmetric matrix is undefined.
+    """
+
+    rows: Tensor
+    cols: Tensor
+
+
+class Saved(NamedTuple):
+    """What the backward pass needs besides the inputs: O(N) numbers in the statistics type.
+
+    Attributes:
+        row_log_sum: ``[P, n]``, log2 Σ_j e_ij of each InfoNCE pair, positive included.
+        col_log_sum: ``[P, N]``, log2 Σ_i e_ij over the rows of all processes, positive included.
+        negative_mass: ``[P, n]``, 1 − p_ii of the row soft-max plus that of the column soft-max.
+        cosines: ``[P, n]``, see :class:`RowStatistics`.
+        sums: see :class:`RowStatistics`, over the rows of all processes.
+        centroid_log_sum: ``[n]``, log2 Σ_{j≠i} e_ij of the own centroids; ``[0]`` without CU.
+        centroid_summary: ``[2]``, log2 Σ_{i<j} e_ij, and the largest log2 Σ_{j≠i} e_ij of all; ``[0]`` without CU.
+    """
+
+    row_log_sum: Tensor
+    col_log_sum: Tensor
+    negative_mass: Tensor
+    cosines: Tensor
+    sums: Tensor
+    centroid_log_sum: Tensor
+    centroid_summary: Tensor
+
+
+class Terms(NamedTuple):
+    """The parts of a loss, in the order in which one tensor ``[5]`` holds them.
+
+    Attributes:
+        info_nce, align_true_pairs, centroid_uniformity: 0-dim, unweighted; zero where skipped.
+        modality_gap, true_pair_cosine: 0-dim diagnostics.
+    """
+
+    info_nce: Tensor
+    align_true_pairs: Tensor
+    centroid_uniformity: Tensor
+    modality_gap: Tensor
+    true_pair_cosine: Tensor
+
+
+class Forward(NamedTuple):
+    """What a forward pass returns.
+
+    Attributes:
+        loss: 0-dim, the weighted sum of the terms.
+        terms: ``[5]``, see :class:`Terms`.
+        saved: for the backward pass.
+    """
+
+    loss: Tensor
+    terms: Tensor
+    saved: Saved
+
+
+class SoftmaxSums(NamedTuple):
+    """What turns the exponentials of a block of a pair into the gradient of its symmetric cross-entropy.
+
+        H_ij = unit·row_factor_i·col_factor_j·(e_ij / 2^row_i + e_ij / 2^col_j)      off the diagonal
+
+    which multiplies rows and columns of the block as they are stored. The weight of the pair follows in
+    :meth:`Backend.row_gradients`, and so do the positives, ``H_ii = −negative_mass_i``, where a backend does not
+    multiply them along with the rest: they must not be rounded to 16 bits.
+
+    Attributes:
+        row, col: ``[R]``, ``[C]`` log sums, positive included, as :meth:`Backend.softmax_sums` prepared them.
+        negative_mass: ``[R]`` in the statistics type, see :class:`Saved`.
+    """
+
+    row: Tensor
+    col: Tensor
+    negative_mass: Tensor
+
+
+class PreparedSums(NamedTuple):
+    """The log sums of all pairs as a backend's gradient reads them.
+
+    Attributes:
+        rows: ``[P, n]``, relative to ``reference``.
+        cols: ``[P, N]``, likewise.
+        reference: 0-dim exponent, near that of the positives, so that float32 logarithms are small numbers.
+        centroid_reference: 0-dim, log2 of what the entries of the centroid matrix are divided by.
+        positive_moment: in the statistics type, per pair or in all, what the positives of the own rows add to the
+            gradient of the scale, Σ negative_mass·(cosine − reference/(s·log2 e)); None where products include them.
+    """
+
+    rows: Tensor
+    cols: Tensor
+    reference: Tensor
+    centroid_reference: Tensor
+    positive_moment: Tensor | None
+
+
+class Evaluation(NamedTuple):
+    """What all of one backward pass has in common.
+
+    Attributes:
+        embeddings: M tensors ``[n, D]``, the own rows.
+        scalars: as in the forward pass.
+        spec: what was computed.
+        saved: by the forward pass.
+        upstream: ``[3]`` in the statistics type, gradient with respect to InfoNCE, ATP and CU, weights included.
+        prepared: log sums.
+        total_rows: N.
+        world_size: number of processes; gradients of embeddings are multiplied by it.
+    """
+
+    embeddings: list[Tensor]
+    scalars: Scalars
+    spec: LossSpec
+    saved: Saved
+    upstream: Tensor
+    prepared: PreparedSums
+    total_rows: int
+    world_size: int
+
+
+class Backend(Protocol):
+    """The functions that an evaluation consists of. Everything is on one device; rows have unit stride."""
+
+    @property
+    def gradient_block(self) -> int | None:
+        """Rows and columns of a block of the gradient that is computed at a time; None for all at once."""
+
+    def row_statistics(self, embeddings: list[Tensor], spec: LossSpec) -> tuple[list[Operand], RowStatistics]:
+        """Operands (of no modality if there is no InfoNCE) and statistics of the own rows."""
+
+    def operand(self, embedding: Tensor, spec: LossSpec) -> Operand:
+        """The operand of rows of one modality, as :meth:`row_statistics` makes it."""
+
+    def centroids(
+        self, embeddings: list[Tensor], sums: Tensor, uniformity_t: Tensor, total_rows: int, spec: LossSpec
+    ) -> Centroids:
+        """Centroids of the own rows; ``sums`` are over the rows of all processes."""
+
+    def log_sums(self, matrices: list[Matrix]) -> LogSums:
+        """Sum matrices of one shape and diagonal; a sum that leaves the range of float32 is computed another way.
+
+        If there is a symmetric one, the centroids', it comes last and may have operands of another type.
+        """
+
+    def terms(
+        self,
+        embeddings: list[Tensor],
+        statistics: RowStatistics,
+        all_cosines: Tensor,
+        pair_sums: LogSums | None,
+        centroid_log_sums: Tensor | None,
+        scalars: Scalars,
+        first_row: int,
+        spec: LossSpec,
+    ) -> Forward:
+        """Loss, terms and what is saved, from log sums.
+
+        Args:
+            embeddings: for their number, shape and type.
+            statistics: cosines of the own rows, sums over all rows.
+            all_cosines: ``[P, N]``, of the rows of all processes.
+            pair_sums: ``[P, n]`` and ``[P, N]``, columns summed over the processes; None without InfoNCE.
+            centroid_log_sums: ``[N]``; None without CU.
+            scalars: weights and scale.
+            first_row: place of the own rows among all.
+            spec: what is computed.
+
+        Returns:
+            InfoNCE, and the loss by as much, sum over the own rows only: the plan adds the processes up.
+        """
+
+    def softmax_sums(self, saved: Saved, scalars: Scalars, total_rows: int) -> PreparedSums:
+        """Prepare log sums for :meth:`add_products`; all processes take the same references."""
+
+    def add_products(
+        self,
+        block: Matrix,
+        sums: SoftmaxSums | None,
+        prepared: PreparedSums,
+        row_products: Tensor | None,
+        col_products: Tensor | None,
+        moment: Tensor | None,
+    ) -> None:
+        """Add ``H·cols`` to ``row_products`` and ``Hᵀ·rows`` to ``col_products``, in place.
+
+        Args:
+            block: the entries; without its diagonal.
+            sums: of a pair, see :class:`SoftmaxSums`. Without them, for centroids, ``H_ij = 2^(x_ij −
+                centroid_reference)``, and of a symmetric block the rows receive all.
+            prepared: the references.
+            row_products, col_products: ``[R, D']``, ``[C, D']`` float32 or wider; None if not needed.
+            moment: from :meth:`moment_buffer`, to which the block's part of Σ_ij H_ij·x_ij is added, for
+                :meth:`scale_gradient`; None if not needed.
+        """
+
+    def moment_buffer(self, like: Matrix) -> Tensor:
+        """Zeros that :meth:`add_products` adds to, for all blocks of an evaluation."""
+
+    def row_gradients(
+        self,
+        targets: list[int],
+        rows: slice,
+        factors: list[Tensor | None],
+        products: list[Tensor | None],
+        centroid_products: Tensor | None,
+        evaluation: Evaluation,
+        out: list[Tensor],
+    ) -> None:
+        """Gradients of rows of some modalities, from their products: everything O(N·D).
+
+        Args:
+            targets: the modalities.
+            rows: which of the own rows.
+            factors, products: per target ``[R]`` and ``[R, D']``, of its operand; None where there is no InfoNCE.
+            centroid_products: ``[n, D']``, of all own rows; None without CU.
+            evaluation: everything else.
+            out: per target ``[R, D]``, written.
+        """
+
+    def scale_gradient(self, moment: Tensor, evaluation: Evaluation) -> Tensor:
+        """0-dim in the statistics type: this process's part of the gradient with respect to the logit scale."""

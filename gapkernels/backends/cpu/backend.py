@@ -1,0 +1,100 @@
+"""The functions of the contract, each one call into C++ (``csrc/cpu/binding.cpp``)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gapkernels.backends.contract import (
+    Centroids,
+    Evaluation,
+    Forward,
+    LogSums,
+    Matrix,
+    Operand,
+    PreparedSums,
+    RowStatistics,
+    Saved,
+    Scalars,
+    SoftmaxSums,
+)
+from gapkernels.backends.cpu import build
+from gapkernels.spec import LossSpec
+
+RESULTS = (Operand, RowStatistics, Centroids, LogSums, Saved, Forward, PreparedSums)
+"""The named tuples that the module makes, in the order in which it expects them."""
+
+
+class CpuBackend:
+    """``backend="cpu"``; see :class:`gapkernels.backends.contract.Backend`.
+
+    Raises:
+        BuildError: the kernels cannot be compiled or loaded.
+    """
+
+    gradient_block = None  # tiles are formed inside
+
+    def __init__(self) -> None:
+        self._kernels = build.load()
+        self._kernels.bind(torch.Tensor.__dlpack_c_exchange_api__, RESULTS)
+
+    def row_statistics(self, embeddings: list[Tensor], spec: LossSpec) -> tuple[list[Operand], RowStatistics]:
+        return self._kernels.row_statistics(embeddings, spec)
+
+    def operand(self, embedding: Tensor, spec: LossSpec) -> Operand:
+        return self._kernels.operand(embedding, spec)
+
+    def centroids(
+        self, embeddings: list[Tensor], sums: Tensor, uniformity_t: Tensor, total_rows: int, spec: LossSpec
+    ) -> Centroids:
+        return self._kernels.centroids(embeddings, sums, uniformity_t, total_rows, spec)
+
+    def log_sums(self, matrices: list[Matrix]) -> LogSums:
+        return self._kernels.log_sums(matrices)
+
+    def terms(
+        self,
+        embeddings: list[Tensor],
+        statistics: RowStatistics,
+        all_cosines: Tensor,
+        pair_sums: LogSums | None,
+        centroid_log_sums: Tensor | None,
+        scalars: Scalars,
+        first_row: int,
+        spec: LossSpec,
+    ) -> Forward:
+        return self._kernels.terms(
+            embeddings, statistics, all_cosines, pair_sums, centroid_log_sums, scalars, first_row, spec
+        )
+
+    def softmax_sums(self, saved: Saved, scalars: Scalars, total_rows: int) -> PreparedSums:
+        return self._kernels.softmax_sums(saved, scalars, total_rows)
+
+    def add_products(
+        self,
+        block: Matrix,
+        sums: SoftmaxSums | None,
+        prepared: PreparedSums,
+        row_products: Tensor | None,
+        col_products: Tensor | None,
+        moment: Tensor | None,
+    ) -> None:
+        self._kernels.add_products(block, sums, prepared, row_products, col_products, moment)
+
+    def moment_buffer(self, like: Matrix) -> Tensor:
+        return self._kernels.moment_buffer(like)
+
+    def row_gradients(
+        self,
+        targets: list[int],
+        rows: slice,
+        factors: list[Tensor | None],
+        products: list[Tensor | None],
+        centroid_products: Tensor | None,
+        evaluation: Evaluation,
+        out: list[Tensor],
+    ) -> None:
+        self._kernels.row_gradients(targets, rows, factors, products, centroid_products, evaluation, out)
+
+    def scale_gradient(self, moment: Tensor, evaluation: Evaluation) -> Tensor:
+        return self._kernels.scale_gradient(moment, evaluation)
