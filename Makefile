@@ -18,8 +18,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	@touch $(STAMP)
 
-train: install  ## train the three methods on real digits; table and report in runs/digits
-	$(BIN)/gapkernels train digits
+train: install  ## train CLIP and the gap loss on halves of real digits; table and report in runs/digit-halves
+	$(BIN)/gapkernels train digit-halves
 
 test: install  ## run all tests
 	$(BIN)/python -m pytest -n auto

@@ -19,7 +19,7 @@ from gapkernels.benchmark_report.page import scaling_sections
 from gapkernels.benchmark_report.results import Problem, Results, fastest_of_ours, load
 from gapkernels.training.results import Statistic, table_rows
 
-SPEED, DIGITS = "speed", "digits"
+SPEED, DEMO = "speed", "demo"
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
@@ -65,9 +65,9 @@ def images(devices: Sequence[Results]) -> dict[str, bytes]:
     return {_image_name(main, kind): plot.png for kind, plot in found.items() if plot is not None}
 
 
-def digits_block() -> str:
+def demo_block() -> str:
     """The table that `make train` prints, from the committed results of that preset."""
-    content = json.loads((RESULTS / "training" / "digits.json").read_text(encoding="utf-8"))
+    content = json.loads((RESULTS / "training" / "digit-halves.json").read_text(encoding="utf-8"))
     summary = {
         method: {key: Statistic(value["mean"], value["std"]) for key, value in run["metrics"].items()}
         for method, run in content["methods"].items()
@@ -78,7 +78,7 @@ def digits_block() -> str:
     device = content["environment"]["devices"][-1]["description"]
     return (
         f"What `make train` shows (mean ± standard deviation over {seeds} seeds, {minutes:.1f} minutes on "
-        f"{device}; [all figures](benchmarks/results/training/digits.json)):\n\n{tables.markdown(table_rows(summary))}"
+        f"{device}; [all figures](benchmarks/results/training/digit-halves.json)):\n\n{tables.markdown(table_rows(summary))}"
     )
 
 
@@ -184,7 +184,7 @@ def main() -> None:
         sys.exit(f"no result files in {RESULTS.relative_to(ROOT)}")
     devices = latest_of_each_device(paths)
     text = replace_block(README.read_text(encoding="utf-8"), block(devices))
-    README.write_text(replace_block(text, digits_block(), DIGITS), encoding="utf-8")
+    README.write_text(replace_block(text, demo_block(), DEMO), encoding="utf-8")
     IMAGES.mkdir(parents=True, exist_ok=True)
     for stale in IMAGES.glob("speed-*.png"):
         stale.unlink()

@@ -114,6 +114,15 @@ class DigitsData(_Samples):
     dataset: Literal["digits"] = Field(default="digits", description="name of the data set")
 
 
+class DigitHalvesData(_Samples):
+    """Left and right halves of the same digits and the digits' names."""
+
+    dataset: Literal["digit-halves"] = Field(default="digit-halves", description="name of the data set")
+    image_energy: Number = Field(
+        default=0.5, gt=0, le=1, description="share of each half's variance that its principal components keep"
+    )
+
+
 class CIFAR10Data(_Samples):
     """Images and class names."""
 
@@ -159,7 +168,7 @@ class FeaturesData(_Samples):
 
 
 Data = Annotated[
-    DigitsData | CIFAR10Data | AVMNISTData | COCOData | FeaturesData,
+    DigitsData | DigitHalvesData | CIFAR10Data | AVMNISTData | COCOData | FeaturesData,
     Field(discriminator="dataset", description="which data set, and how much of it"),
 ]
 

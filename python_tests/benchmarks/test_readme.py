@@ -25,7 +25,7 @@ def test_readme_matches_the_result_files() -> None:
     assert paths, "no result files are committed"
     devices = readme.latest_of_each_device(paths)
     assert readme.replace_block(text, readme.block(devices)) == text, "run: python -m benchmarks.readme"
-    assert readme.replace_block(text, readme.digits_block(), readme.DIGITS) == text, "run: python -m benchmarks.readme"
+    assert readme.replace_block(text, readme.demo_block(), readme.DEMO) == text, "run: python -m benchmarks.readme"
     shown = set(re.findall(r"docs/images/(speed-[^\"]+\.png)", text))
     assert shown == {path.name for path in readme.IMAGES.glob("speed-*.png")}
     assert shown

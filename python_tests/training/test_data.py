@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gapkernels.errors import UserError
-from gapkernels.training.config import DigitsData
+from gapkernels.training.config import DigitHalvesData, DigitsData
 from gapkernels.training.data import ImageSpec, TextSpec, load_dataset
 from gapkernels.training.data.digits import DIGIT_NAMES
 from gapkernels.training.data.tokenizer import PADDING, UNKNOWN, Tokenizer
@@ -39,6 +39,29 @@ def test_digits_text_is_the_name_of_the_label() -> None:
     assert torch.equal(dataset.test.ids, dataset.test.labels)
     assert dataset.specs["image"] == ImageSpec(channels=1, height=8, width=8)
     assert dataset.specs["text"] == TextSpec(vocabulary_size=tokenizer.size, length=5)
+
+
+def test_halves_are_those_of_the_digits_in_few_components() -> None:
+    whole, halves = load_dataset(DigitsData()), load_dataset(DigitHalvesData())
+    assert torch.equal(
+        torch.cat([whole.train.labels, whole.test.labels]), torch.cat([halves.train.labels, halves.test.labels])
+    )
+    assert (len(halves.train), len(halves.test)) == (1029, 768)
+    exact = load_dataset(DigitHalvesData(image_energy=1.0))
+    images = torch.cat([whole.train.modalities["image"], whole.test.modalities["image"]])
+    for name, half in (("left", images[..., :4]), ("right", images[..., 4:])):
+        for dataset, components in ((halves, 3), (exact, 32)):
+            values = dataset.train.modalities[name]
+            assert values.shape == (1029, 1, 8, 4)
+            assert values.mean().abs() < 1e-5
+            assert values.std() == pytest.approx(1.0, abs=1e-5)
+            # Pixels that are the same everywhere leave less than 32 directions.
+            centred = (values - values.mean(dim=0)).flatten(1)
+            assert torch.linalg.matrix_rank(centred, rtol=1e-4) <= components
+        # All energy kept: the half itself, up to one shift and one scale.
+        kept = torch.cat([exact.train.modalities[name], exact.test.modalities[name]])
+        assert torch.corrcoef(torch.stack([kept.flatten(), half.flatten()]))[0, 1] > 1 - 1e-5
+        assert dataset.specs[name] == ImageSpec(channels=1, height=8, width=4)
 
 
 def test_samples_can_be_limited() -> None:

@@ -24,7 +24,8 @@ from training.real_data import real_data
 from gapkernels.errors import UserError
 from gapkernels.training.config import AVMNISTData, CIFAR10Data, COCOData, FeaturesData
 from gapkernels.training.data import Dataset, ImageSpec, Split, VectorSpec, load_dataset
-from gapkernels.training.data.av_mnist import _log_spectrogram, _principal_components, _reduce
+from gapkernels.training.data.av_mnist import _log_spectrogram
+from gapkernels.training.data.principal_components import principal_components, reduce_to
 from gapkernels.training.data.transforms import RandomCaption, RandomCropFlip
 from gapkernels.training.embeddings import NO_CLASS
 
@@ -191,14 +192,14 @@ def test_av_mnist_depends_on_its_seed_alone(tmp_path: Path) -> None:
 def test_principal_components_keep_the_energy_asked_for(energy: float) -> None:
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(200, 1, 5, 4, generator=generator) * torch.linspace(0.1, 3, 20).view(1, 1, 5, 4) + 2
-    basis = _principal_components(images, energy)
-    reduced = _reduce(images, basis)
+    basis = principal_components(images, energy)
+    reduced = reduce_to(images, basis)
 
     def variance(x: torch.Tensor) -> float:
         return float((x - x.mean(dim=0)).square().sum())
 
     kept = variance(reduced) / variance(images)
-    fewer = _reduce(images, basis._replace(directions=basis.directions[:, :-1]))
+    fewer = reduce_to(images, basis._replace(directions=basis.directions[:, :-1]))
     assert kept >= energy - 1e-5
     assert variance(fewer) / variance(images) < energy
     if energy == 1.0:

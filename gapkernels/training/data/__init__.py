@@ -17,6 +17,7 @@ from gapkernels.training.data.dataset import Dataset, ImageSpec, InputSpec, Spli
 # Each loader takes its section of the configuration and the folder with the files, or None if the user named none.
 _LOADERS: dict[str, Callable[[Any, Path | None], Dataset]] = {
     "digits": digits.load,
+    "digit-halves": digits.load_halves,
     "cifar10": cifar10.load,
     "av-mnist": av_mnist.load,
     "mscoco": mscoco.load,

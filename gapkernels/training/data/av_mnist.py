@@ -28,6 +28,7 @@ from gapkernels.training.config import AVMNISTData
 from gapkernels.training.data.dataset import Dataset, ImageSpec, Split, TextSpec, fingerprint_of
 from gapkernels.training.data.digits import DIGIT_NAMES
 from gapkernels.training.data.files import class_numbers, cut, find_first, read_file, require_folder
+from gapkernels.training.data.principal_components import principal_components, reduce_to
 from gapkernels.training.data.tokenizer import Tokenizer
 from gapkernels.training.data.transforms import Lookup
 from gapkernels.training.npz import open_npz
@@ -73,11 +74,11 @@ def load(config: AVMNISTData, data_dir: Path | None) -> Dataset:
     folder = require_folder(data_dir, "av-mnist")
     recordings = _read_recordings(folder)
     train_images, test_images = _read_mnist(folder, "train"), _read_mnist(folder, "t10k")
-    basis = _principal_components(train_images[0], config.image_energy)
+    basis = principal_components(train_images[0], config.image_energy)
     tokenizer = Tokenizer.from_captions(DIGIT_NAMES, level="character")
     texts = tokenizer.encode(DIGIT_NAMES)
 
-    reduced = _reduce(train_images[0], basis)
+    reduced = reduce_to(train_images[0], basis)
     std, mean = torch.std_mean(reduced)
     generator = torch.Generator().manual_seed(config.pairing_seed)
     spectrograms = {
@@ -101,7 +102,7 @@ def load(config: AVMNISTData, data_dir: Path | None) -> Dataset:
     height, width = train_images[0].shape[-2:]
     return Dataset(
         train=split(reduced, train_images[1], is_test=False),
-        test=split(_reduce(test_images[0], basis), test_images[1], is_test=True),
+        test=split(reduce_to(test_images[0], basis), test_images[1], is_test=True),
         specs={
             "image": ImageSpec(channels=1, height=height, width=width),
             "audio": ImageSpec(channels=1, height=_BANDS, width=spectrograms[False].shape[-1]),
@@ -150,31 +151,6 @@ def _read_idx(path: Path, axes: int) -> Tensor:
         more = "more" if len(content) > math.prod(shape) else len(content)
         raise ValueError(f"{math.prod(shape)} bytes announced, {more} found")
     return torch.from_numpy(np.frombuffer(content, dtype=np.uint8).reshape(shape).copy())
-
-
-class _Basis(NamedTuple):
-    """Mean image [P] and the principal directions that are kept [P, k]."""
-
-    mean: Tensor
-    directions: Tensor
-
-
-def _principal_components(images: Tensor, energy: float) -> _Basis:
-    """Return the fewest principal components that hold the share `energy` of the images' variance."""
-    pixels = images.flatten(1)
-    mean = pixels.mean(dim=0)
-    variances, directions = torch.linalg.eigh((pixels - mean).T.double() @ (pixels - mean).double())
-    variances, directions = variances.flip(0).clamp(min=0), directions.flip(1)
-    share = variances.cumsum(0) / variances.sum()
-    # A rounding error in the last share must not ask for a component that does not exist.
-    count = min(int((share < energy - 1e-12).sum()) + 1, len(share))
-    return _Basis(mean, directions[:, :count].float())
-
-
-def _reduce(images: Tensor, basis: _Basis) -> Tensor:
-    """Project images onto the components."""
-    coefficients = (images.flatten(1) - basis.mean) @ basis.directions
-    return (coefficients @ basis.directions.T + basis.mean).view_as(images)
 
 
 def _read_recordings(folder: Path) -> _Recordings:
