@@ -175,8 +175,11 @@ class Terms(NamedTuple):
     """The parts of a loss, in the order in which one tensor ``[5]`` holds them.
 
     Attributes:
-        info_nce, align_true_pairs, centroid_uniformity: 0-dim, unweighted; zero where skipped.
-        modality_gap, true_pair_cosine: 0-dim diagnostics.
+        info_nce: 0-dim, unweighted; zero where skipped.
+        align_true_pairs: likewise.
+        centroid_uniformity: likewise.
+        modality_gap: 0-dim, for diagnosis; no gradient.
+        true_pair_cosine: likewise.
     """
 
     info_nce: Tensor
@@ -203,14 +206,15 @@ class Forward(NamedTuple):
 class SoftmaxSums(NamedTuple):
     """What turns the exponentials of a block of a pair into the gradient of its symmetric cross-entropy.
 
-        H_ij = unit·row_factor_i·col_factor_j·(e_ij / 2^row_i + e_ij / 2^col_j)      off the diagonal
+        H_ij = 2^h·row_factor_i·col_factor_j·(e_ij / 2^row_i + e_ij / 2^col_j)      off the diagonal
 
-    which multiplies rows and columns of the block as they are stored. The weight of the pair follows in
-    ``Backend.row_gradients``, and so do the positives, ``H_ii = −negative_mass_i``, where a backend does not
-    multiply them along with the rest: they must not be rounded to 16 bits.
+    H multiplies rows and columns of the block as they are stored. The backend chooses h such that no entry underflows
+    in its type; its ``row_gradients`` takes 2^h out again and puts in the weight of the pair. A backend whose entries
+    are rounded to 16 bits leaves the positives, ``H_ii = −2^h·negative_mass_i``, to ``row_gradients`` too.
 
     Attributes:
-        row, col: ``[R]``, ``[C]`` log sums, positive included, as ``Backend.softmax_sums`` prepared them.
+        row: ``[R]`` log sums, positive included, as ``Backend.softmax_sums`` prepared them.
+        col: ``[C]``, likewise.
         negative_mass: ``[R]`` in the statistics type, see ``Saved``.
     """
 
