@@ -33,9 +33,9 @@ class Status(NamedTuple):
 
 
 def available() -> list[Status]:
-    """Every backend with whether it is usable here, in the order of :data:`NAMES`.
+    """Every backend with whether it is usable here, in the order of ``NAMES``.
 
-    Example:
+    Examples:
         >>> [status.name for status in available()]
         ['reference', 'torch', 'cpu', 'triton', 'cuda']
     """
@@ -52,11 +52,11 @@ def select(name: str, like: Tensor, spec: LossSpec) -> Backend:
     """The backend of a name for embeddings like these; ``"auto"`` takes the fastest that is known to be.
 
     That is Triton on a GPU it runs on, the CUDA kernels where a recorded measurement says so
-    (:mod:`gapkernels.backends.cuda.measured`) and they have been compiled, else the tiled backend. It never starts a
+    (``gapkernels.backends.cuda.measured``) and they have been compiled, else the tiled backend. It never starts a
     compilation by nvcc.
 
     Args:
-        name: of :data:`NAMES` but ``"reference"``, or ``"auto"``.
+        name: of ``NAMES`` but ``"reference"``, or ``"auto"``.
         like: ``[N, D]``; its device, type and size decide.
         spec: what is to be computed.
 

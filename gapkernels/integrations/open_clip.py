@@ -47,14 +47,14 @@ class ClipLoss(nn.Module):
         atp_weight: weight of the alignment of true pairs.
         cu_weight: weight of the centroid uniformity.
         uniformity_t: its sharpness.
-        backend: as for :func:`gapkernels.gap_loss`.
+        backend: as for ``gapkernels.gap_loss``.
 
     Raises:
         ValueError: ``use_horovod``, or ``local_loss`` without ``gather_with_grad``, whose gradient leaves out the part
             that reaches the features through other processes' rows.
         RuntimeError: ``world_size`` is not that of ``torch.distributed``'s default process group.
 
-    Example:
+    Examples:
         >>> image, text = torch.eye(4), torch.eye(4)
         >>> ClipLoss()(image, text, torch.tensor(100.0), output_dict=True)["contrastive_loss"].item() < 1e-6
         True
@@ -162,7 +162,7 @@ def apply_to_open_clip(
     Losses derived from open_clip's own (CoCa, distillation) and SigLIP's stay what they are.
 
     Args:
-        atp_weight, cu_weight, uniformity_t, backend: as for :class:`ClipLoss`.
+        atp_weight, cu_weight, uniformity_t, backend: as for ``ClipLoss``.
 
     Raises:
         RuntimeError: open_clip is not installed.

@@ -33,13 +33,13 @@ class MultipleNegativesSymmetricRankingLoss(nn.Module):
         gather_across_devices: take the batch of all processes of ``torch.distributed`` (each an equal number of
             pairs); every process then returns its loss, while the library's returns that of its own pairs. Under
             DistributedDataParallel the gradients are the same.
-        atp_weight, cu_weight, uniformity_t, backend: as for :class:`gapkernels.GapLoss`, which computes the loss
+        atp_weight, cu_weight, uniformity_t, backend: as for ``gapkernels.GapLoss``, which computes the loss
             (attribute ``loss``).
 
     Raises:
         ValueError: a scale that is not positive, or another similarity.
 
-    Example:
+    Examples:
         >>> loss = MultipleNegativesSymmetricRankingLoss(nn.Identity(), scale=100.0)
         >>> loss([{"sentence_embedding": torch.eye(4)}, {"sentence_embedding": 2 * torch.eye(4)}]).item() < 1e-6
         True

@@ -2,16 +2,16 @@
 
     total_rows[R, D] += H[R, C] · cols[C, D]         total_cols[C, D] += Hᵀ[C, R] · rows[R, D]
 
-:func:`add_products` takes both in one launch, so that the tiles of one fill the processors that the other leaves idle:
+``add_products`` takes both in one launch, so that the tiles of one fill the processors that the other leaves idle:
 
     program numbers   | tiles of total_rows: R/TILE_M × D/TILE_N | tiles of total_cols: C/TILE_M × D/TILE_N |
     one tile          steps of TILE_K along C or R, float32 accumulators, then stored, or added to what is there
 
 4·R·C·D operations; H is read from the L2 cache if it was just written there, D/TILE_N times for each product. A tile
-has one owner and a fixed order of additions: always the same bits. :func:`fitting_side` says how large a block should
+has one owner and a fixed order of additions: always the same bits. ``fitting_side`` says how large a block should
 be.
 
-:func:`add_product` takes one of the two, from the vendor's library where that computes in these types: torch multiplies
+``add_product`` takes one of the two, from the vendor's library where that computes in these types: torch multiplies
 16-bit operands into a float32 accumulator on NVIDIA GPUs only (``torch.addmm(out_dtype=…)``, with a float32 addend
 since 2.10), and in deterministic mode refuses to unless CUBLAS_WORKSPACE_CONFIG was set when it started.
 """
@@ -278,7 +278,7 @@ def fitting_side(dim: int, processors: int, tile_m: int, tile_n: int, largest: i
     Args:
         dim: D.
         processors: of the device.
-        tile_m, tile_n: of :func:`add_products`.
+        tile_m, tile_n: of ``add_products``.
         largest: such that H stays in the L2 cache: 4352² entries of 16 bits are 36 MiB.
     """
 

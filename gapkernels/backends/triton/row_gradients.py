@@ -134,7 +134,7 @@ def row_gradients(
     evaluation: Evaluation,
     out: list[Tensor],
 ) -> None:
-    """See :meth:`gapkernels.backends.contract.Backend.row_gradients`; one launch for each target."""
+    """See ``gapkernels.backends.contract.Backend.row_gradients``; one launch for each target."""
     embeddings, spec, saved = evaluation.embeddings, evaluation.spec, evaluation.saved
     all_rows, dim = embeddings[0].shape
     modalities = len(embeddings)
