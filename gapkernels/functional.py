@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     class _Options(TypedDict, total=False):
-        """The keyword arguments that all three overloads of :func:`gap_loss` take, written once."""
+        """The keyword arguments that all three overloads of ``gap_loss`` take, written once."""
 
         logit_scale: float | Tensor | None
         temperature: float | Tensor | None
@@ -125,7 +125,7 @@ def gap_loss(
 
     Returns:
         The loss, a 0-dim tensor: float64 for float64 embeddings, else float32. With ``return_terms`` a
-        :class:`GapLossTerms`.
+        ``GapLossTerms``.
 
     Raises:
         TypeError: an embedding is no floating tensor, or types differ outside autocast.
@@ -135,7 +135,7 @@ def gap_loss(
         Grassucci et al., "Closing the Modality Gap Aligns Group-Wise Semantics", arXiv 2601.18525. The centroid
         uniformity averages over pairs, where the paper's formula sums over j ≠ i: a constant log(N − 1) apart.
 
-    Example:
+    Examples:
         >>> image, text = torch.randn(8, 4), torch.randn(8, 4)
         >>> terms = gap_loss(image, text, temperature=0.1, return_terms=True)
         >>> bool(terms.loss == gap_loss(image, text, logit_scale=10.0))
@@ -185,12 +185,12 @@ def info_nce(
     """Symmetric InfoNCE (the CLIP loss), averaged over pairs of modalities.
 
     Args, Returns, Raises:
-        as :func:`gap_loss`.
+        as ``gap_loss``.
 
     Source:
         Oord et al., arXiv 1807.03748; symmetric form: Radford et al., arXiv 2103.00020.
 
-    Example:
+    Examples:
         >>> info_nce(torch.eye(4), torch.eye(4), temperature=0.01).item() < 1e-6
         True
     """
@@ -218,12 +218,12 @@ def align_true_pairs(
     """Mean squared distance of every sample's embeddings to its anchor embedding.
 
     Args, Returns, Raises:
-        as :func:`gap_loss`.
+        as ``gap_loss``.
 
     Source:
         Grassucci et al., arXiv 2601.18525, the alignment of true pairs.
 
-    Example:
+    Examples:
         >>> align_true_pairs(torch.eye(3), -torch.eye(3)).item()
         4.0
     """
@@ -249,12 +249,12 @@ def centroid_uniformity(
     """Logarithm of the mean Gaussian potential exp(−t‖c_i − c_j‖²) between the centroids of different samples.
 
     Args, Returns, Raises:
-        as :func:`gap_loss`.
+        as ``gap_loss``.
 
     Source:
         Grassucci et al., arXiv 2601.18525; the potential: Wang and Isola, arXiv 2005.10242.
 
-    Example:
+    Examples:
         >>> round(centroid_uniformity(torch.eye(3), torch.eye(3)).item(), 6)
         -4.0
     """

@@ -67,7 +67,7 @@ class GradientCache(Generic[MicroBatch]):
         Gao, Zhang, Han, Callan, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup",
         RepL4NLP 2021, arXiv 2101.06983.
 
-    Example:
+    Examples:
         >>> from gapkernels import gap_loss
         >>> image_tower, text_tower = torch.nn.Linear(6, 4), torch.nn.Linear(5, 4)
         >>> images, texts = torch.randn(32, 6), torch.randn(32, 5)

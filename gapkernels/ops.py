@@ -42,7 +42,7 @@ _library.define(
 def loss(
     embeddings: list[Tensor], scalars: Scalars, spec: LossSpec, backend: str, group: str, world_size: int
 ) -> tuple[Tensor, Tensor]:
-    """``(loss [], terms [5])``, both differentiable; see :class:`gapkernels.backends.contract.Forward`.
+    """``(loss [], terms [5])``, both differentiable; see ``gapkernels.backends.contract.Forward``.
 
     Raises:
         RuntimeError: a transform of ``torch.func`` is active, or an input carries a forward-mode derivative.

@@ -105,7 +105,7 @@ def backward(
     world: World,
     needs_grad: list[bool],
 ) -> tuple[list[Tensor | None], Tensor | None]:
-    """Differentiate the terms that :func:`forward` evaluated.
+    """Differentiate the terms that ``forward`` evaluated.
 
     With several processes the gradient of the embeddings is that of the loss times their number, and every process
     returns the whole gradient of the logit scale: the mean over processes, which DistributedDataParallel takes, is then

@@ -13,8 +13,8 @@ class LossSpec(NamedTuple):
     """Settings of the loss ``w_nce·InfoNCE + w_atp·ATP + w_cu·CU`` that are fixed when it is compiled.
 
     A term that is off is neither computed nor differentiated. What may change from step to step, the weights, the
-    logit scale and the sharpness t, travels as tensors instead (:class:`gapkernels.backends.contract.Scalars`). Field
-    order is the argument order of the registered operators (see :mod:`gapkernels.ops`).
+    logit scale and the sharpness t, travels as tensors instead (``gapkernels.backends.contract.Scalars``). Field
+    order is the argument order of the registered operators (see ``gapkernels.ops``).
     """
 
     anchor: int = 0

@@ -33,9 +33,9 @@ class Status(NamedTuple):
 
 
 def available() -> list[Status]:
-    """Every backend with whether it is usable here, in the order of :data:`NAMES`.
+    """Every backend with whether it is usable here, in the order of ``NAMES``.
 
-    Example:
+    Examples:
         >>> [status.name for status in available()]
         ['reference', 'torch', 'cpu', 'triton', 'cuda']
     """
@@ -52,11 +52,11 @@ def select(name: str, like: Tensor, spec: LossSpec) -> Backend:
     """The backend of a name for embeddings like these; ``"auto"`` takes the fastest that is known to be.
 
     That is Triton on a GPU it runs on, the CUDA kernels where a recorded measurement says so
-    (:mod:`gapkernels.backends.cuda.speed_record`) and they have been compiled, else the tiled backend. It never
+    (``gapkernels.backends.cuda.speed_record``) and they have been compiled, else the tiled backend. It never
     starts a compilation by nvcc.
 
     Args:
-        name: of :data:`NAMES` but ``"reference"``, or ``"auto"``.
+        name: of ``NAMES`` but ``"reference"``, or ``"auto"``.
         like: ``[N, D]``; its device, type and size decide.
         spec: what is to be computed.
 
@@ -70,12 +70,12 @@ def select(name: str, like: Tensor, spec: LossSpec) -> Backend:
 
 
 def _fastest(like: Tensor, spec: LossSpec) -> str:
+    if spec.cu and not spec.normalize and not spec.normalize_centroids:
+        return "torch"  # centroids of any length take float64 where they lie far apart, which the tiled backend has
     if like.device.type == "cpu" and cpu_backend.ready():
         return "cpu"
     if like.device.type != "cuda":
         return "torch"
-    if spec.cu and not spec.normalize and not spec.normalize_centroids:
-        return "torch"  # centroids of any length take float64, which the tiled backend has
     usable, cuda_faster = _known_of(like.device, like.dtype)
     if not usable:
         return "torch"

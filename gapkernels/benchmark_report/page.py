@@ -33,7 +33,7 @@ def render(result_files: Sequence[Path], out: Path) -> Report:
         ValueError: a file is no result file of the benchmarks.
         OSError: a file cannot be read or written.
 
-    Example:
+    Examples:
         >>> render([Path("benchmarks/results/gpu.json")], Path("report.html"))  # doctest: +SKIP
     """
     files = [load(path) for path in result_files]

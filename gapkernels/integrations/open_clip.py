@@ -61,20 +61,20 @@ class ClipLoss(replaced_class("open_clip.loss", "ClipLoss")):  # type: ignore[mi
             is left out, as there. Each tile is computed once in the whole world and every process returns the loss of
             the whole batch, where open_clip with ``local_loss`` returns that of its own rows; ``local_loss`` alone has
             an n×N block of its own on each process, computed in pieces, and returns that of its own rows too.
-        cache_labels: keep what :meth:`get_ground_truth` returns; the loss itself needs no labels.
+        cache_labels: keep what ``get_ground_truth`` returns; the loss itself needs no labels.
         rank, world_size: of this process and their number; with more than one the default process group holds the
             batch, each process an equal number of rows.
         use_horovod: must be False.
         atp_weight: weight of the alignment of true pairs.
         cu_weight: weight of the centroid uniformity.
         uniformity_t: its sharpness.
-        backend: as for :func:`gapkernels.gap_loss`.
+        backend: as for ``gapkernels.gap_loss``.
 
     Raises:
         ValueError: ``use_horovod``.
         RuntimeError: ``world_size`` is not that of ``torch.distributed``'s default process group.
 
-    Example:
+    Examples:
         >>> image, text = torch.eye(4), torch.eye(4)
         >>> ClipLoss()(image, text, torch.tensor(100.0), output_dict=True)["contrastive_loss"].item() < 1e-6
         True
@@ -111,7 +111,7 @@ class ClipLoss(replaced_class("open_clip.loss", "ClipLoss")):  # type: ignore[mi
         self.backend = backend
 
     def get_ground_truth(self, device: torch.device, num_logits: int) -> Tensor:
-        """The column of each row's positive in what :meth:`get_logits` returns.
+        """The column of each row's positive in what ``get_logits`` returns.
 
         Args:
             device: where the labels are wanted.
@@ -272,13 +272,13 @@ def apply_to_open_clip(
 ) -> None:
     """Let open_clip's loss, wherever its modules name it, be the class of this module from here on.
 
-    ``open_clip.ClipLoss`` is a class then, derived from :class:`ClipLoss` and from open_clip's own, with the options
+    ``open_clip.ClipLoss`` is a class then, derived from ``ClipLoss`` and from open_clip's own, with the options
     given here as defaults. open_clip's other losses (CoCa, distillation, SigLIP) stay what they are, also those that
     derive from its own; with a weight for a term that they do not have, making one is refused. A later call replaces
     an earlier one.
 
     Args:
-        atp_weight, cu_weight, uniformity_t, backend: as for :class:`ClipLoss`.
+        atp_weight, cu_weight, uniformity_t, backend: as for ``ClipLoss``.
 
     Raises:
         RuntimeError: open_clip is not installed.

@@ -62,12 +62,12 @@ class MultipleNegativesRankingLoss(replaced_class(_LOSSES, "MultipleNegativesRan
         directions: must be given as ``("query_to_doc", "doc_to_query")``; the library's default is refused.
         partition_mode: must be given as ``"per_direction"``.
         hardness_mode, hardness_strength: None and anything; other modes are refused.
-        atp_weight, cu_weight, uniformity_t, backend: as for :func:`gapkernels.gap_loss`.
+        atp_weight, cu_weight, uniformity_t, backend: as for ``gapkernels.gap_loss``.
 
     Raises:
         ValueError: a scale that is not positive, or a loss that is not computed here.
 
-    Example:
+    Examples:
         >>> loss = MultipleNegativesRankingLoss(
         ...     nn.Identity(), 100.0, directions=("query_to_doc", "doc_to_query"), partition_mode="per_direction"
         ... )
@@ -184,12 +184,12 @@ with warnings.catch_warnings():
         MultipleNegativesRankingLoss,
         replaced_class(_LOSSES, "MultipleNegativesSymmetricRankingLoss"),  # type: ignore[misc]
     ):
-        """Drop-in for the class of this name: :class:`MultipleNegativesRankingLoss` with its two options set.
+        """Drop-in for the class of this name: ``MultipleNegativesRankingLoss`` with its two options set.
 
         Args:
             model, scale, similarity_fct, gather_across_devices, atp_weight, cu_weight, uniformity_t, backend: as there.
 
-        Example:
+        Examples:
             >>> loss = MultipleNegativesSymmetricRankingLoss(nn.Identity(), scale=100.0)
             >>> loss([{"sentence_embedding": torch.eye(4)}, {"sentence_embedding": 2 * torch.eye(4)}]).item() < 1e-6
             True

@@ -27,7 +27,7 @@ def modality_gap(*embeddings: torch.Tensor) -> float:
     Source:
         Liang et al., "Mind the Gap", NeurIPS 2022.
 
-    Example:
+    Examples:
         >>> image, text = torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[0.0, 1.0], [0.0, 2.0]])
         >>> round(modality_gap(image, text), 4)
         1.4142
@@ -60,7 +60,7 @@ def true_pair_cosine(*embeddings: torch.Tensor) -> float:
     Source:
         Grassucci et al., "Closing the Modality Gap Aligns Group-Wise Semantics", ICLR 2026.
 
-    Example:
+    Examples:
         >>> image, text = torch.tensor([[1.0, 0.0], [0.0, 3.0]]), torch.tensor([[2.0, 0.0], [1.0, 0.0]])
         >>> true_pair_cosine(image, text)
         0.5
@@ -106,7 +106,7 @@ def within_modality_cosine(embedding: torch.Tensor) -> float:
     Source:
         Liang et al., "Mind the Gap", NeurIPS 2022 (the cone effect).
 
-    Example:
+    Examples:
         >>> within_modality_cosine(torch.tensor([[1.0, 0.0], [1.0, 0.0], [-1.0, 0.0]])).__round__(4)
         -0.3333
     """
@@ -137,7 +137,7 @@ def uniformity(embedding: torch.Tensor, t: float = 2.0) -> float:
         Wang and Isola, "Understanding Contrastive Representation Learning through Alignment and Uniformity on the
         Hypersphere", ICML 2020.
 
-    Example:
+    Examples:
         >>> uniformity(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))
         -8.0
     """

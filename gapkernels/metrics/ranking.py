@@ -27,7 +27,13 @@ _SAME_ROW = 1e-5
 
 
 class DirectionResult(NamedTuple):
-    """Retrieval in one direction: `recall[k]` is R@k as a fraction; ranks count from 1, the best."""
+    """Retrieval in one direction.
+
+    Attributes:
+        recall: R@k by k, as a fraction.
+        median_rank: ranks count from 1, the best.
+        mean_rank: likewise.
+    """
 
     recall: dict[int, float]
     median_rank: float
@@ -77,7 +83,7 @@ def retrieval(
         ValueError: shapes, devices or numbers of ids that do not fit, an id on one side only, `ks` empty or below 1,
             NaN or infinity.
 
-    Example:
+    Examples:
         >>> image = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
         >>> text = torch.tensor([[1.0, 0.1], [0.1, 1.0], [0.0, 1.0]])
         >>> retrieval(image, text, ks=(1, 2)).query_to_target

@@ -82,7 +82,7 @@ def evaluate(
     Source:
         Grassucci et al., "Closing the Modality Gap Aligns Group-Wise Semantics", ICLR 2026.
 
-    Example:
+    Examples:
         >>> image, text = torch.eye(4), torch.eye(4).roll(1, dims=1)
         >>> result = evaluate({"image": image, "text": text}, ks=(1,))
         >>> result["gap"], result["true_pair_cosine"], result["image_to_text/R@1"]

@@ -84,7 +84,7 @@ def recorded(arch: str = "sm_90", all_candidates: bool = False) -> Iterator[list
     """Record launches as on a GPU of this architecture; nothing runs.
 
     Args:
-        arch: of :data:`TARGETS`.
+        arch: of ``TARGETS``.
         all_candidates: record every configuration of the tuning table instead of the default.
     """
     launches: list[Launch] = []

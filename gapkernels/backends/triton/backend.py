@@ -55,7 +55,7 @@ LARGEST_BIASED_EXPONENT = 32.0
 
 
 class TritonBackend:
-    """``backend="triton"``; see :class:`gapkernels.backends.contract.Backend`."""
+    """``backend="triton"``; see ``gapkernels.backends.contract.Backend``."""
 
     @property
     def gradient_block(self) -> int:
@@ -64,7 +64,7 @@ class TritonBackend:
     # ---- what costs N², and what the CUDA backend replaces ----
 
     def tile_sums(self, matrices: list[Matrix], largest: Tensor | None, headroom: int) -> tuple[Tensor, Tensor]:
-        """See :func:`gapkernels.backends.triton.tile_sums.tile_sums`."""
+        """See ``gapkernels.backends.triton.tile_sums.tile_sums``."""
         return tile_sums.tile_sums(matrices, largest, headroom)
 
     def gradient_tiles(
@@ -77,7 +77,7 @@ class TritonBackend:
         scale_partials: Tensor | None,
         out: Tensor,
     ) -> None:
-        """See :func:`gapkernels.backends.triton.gradient_tiles.gradient_tiles`."""
+        """See ``gapkernels.backends.triton.gradient_tiles.gradient_tiles``."""
         gradient_tiles.gradient_tiles(block, row_log_sum, col_log_sum, reference, scale, scale_partials, out)
 
     # ---- the contract ----

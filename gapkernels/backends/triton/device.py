@@ -41,7 +41,7 @@ def cdiv(a: int, b: int) -> int:
 
 
 def next_power_of_2(x: int) -> int:
-    """The smallest power of two that is not smaller; as ``triton.next_power_of_2``, see :func:`cdiv`."""
+    """The smallest power of two that is not smaller; as ``triton.next_power_of_2``, see ``cdiv``."""
     return 1 << (x - 1).bit_length()
 
 

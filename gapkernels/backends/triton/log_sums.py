@@ -161,7 +161,7 @@ def log_sums(
 
     Args:
         matrices: of one shape ``[n, N]``, with one diagonal.
-        sums: from :func:`.tile_sums.tile_sums`; None to compute all of them here, without atomics.
+        sums: from ``.tile_sums.tile_sums``; None to compute all of them here, without atomics.
         largest, headroom: as there.
 
     Returns:

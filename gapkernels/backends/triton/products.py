@@ -2,7 +2,7 @@
 
     total_rows[R, D] += H[R, C] · cols[C, D]         total_cols[C, D] += Hᵀ[C, R] · rows[R, D]
 
-:func:`add_products` takes both in one launch, so that the tiles of one fill the processors that the other leaves idle:
+``add_products`` takes both in one launch, so that the tiles of one fill the processors that the other leaves idle:
 
     program numbers   | tiles of total_rows: R/TILE_M × D/TILE_N | tiles of total_cols: C/TILE_M × D/TILE_N |
     one tile          steps of TILE_K along C or R, float32 accumulators, then stored, or added to what is there

@@ -195,7 +195,7 @@ def row_gradients(
     evaluation: Evaluation,
     out: list[Tensor],
 ) -> None:
-    """See :meth:`gapkernels.backends.contract.Backend.row_gradients`."""
+    """See ``gapkernels.backends.contract.Backend.row_gradients``."""
     embeddings, spec, saved = evaluation.embeddings, evaluation.spec, evaluation.saved
     (all_rows, dim), modalities = embeddings[0].shape, len(embeddings)
     num_rows = rows.stop - rows.start

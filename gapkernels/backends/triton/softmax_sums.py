@@ -107,7 +107,7 @@ def scale_gradient_kernel(
 
 
 def softmax_sums(saved: Saved, scalars: Scalars, total_rows: int, centroid_headroom: float) -> PreparedSums:
-    """Prepare the log sums of P pairs; see :meth:`gapkernels.backends.contract.Backend.softmax_sums`.
+    """Prepare the log sums of P pairs; see ``gapkernels.backends.contract.Backend.softmax_sums``.
 
     ``centroid_headroom`` is the base-2 logarithm of the largest entry that the gradient with respect to the inner
     products of centroids may have.

@@ -173,7 +173,7 @@ def terms(
     first_row: int,
     spec: LossSpec,
 ) -> Forward:
-    """See :meth:`gapkernels.backends.contract.Backend.terms`."""
+    """See ``gapkernels.backends.contract.Backend.terms``."""
     (num_rows, dim), modalities = embeddings[0].shape, len(embeddings)
     num_pairs, num_cols = all_cosines.shape
     has_centroids = centroid_log_sums is not None

@@ -7,7 +7,7 @@ each entry counts for its row and for its column. The constant reference exponen
 
     shift = max(0, max x − (126 − ⌈log2 max(n, N)⌉))
 
-excludes overflow; sums it pushed out of range below are found and redone by :mod:`.log_sums`.
+excludes overflow; sums it pushed out of range below are found and redone by ``.log_sums``.
 
     programs      p0   p1   p2 …  (as many as the device holds at a time)
     tile numbers  0    1    2  …  | pair 0 | pair 1 | … | triangle |      program p takes p, p + programs, …
@@ -189,7 +189,7 @@ def matrix_arguments(matrices: list[Matrix]) -> tuple[tuple[object, ...], ...]:
 
 
 def matrix_kind(matrices: list[Matrix], largest: torch.Tensor | None) -> tuple[object, ...]:
-    """What tells launches on matrices apart, see :mod:`.launch`."""
+    """What tells launches on matrices apart, see ``.launch``."""
     return (
         largest is None,
         matrices[0].rows.shape[1],

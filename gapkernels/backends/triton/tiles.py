@@ -41,7 +41,7 @@ def grouped_tile(t, num_row_tiles, num_col_tiles, GROUP: tl.constexpr):
 
 @triton.jit
 def num_triangle_tiles(num_rows, TILE_M: tl.constexpr, TILE_N: tl.constexpr, GROUP: tl.constexpr):
-    """How many tile numbers :func:`triangle_tile` takes; a few near the diagonal and at the end stand for no tile."""
+    """How many tile numbers ``triangle_tile`` takes; a few near the diagonal and at the end stand for no tile."""
     groups = tl.cdiv(num_rows, TILE_M * GROUP)
     cols_per_group: tl.constexpr = GROUP * TILE_M // TILE_N
     return GROUP * (tl.cdiv(num_rows, TILE_N) * groups - cols_per_group * (groups * (groups - 1) // 2))
