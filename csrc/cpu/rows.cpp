@@ -129,11 +129,25 @@ void store_row(const Rows& rows, int64_t i, const double* values, int64_t dim) {
     }
 }
 
+// Σ f(k): as many sums side by side as hide the latency of an addition, added up in one order.
+template <class Term>
+inline double sum_of(int64_t dim, Term term) {
+    constexpr int64_t lanes = 32;
+    double totals[lanes] = {};
+    int64_t k = 0;
+    for (; k + lanes <= dim; k += lanes) {
+#pragma omp simd
+        for (int64_t l = 0; l < lanes; ++l) totals[l] += term(k + l);
+    }
+    for (int64_t l = 0; k < dim; ++k, ++l) totals[l] += term(k);
+    for (int64_t half = lanes / 2; half > 0; half /= 2) {
+        for (int64_t l = 0; l < half; ++l) totals[l] += totals[l + half];
+    }
+    return totals[0];
+}
+
 double dot(const double* x, const double* y, int64_t dim) {
-    double total = 0;
-#pragma omp simd reduction(+ : total)
-    for (int64_t k = 0; k < dim; ++k) total += x[k] * y[k];
-    return total;
+    return sum_of(dim, [=](int64_t k) { return x[k] * y[k]; });
 }
 
 // out = x / divisor, rounded as a quotient is, so that opposite vectors cancel in a centroid: multiplied by the inverse and
@@ -247,10 +261,7 @@ std::vector<bool> row_statistics(const std::vector<Rows>& embeddings, const Spec
             if (spec.atp) {
                 for (const Pair& p : atp) {
                     const double *x = row.used(p.row), *y = row.used(p.col);
-                    double distance = 0;
-#pragma omp simd reduction(+ : distance)
-                    for (int64_t k = 0; k < dim; ++k) distance += (x[k] - y[k]) * (x[k] - y[k]);
-                    scalars[0] += distance;
+                    scalars[0] += sum_of(dim, [=](int64_t k) { return (x[k] - y[k]) * (x[k] - y[k]); });
                 }
             }
             if (spec.cu) {
