@@ -89,7 +89,18 @@ def load_experiment(folder: Path) -> Experiment:
 
 
 def summarise(experiment: Experiment) -> dict[str, dict[str, Statistic]]:
-    """Return each metric's statistic over seeds, by method."""
+    """Return each metric's statistic over seeds, by method.
+
+    Raises:
+        UserError: if the runs of a method do not have the same metrics.
+    """
+    for runs in experiment.methods.values():
+        for run in runs[1:]:
+            if run.metrics.keys() != runs[0].metrics.keys():
+                raise UserError(
+                    f"{run.folder} and {runs[0].folder} hold different metrics, from different versions of gapkernels; "
+                    f"measure both anew with: gapkernels report --rescore {experiment.folder}"
+                )
     return {
         method: {key: Statistic.of([run.metrics[key] for run in runs]) for key in runs[0].metrics}
         for method, runs in experiment.methods.items()
