@@ -119,6 +119,9 @@ gpu-wheels: install  ## download into wheels/ what a GPU machine without a netwo
 		$(addprefix --platform ,manylinux2014_x86_64 manylinux_2_17_x86_64 manylinux_2_28_x86_64) \
 		-r benchmarks/wheels.txt $$($(BIN)/python -m benchmarks.implementations)
 
+docs: install  ## pages and API reference, from docs/ and the docstrings, into build/docs
+	$(BIN)/mkdocs build --quiet --strict
+
 lint: install  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -16,7 +16,7 @@ class Case:
     """One implementation on one problem.
 
     Args:
-        implementation: name in :data:`benchmarks.implementations.IMPLEMENTATIONS`.
+        implementation: name in ``benchmarks.implementations.IMPLEMENTATIONS``.
         loss: ``"gap"`` (InfoNCE + align true pairs + centroid uniformity) or ``"info_nce"``.
         samples: N.
         width: D.
@@ -177,8 +177,8 @@ def cases(
 
     Args:
         suites: keys of ``table``.
-        table: :data:`CPU` or :data:`GPU`.
-        groups: names of implementations by group, see :func:`benchmarks.implementations.groups`.
+        table: ``CPU`` or ``GPU``.
+        groups: names of implementations by group, see ``benchmarks.implementations.groups``.
     """
     found: dict[Case, None] = {}
     for suite in suites:

@@ -2,11 +2,12 @@
 
     python -m benchmarks.host_time --size 1024x512
 
-Small batches are bound by the host: a GPU waits for launches longer than it computes. Everything up to the driver's call
-is real here: autograd, the plan, buffers, and Triton's way from arguments to a compiled kernel. The kernels are never
-compiled, library products do nothing, and tensors lie in the CPU's memory, where an allocation costs about as much as from
-torch's cache of GPU memory. Left out are therefore the driver's calls (2 to 3 µs each) and the thread in which autograd runs
-the backward pass of a GPU.
+Small batches are bound by the host: a GPU waits for launches longer than it computes. Everything up to the driver's
+call is real here: autograd, the plan, buffers, and the way from arguments to a compiled kernel. Kernels are never
+compiled, library products do nothing, nothing is filled with zeros, sums take one row, and tensors lie in the CPU's
+memory, where an allocation costs about as much as from torch's cache of GPU memory. Left out are therefore the driver's
+calls (2 to 3 µs each) and the second thread, in which autograd runs the backward pass of a GPU. What is counted is the
+time of the thread on the processor: other processes disturb it little.
 """
 
 from __future__ import annotations
@@ -26,12 +27,14 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from gapkernels import gap_loss
 
 # What torch does without launching anything: memory, views, and what only asks.
-_NO_LAUNCH = ("empty", "view", "slice", "select", "expand", "as_strided", "detach", "split", "alias", "transpose", "t.", "permute", "unbind", "unsqueeze", "squeeze", "reshape", "resize", "set_", "lift_fresh")  # fmt: skip
+_NO_LAUNCH = (
+    "alias", "as_strided", "detach", "empty", "expand", "item", "new_empty", "permute", "reshape", "select", "slice",
+    "split", "squeeze", "t.", "transpose", "unbind", "unsqueeze", "view", "_local_scalar_dense",
+)  # fmt: skip
 
 
 @dataclass
@@ -40,17 +43,20 @@ class HostTime:
 
     Args:
         microseconds: median of all.
+        fastest: of every twentieth step at least; what a machine that others disturb is best compared by.
         forward, backward: medians of the two passes.
         launches: kernels of ours, library products and torch's own operations that launch something, in order.
-        in_launches: microseconds from a launcher's call until the driver would be called, by kernel, all calls together.
+        leading_up: microseconds from one launch of ours (or the step's begin) to the next, by the kernel launched then,
+            all launches of a step together; ``""`` is what follows the last.
         steps: how many were timed.
     """
 
     microseconds: float
+    fastest: float
     forward: float
     backward: float
     launches: list[str] = field(default_factory=list)
-    in_launches: dict[str, float] = field(default_factory=dict)
+    leading_up: dict[str, float] = field(default_factory=dict)
     steps: int = 0
 
 
@@ -58,7 +64,9 @@ class _Kernel:
     """In place of a compiled one."""
 
     function = packed_metadata = None
-    metadata = SimpleNamespace(shared=0)
+
+    def __init__(self, name: str) -> None:
+        self.name = name
 
     def launch_metadata(self, *args: object) -> None:
         return None
@@ -88,8 +96,13 @@ def stubbed(capability: int = 90, processors: int = 132) -> Iterator[None]:
     )
 
     def compile_(self: Any, key: str, signature: object, device: int, *rest: object) -> _Kernel:
-        kernel = self.device_caches[device][0][key] = _Kernel()
+        kernel = self.device_caches[device][0][key] = _Kernel(self.__name__)
         return kernel
+
+    add_up = Tensor.sum
+
+    def sum_of_a_row(self: Tensor, *args: object, **kwargs: object) -> Tensor:
+        return add_up(self[:1] if self.dim() > 1 else self, *args, **kwargs)
 
     properties = SimpleNamespace(multi_processor_count=processors, major=capability // 10, minor=capability % 10)
     with contextlib.ExitStack() as stack:
@@ -101,6 +114,10 @@ def stubbed(capability: int = 90, processors: int = 132) -> Iterator[None]:
             (torch.cuda, "is_current_stream_capturing", lambda: False),
             (torch, "addmm", _library_product),
             (Tensor, "addmm_", _library_product),
+            (torch, "zeros", torch.empty),
+            (torch, "zeros_like", torch.empty_like),
+            (Tensor, "new_zeros", Tensor.new_empty),
+            (Tensor, "sum", sum_of_a_row),
         ):
             stack.enter_context(patch.object(owner, name, value))
         backends._create.cache_clear()
@@ -115,45 +132,57 @@ def _library_product(total: Tensor, *args: object, **kwargs: object) -> Tensor:
     return total
 
 
-@contextlib.contextmanager
-def _recorded(launches: list[str], seconds: dict[str, float]) -> Iterator[None]:
-    """Note each launch, and the time from the launcher's call until the driver would be called."""
-    from triton.runtime.jit import JITFunction
+def _leading_up(step: Callable[[], object], steps: int = 200) -> dict[str, float]:
+    """Microseconds from launch to launch, by kernel."""
+    spent: dict[str, float] = defaultdict(float)
+    last = 0.0
 
-    run = JITFunction.run
+    def run(kernel: _Kernel, *args: object) -> None:
+        nonlocal last
+        now = time.thread_time()
+        spent[kernel.name] += now - last
+        last = now
 
-    def timed(self: Any, *args: object, **kwargs: object) -> object:
-        started = time.perf_counter()
-        result = run(self, *args, **kwargs)
-        seconds[self.__name__] += time.perf_counter() - started
-        launches.append(self.__name__)
-        return result
+    with patch.object(_Kernel, "run", run):
+        for _ in range(steps):
+            last = time.thread_time()
+            step()
+            spent[""] += time.thread_time() - last
+    return {name: 1e6 * total / steps for name, total in spent.items()}
 
-    def product(total: Tensor, *args: object, **kwargs: object) -> Tensor:
-        launches.append("library product")
-        return total
+
+def _launches(step: Callable[[], object]) -> list[str]:
+    """What one step launches: kernels of ours in order, then what torch does."""
+    names: list[str] = []
+
+    def noted(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*args: Any, **kwargs: Any) -> Tensor:
+            names.append(name)
+            return function(*args, **kwargs)
+
+        return call
 
     with (
-        patch.object(JITFunction, "run", timed),
-        patch.object(torch, "addmm", product),
-        patch.object(Tensor, "addmm_", product),
+        patch.object(_Kernel, "run", lambda kernel, *args: names.append(kernel.name)),
+        patch.object(torch, "addmm", noted("library product", _library_product)),
+        patch.object(Tensor, "addmm_", noted("library product", _library_product)),
+        patch.object(torch, "zeros", noted("torch.zeros", torch.empty)),
+        patch.object(torch, "zeros_like", noted("torch.zeros_like", torch.empty_like)),
+        patch.object(Tensor, "new_zeros", noted("torch.new_zeros", Tensor.new_empty)),
+        torch.autograd.profiler.profile(use_kineto=False) as profile,
     ):
-        yield
+        step()
+    of_torch = [event for event in profile.function_events if _does_launch(event)]
+    names += [
+        f"torch.{event.name.removeprefix('aten::')}"
+        for event in of_torch
+        if not any(map(_does_launch, event.cpu_children))
+    ]
+    return names
 
 
-class _TorchOperations(TorchDispatchMode):
-    """Notes what torch itself would launch."""
-
-    def __init__(self, launches: list[str]) -> None:
-        super().__init__()
-        self._launches = launches
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        namespace, name = func.__module__, str(func).removeprefix("aten.")
-        if func.namespace == "aten" and not name.startswith(_NO_LAUNCH) and not name.startswith(("_to_copy", "item")):
-            self._launches.append(f"torch.{name.split('.')[0]}")
-        del namespace
-        return func(*args, **(kwargs or {}))
+def _does_launch(event: Any) -> bool:
+    return event.name.startswith("aten::") and not event.name.removeprefix("aten::").startswith(_NO_LAUNCH)
 
 
 def measure(
@@ -174,38 +203,37 @@ def measure(
     def step() -> tuple[float, float, float]:
         for leaf in leaves:
             leaf.grad = None
-        started = time.perf_counter()
+        started = time.thread_time()
         loss = gap_loss(*embeddings, logit_scale=scale, backend="triton")
-        between = time.perf_counter()
+        between = time.thread_time()
         loss.backward()
-        return started, between, time.perf_counter()
+        return started, between, time.thread_time()
 
-    launches: list[str] = []
-    spent: dict[str, float] = defaultdict(float)
-    with stubbed():
-        for _ in range(20):
-            step()
-        times = []
-        end = time.perf_counter() + seconds
-        while time.perf_counter() < end:
-            times.append(step())
-        with _recorded(launches, spent):
-            for _ in range(100):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with stubbed():
+            for _ in range(20):
                 step()
-        per_launch = {name: 1e6 * total / 100 for name, total in spent.items()}
-        launches.clear()
-        with _recorded(launches, spent), _TorchOperations(launches):
-            step()
+            times = []
+            end = time.thread_time() + seconds
+            while time.thread_time() < end:
+                times.append(step())
+            leading_up = _leading_up(step)
+            launches = _launches(step)
+    finally:
+        torch.set_num_threads(threads)
 
     def median(part: Callable[[tuple[float, float, float]], float]) -> float:
         return 1e6 * statistics.median(map(part, times))
 
     return HostTime(
         microseconds=median(lambda t: t[2] - t[0]),
+        fastest=1e6 * sorted(t[2] - t[0] for t in times)[len(times) // 20],
         forward=median(lambda t: t[1] - t[0]),
         backward=median(lambda t: t[2] - t[1]),
         launches=launches,
-        in_launches=per_launch,
+        leading_up=leading_up,
         steps=len(times),
     )
 
@@ -213,16 +241,17 @@ def measure(
 def described(found: HostTime) -> str:
     """As a table."""
     lines = [
-        f"{found.microseconds:.0f} µs a step ({found.forward:.0f} forward, {found.backward:.0f} backward), "
-        f"{len(found.launches)} launches, median of {found.steps}",
+        f"{found.microseconds:.0f} µs a step ({found.forward:.0f} forward, {found.backward:.0f} backward; "
+        f"the fastest {found.fastest:.0f}), "
+        f"{sum(not name.startswith('torch.') for name in found.launches)} launches and "
+        f"{sum(name.startswith('torch.') for name in found.launches)} by torch, median of {found.steps}",
         "",
-        f"{'launched':34} {'times':>5} {'µs':>7}",
+        f"{'launched':34} {'times':>5} {'µs until then':>14}",
     ]
     for name in dict.fromkeys(found.launches):
-        inside = f"{found.in_launches[name]:7.1f}" if name in found.in_launches else f"{'':7}"
-        lines.append(f"{name:34} {found.launches.count(name):5} {inside}")
-    rest = found.microseconds - sum(found.in_launches.values())
-    lines.append(f"{'everything else':34} {'':5} {rest:7.1f}")
+        until = f"{found.leading_up[name]:14.1f}" if name in found.leading_up else ""
+        lines.append(f"{name:34} {found.launches.count(name):5} {until}".rstrip())
+    lines.append(f"{'after the last':34} {'':5} {found.leading_up['']:14.1f}")
     return "\n".join(lines)
 
 

@@ -1,6 +1,6 @@
 """Who is measured: our backends and their peers, each as a function from embeddings to the loss.
 
-A peer is one entry of :data:`IMPLEMENTATIONS`, and nothing elsewhere: tables of cases take it by its group, result
+A peer is one entry of ``IMPLEMENTATIONS``, and nothing elsewhere: tables of cases take it by its group, result
 files its label and version, `make gpu-wheels` its package. All of them normalise the rows themselves, so that everybody
 starts from the same raw embeddings. Third-party packages are imported when they are first used, and one that is missing
 or cannot run on the device says so.
@@ -42,7 +42,7 @@ class Implementation:
     Args:
         label: for tables and plots.
         losses: what it can compute.
-        build: makes the function for a case; raises :class:`Unavailable`.
+        build: makes the function for a case; raises ``Unavailable``.
         group: which it belongs to in the tables of cases; "" for one that they name.
         module: Python package that it imports; "" for none.
         package: what pip installs for that, "inf-cl==1.2.1".
@@ -111,7 +111,8 @@ def _ours(backend: str) -> Callable[[Case], Loss]:
 def our_backends(device: torch.device) -> list[str]:
     """Names of our implementations that a device can run, the newest first: time may run out."""
     usable = [status.name for status in reversed(available()) if status.usable and status.name != "reference"]
-    return [f"gapkernels-{name}" for name in usable if device.type == "cuda" or name not in GPU_BACKENDS]
+    others = {"cpu"} if device.type == "cuda" else GPU_BACKENDS
+    return [f"gapkernels-{name}" for name in usable if name not in others]
 
 
 def groups(device: torch.device) -> dict[str, list[str]]:

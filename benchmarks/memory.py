@@ -41,7 +41,7 @@ class OutOfMemory(Exception):
 def peak_extra_bytes(call: Callable[[], object]) -> int:
     """How far the resident memory of this process rises during a call, above what is resident before it.
 
-    Call it in a process with the environment that :func:`measure` sets.
+    Call it in a process with the environment that ``measure`` sets.
     """
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)

@@ -1,4 +1,4 @@
-"""The suites; their cases are in :mod:`benchmarks.cases`.
+"""The suites; their cases are in ``benchmarks.cases``.
 
 python -m pytest benchmarks --benchmark-json=results.json -k "peers and not compile"
 """

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from gapkernels import __version__
-from gapkernels.training.errors import UserError
+from gapkernels.errors import UserError, printable
 
 _USER_ERROR = 2
 _INTERRUPTED = 130
@@ -38,15 +38,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.run(options)
         sys.stdout.flush()
     except UserError as error:
-        print(f"gapkernels: error: {error}", file=sys.stderr)
-        return _USER_ERROR
+        return _report_mistake(str(error))
     except KeyboardInterrupt:
         print("gapkernels: interrupted; a training run goes on from its last checkpoint when repeated", file=sys.stderr)
         return _INTERRUPTED
     except BrokenPipeError:
         # The reader of our output has seen enough (`gapkernels info | head`); Python must not flush into it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # a full disk, a folder without the right to write, a folder in place of a file
+        return _report_mistake(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     return 0
+
+
+def _report_mistake(message: str) -> int:
+    print(f"gapkernels: error: {printable(message)}", file=sys.stderr)
+    return _USER_ERROR
 
 
 def split_overrides(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
@@ -154,7 +160,8 @@ def _build_parser() -> argparse.ArgumentParser:
         "eval",
         help="evaluate a checkpoint or a file of embeddings",
         description="Evaluate a checkpoint (.pt) on its data set's test split, or a file of embeddings (.npz or "
-        ".safetensors) that holds one array [N, D] per modality and optionally `labels`, `ids` and `groups` [N].",
+        ".safetensors) that holds one array [N, D] per modality and optionally `labels`, `ids` and `groups` [N]; with "
+        "`ids/<modality>` for each the modalities may have different numbers of samples, such as images and captions.",
         allow_abbrev=False,
     )
     evaluate.add_argument("path", metavar="FILE", type=Path, help="checkpoint or embeddings")
@@ -238,7 +245,7 @@ def _reproduce(options: argparse.Namespace) -> None:
     sizes = None
     if options.batch_sizes is not None:
         words = _words(options.batch_sizes)
-        if not all(word.isdecimal() and int(word) > 1 for word in words):
+        if not all(word.isdecimal() and len(word) < 10 and int(word) > 1 for word in words):
             raise UserError(f"--batch-sizes must be whole numbers above 1, got {options.batch_sizes!r}")
         sizes = [int(word) for word in words]
     configs = batch_configs(options.dataset, options.config, _overrides(options), sizes, options.lr_scaling)
@@ -273,6 +280,10 @@ def _report(options: argparse.Namespace) -> None:
     from gapkernels.environment import require
 
     require("train", "gapkernels report")
+    if options.out is not None and options.out.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--out names the HTML file and must end in .html, got {options.out}")
+    if options.out is not None and options.out.is_dir():
+        raise UserError(f"--out names the HTML file, but {options.out} is a folder")
     result_files = [path.suffix == ".json" for path in options.paths]
     if all(result_files):
         if options.rescore:
@@ -295,6 +306,11 @@ def _write_speed_report(paths: Sequence[Path], out: Path) -> None:
     """Write a report on result files of the benchmarks."""
     from gapkernels.benchmark_report import render
 
+    markdown, plots = out.with_suffix(".md"), out.with_suffix("")
+    if markdown.exists() and not out.exists():
+        raise UserError(f"{markdown} would be overwritten by the report's tables; choose another name with --out")
+    if plots.exists() and not plots.is_dir():
+        raise UserError(f"{plots} is not a folder, but the report's plots go there; choose another name with --out")
     try:
         report = render(paths, out)
     except (OSError, ValueError) as error:

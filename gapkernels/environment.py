@@ -14,7 +14,7 @@ import torch
 
 from gapkernels import __version__
 from gapkernels.cpu import cpu_model
-from gapkernels.training.errors import UserError
+from gapkernels.errors import UserError
 
 # Extras that add an ability to the package; `bench` and `dev` are for working on it.
 EXTRAS = ("metrics", "train", "triton", "cuda")

@@ -15,7 +15,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from gapkernels import backends, ops
 from gapkernels.backends import reference
 from gapkernels.backends.contract import Scalars, Terms, statistics_dtype
-from gapkernels.distributed import group_name_and_size
+from gapkernels.distributed import DTYPES, group_name_and_size
 from gapkernels.spec import LossSpec
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     class _Options(TypedDict, total=False):
-        """The keyword arguments that all three overloads of :func:`gap_loss` take, written once."""
+        """The keyword arguments that all three overloads of ``gap_loss`` take, written once."""
 
         logit_scale: float | Tensor | None
         temperature: float | Tensor | None
@@ -125,7 +125,7 @@ def gap_loss(
 
     Returns:
         The loss, a 0-dim tensor: float64 for float64 embeddings, else float32. With ``return_terms`` a
-        :class:`GapLossTerms`.
+        ``GapLossTerms``.
 
     Raises:
         TypeError: an embedding is no floating tensor, or types differ outside autocast.
@@ -135,23 +135,18 @@ def gap_loss(
         Grassucci et al., "Closing the Modality Gap Aligns Group-Wise Semantics", arXiv 2601.18525. The centroid
         uniformity averages over pairs, where the paper's formula sums over j ≠ i: a constant log(N − 1) apart.
 
-    Example:
+    Examples:
         >>> image, text = torch.randn(8, 4), torch.randn(8, 4)
         >>> terms = gap_loss(image, text, temperature=0.1, return_terms=True)
         >>> bool(terms.loss == gap_loss(image, text, logit_scale=10.0))
         True
     """
     tensors = _check_embeddings(embeddings)
-    _check_anchor(anchor, len(tensors))
-    spec = LossSpec(
-        anchor=anchor,
-        all_pairs=_check_pairs(pairs),
-        nce=_is_on("nce_weight", nce_weight),
-        atp=_is_on("atp_weight", atp_weight),
-        cu=_is_on("cu_weight", cu_weight),
-        normalize=bool(normalize),
-        normalize_centroids=bool(normalize_centroids),
-    )
+    device = tensors[0].device
+    terms = nce_weight, atp_weight, cu_weight, uniformity_t
+    settings = (anchor, pairs, *terms, normalize, normalize_centroids, len(tensors), device)
+    # Eager calls with the same numbers are checked once: small batches are bound by what the host does.
+    spec, weights, t = _kept_settings(*settings) if _are_plain(settings) else _settings(*settings)
     if backend != "auto" and backend not in backends.NAMES:
         raise ValueError(f"`backend` must be 'auto' or one of {', '.join(map(repr, backends.NAMES))}, got {backend!r}")
     group_name, world_size = group_name_and_size(group)
@@ -160,24 +155,20 @@ def gap_loss(
             "the centroid uniformity needs at least 2 samples, got embeddings of shape "
             f"{list(tensors[0].shape)}; use a larger batch or cu_weight=0"
         )
-    scalars = Scalars(
-        logit_scale=_logit_scale(logit_scale, temperature, tensors[0].device),
-        weights=_weights((nce_weight, atp_weight, cu_weight), tensors[0].device),
-        uniformity_t=_uniformity_t(uniformity_t, tensors[0].device),
-    )
+    scalars = Scalars(_logit_scale(logit_scale, temperature, device), weights, t)
     if backend == "reference":
         return _by_definition(tensors, scalars, spec, return_terms, world_size)
     loss, values = ops.loss(tensors, scalars, spec, backend, group_name, world_size)
     if not return_terms:
         return loss
-    terms = Terms(*values.unbind())
+    parts = Terms(*values.unbind())
     return GapLossTerms(
         loss,
-        terms.info_nce if spec.nce else None,
-        terms.align_true_pairs if spec.atp else None,
-        terms.centroid_uniformity if spec.cu else None,
-        terms.modality_gap.detach(),
-        terms.true_pair_cosine.detach(),
+        parts.info_nce if spec.nce else None,
+        parts.align_true_pairs if spec.atp else None,
+        parts.centroid_uniformity if spec.cu else None,
+        parts.modality_gap.detach(),
+        parts.true_pair_cosine.detach(),
     )
 
 
@@ -194,12 +185,12 @@ def info_nce(
     """Symmetric InfoNCE (the CLIP loss), averaged over pairs of modalities.
 
     Args, Returns, Raises:
-        as :func:`gap_loss`.
+        as ``gap_loss``.
 
     Source:
         Oord et al., arXiv 1807.03748; symmetric form: Radford et al., arXiv 2103.00020.
 
-    Example:
+    Examples:
         >>> info_nce(torch.eye(4), torch.eye(4), temperature=0.01).item() < 1e-6
         True
     """
@@ -227,12 +218,12 @@ def align_true_pairs(
     """Mean squared distance of every sample's embeddings to its anchor embedding.
 
     Args, Returns, Raises:
-        as :func:`gap_loss`.
+        as ``gap_loss``.
 
     Source:
         Grassucci et al., arXiv 2601.18525, the alignment of true pairs.
 
-    Example:
+    Examples:
         >>> align_true_pairs(torch.eye(3), -torch.eye(3)).item()
         4.0
     """
@@ -258,12 +249,12 @@ def centroid_uniformity(
     """Logarithm of the mean Gaussian potential exp(−t‖c_i − c_j‖²) between the centroids of different samples.
 
     Args, Returns, Raises:
-        as :func:`gap_loss`.
+        as ``gap_loss``.
 
     Source:
         Grassucci et al., arXiv 2601.18525; the potential: Wang and Isola, arXiv 2005.10242.
 
-    Example:
+    Examples:
         >>> round(centroid_uniformity(torch.eye(3), torch.eye(3)).item(), 6)
         -4.0
     """
@@ -292,7 +283,52 @@ def _by_definition(
         return GapLossTerms(loss, *terms, *reference.diagnostics(embeddings)) if return_terms else loss
 
 
+def _settings(
+    anchor: int,
+    pairs: str,
+    nce_weight: float | Tensor,
+    atp_weight: float | Tensor,
+    cu_weight: float | Tensor,
+    uniformity_t: float | Tensor,
+    normalize: bool,
+    normalize_centroids: bool,
+    modalities: int,
+    device: torch.device,
+) -> tuple[LossSpec, Tensor, Tensor]:
+    """What is computed, the weights of the terms ``[3]`` and the sharpness, checked."""
+    _check_anchor(anchor, modalities)
+    spec = LossSpec(
+        anchor=anchor,
+        all_pairs=_check_pairs(pairs),
+        nce=_is_on("nce_weight", nce_weight),
+        atp=_is_on("atp_weight", atp_weight),
+        cu=_is_on("cu_weight", cu_weight),
+        normalize=bool(normalize),
+        normalize_centroids=bool(normalize_centroids),
+    )
+    weights = (nce_weight, atp_weight, cu_weight)
+    numbers = tuple(weight for weight in weights if not isinstance(weight, Tensor))
+    if len(numbers) == len(weights):
+        return spec, _constant(numbers, device), _uniformity_t(uniformity_t, device)
+    return spec, torch.stack([_as_tensor(weight, device) for weight in weights]), _uniformity_t(uniformity_t, device)
+
+
+_kept_settings = functools.lru_cache(maxsize=256, typed=True)(_settings)
+
+
+def _are_plain(settings: tuple[object, ...]) -> bool:
+    """Whether settings can be looked up: no tensors, and nobody traces this call."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    return all(type(setting) in _PLAIN for setting in settings)
+
+
+_PLAIN = {bool, int, float, str, torch.device}
+
+
 def _check_embeddings(embeddings: tuple[Tensor, ...]) -> list[Tensor]:
+    if len(embeddings) > 1 and _are_alike(embeddings):
+        return list(embeddings)
     if len(embeddings) < 2:
         raise ValueError(f"at least 2 embeddings (one per modality) are needed, got {len(embeddings)}")
     for index, e in enumerate(embeddings):
@@ -325,6 +361,20 @@ def _check_embeddings(embeddings: tuple[Tensor, ...]) -> list[Tensor]:
     return list(embeddings)
 
 
+def _are_alike(embeddings: tuple[Tensor, ...]) -> bool:
+    """Whether there is nothing to say about them: the usual case, looked at in a few microseconds."""
+    first = embeddings[0]
+    if type(first) not in _TENSORS or first.dim() != 2 or 0 in first.shape or first.dtype not in DTYPES:
+        return False
+    return all(
+        type(e) in _TENSORS and e.shape == first.shape and e.dtype == first.dtype and e.device == first.device
+        for e in embeddings[1:]
+    )
+
+
+_TENSORS = {Tensor, torch.nn.Parameter}
+
+
 def _logit_scale(
     logit_scale: float | Tensor | None, temperature: float | Tensor | None, device: torch.device
 ) -> Tensor:
@@ -332,19 +382,11 @@ def _logit_scale(
         raise ValueError("give `logit_scale` or `temperature` (its inverse), not both")
     if temperature is None:
         value = 1 / DEFAULT_TEMPERATURE if logit_scale is None else _check_scalar("logit_scale", logit_scale)
-        return value.reshape(()).to(device) if isinstance(value, Tensor) else _constant((value,), device).reshape(())
+        return value.reshape(()).to(device) if isinstance(value, Tensor) else _constant(value, device)
     value = _check_scalar("temperature", temperature)
     if isinstance(value, Tensor):  # inverted in the statistics type: a bfloat16 quotient would be off by 0.4 %
         return value.reshape(()).to(device, statistics_dtype(device)).reciprocal()
-    return _constant((1 / value,), device).reshape(())
-
-
-def _weights(weights: tuple[float | Tensor, ...], device: torch.device) -> Tensor:
-    """The weights of the terms as one tensor in the statistics type."""
-    numbers = tuple(weight for weight in weights if not isinstance(weight, Tensor))
-    if len(numbers) == len(weights):
-        return _constant(numbers, device)
-    return torch.stack([_as_tensor(weight, device) for weight in weights])
+    return _constant(1 / value, device)
 
 
 def _uniformity_t(value: float | Tensor, device: torch.device) -> Tensor:
@@ -357,23 +399,23 @@ def _uniformity_t(value: float | Tensor, device: torch.device) -> Tensor:
 def _as_tensor(value: float | Tensor, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
         return value.reshape(()).to(device, statistics_dtype(device))
-    return _constant((value,), device).reshape(())
+    return _constant(value, device)
 
 
-def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """``[len(values)]`` in the statistics type. Kept by eager calls: on a GPU making one costs a copy from the host."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
-        # A number that changes between calls is a symbol here: a product takes it as one, torch.full and torch.tensor
-        # would compile anew for every value or, without gradients, keep an old one.
-        one = torch.ones((), dtype=statistics_dtype(device), device=device)
-        return torch.stack([one * v for v in values])
-    return _kept_constant(values, device)
+def _constant(value: float | tuple[float, ...], device: torch.device) -> Tensor:
+    """A number or some as a tensor in the statistics type. Eager calls keep it: on a GPU it is copied from the host."""
+    if not (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0):
+        return _kept_constant(value, device)
+    # A number that changes between calls is a symbol here: a product takes it as one, torch.full and torch.tensor
+    # would compile anew for every value or, without gradients, keep an old one.
+    one = torch.ones((), dtype=statistics_dtype(device), device=device)
+    return torch.stack([one * v for v in value]) if isinstance(value, tuple) else one * value
 
 
 @functools.lru_cache(maxsize=256)
-def _kept_constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+def _kept_constant(value: float | tuple[float, ...], device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # or no later call could differentiate through it
-        return torch.tensor(values, dtype=statistics_dtype(device), device=device)
+        return torch.tensor(value, dtype=statistics_dtype(device), device=device)
 
 
 def _check_scalar(name: str, value: float | Tensor, positive: bool = True) -> float | Tensor:

@@ -25,7 +25,7 @@ class Temperature(nn.Module):
 
     Args:
         temperature: positive.
-        learn: make it a parameter, whose scale is clamped at :data:`MAX_LOGIT_SCALE`, or where it starts if
+        learn: make it a parameter, whose scale is clamped at ``MAX_LOGIT_SCALE``, or where it starts if
             that is more.
 
     Raises:
@@ -115,7 +115,7 @@ def _group_by_name(name: str) -> _Group:
 
 
 class GapLoss(nn.Module):
-    """Contrastive loss that closes the modality gap, :func:`gapkernels.gap_loss` as a module.
+    """Contrastive loss that closes the modality gap, ``gapkernels.gap_loss`` as a module.
 
     Args:
         temperature: of InfoNCE; the initial value if it is learned. ``loss.temperature = 0.1`` sets it later.
@@ -126,7 +126,7 @@ class GapLoss(nn.Module):
     Raises:
         TypeError, ValueError: as for the function.
 
-    Example:
+    Examples:
         >>> loss = GapLoss(temperature=0.07)
         >>> image, text = torch.randn(8, 4, requires_grad=True), torch.randn(8, 4)
         >>> loss(image, text).backward()
@@ -204,9 +204,9 @@ class GapLoss(nn.Module):
 
 
 class InfoNCELoss(GapLoss):
-    """Symmetric InfoNCE, :func:`gapkernels.info_nce` as a module; options as :class:`GapLoss`.
+    """Symmetric InfoNCE, ``gapkernels.info_nce`` as a module; options as ``GapLoss``.
 
-    Example:
+    Examples:
         >>> loss = InfoNCELoss(learn_temperature=True)
         >>> sorted(name for name, _ in loss.named_parameters())
         ['temperature.log_scale']
@@ -237,9 +237,9 @@ class InfoNCELoss(GapLoss):
 
 
 class AlignTruePairsLoss(GapLoss):
-    """Mean squared distance of true pairs, :func:`gapkernels.align_true_pairs` as a module.
+    """Mean squared distance of true pairs, ``gapkernels.align_true_pairs`` as a module.
 
-    Example:
+    Examples:
         >>> AlignTruePairsLoss()(torch.eye(3), -torch.eye(3)).item()
         4.0
     """
@@ -253,9 +253,9 @@ class AlignTruePairsLoss(GapLoss):
 
 
 class CentroidUniformityLoss(GapLoss):
-    """Uniformity of centroids, :func:`gapkernels.centroid_uniformity` as a module; options as :class:`GapLoss`.
+    """Uniformity of centroids, ``gapkernels.centroid_uniformity`` as a module; options as ``GapLoss``.
 
-    Example:
+    Examples:
         >>> round(CentroidUniformityLoss()(torch.eye(3), torch.eye(3)).item(), 6)
         -4.0
     """

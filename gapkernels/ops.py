@@ -42,7 +42,7 @@ _library.define(
 def loss(
     embeddings: list[Tensor], scalars: Scalars, spec: LossSpec, backend: str, group: str, world_size: int
 ) -> tuple[Tensor, Tensor]:
-    """``(loss [], terms [5])``, both differentiable; see :class:`gapkernels.backends.contract.Forward`.
+    """``(loss [], terms [5])``, both differentiable; see ``gapkernels.backends.contract.Forward``.
 
     Raises:
         RuntimeError: a transform of ``torch.func`` is active, or an input carries a forward-mode derivative.
@@ -104,7 +104,7 @@ def _gradients(
     statistics = scalars.weights.dtype
     upstream = None
     if grad_loss is not None:
-        upstream = scalars.weights * grad_loss.to(statistics)
+        upstream = scalars.weights * grad_loss  # of the weights' type: the gradient has no dimension
     if grad_terms is not None:
         of_terms = grad_terms[:3].to(statistics)
         upstream = of_terms if upstream is None else upstream + of_terms

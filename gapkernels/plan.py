@@ -38,10 +38,11 @@ from gapkernels.backends.contract import (
     Scalars,
     SoftmaxSums,
     compute_dtype,
+    part,
     statistics_dtype,
 )
 from gapkernels.distributed import DTYPES, NEEDS_GRAD, World, triangle_blocks
-from gapkernels.spec import LossSpec
+from gapkernels.spec import LossSpec, Pairs
 
 
 def forward(
@@ -104,7 +105,7 @@ def backward(
     world: World,
     needs_grad: list[bool],
 ) -> tuple[list[Tensor | None], Tensor | None]:
-    """Differentiate the terms that :func:`forward` evaluated.
+    """Differentiate the terms that ``forward`` evaluated.
 
     With several processes the gradient of the embeddings is that of the loss times their number, and every process
     returns the whole gradient of the logit scale: the mean over processes, which DistributedDataParallel takes, is then
@@ -135,14 +136,14 @@ def backward(
 
     def finish(row: slice, finished: list[tuple[int, Tensor | None, Tensor | None]]) -> None:
         """Write gradients of some rows, from ``(modality, factor, products)``."""
-        out = [g[row] for m, _, _ in finished if (g := gradients[m]) is not None]
+        out = [part(g, row) for m, _, _ in finished if (g := gradients[m]) is not None]
         if out:
             targets = [m for m, _, _ in finished]
             factors, products = [f for _, f, _ in finished], [p for _, _, p in finished]
             backend.row_gradients(targets, row, factors, products, centroid_products, evaluation, out)
 
     everything = slice(0, rows)
-    pairs = spec.nce_pairs(len(embeddings)) if any(needs_grad) else []
+    pairs = spec.nce_pairs(len(embeddings)) if any(needs_grad) else ()
     moment = None
     if not pairs:
         finish(everything, [(m, None, None) for m, needed in enumerate(embedding_needs_grad) if needed])
@@ -159,9 +160,9 @@ def backward(
             for row in row_blocks:
                 if m in own:
                     operand = _rows_of(own[m], row)
-                    products = _own_rows(col_products[m], world)[row] if m in col_products else None
+                    products = part(_own_rows(col_products[m], world), row) if m in col_products else None
                 else:
-                    operand = backend.operand(embeddings[m][row], spec)
+                    operand = backend.operand(part(embeddings[m], row), spec)
                     products = _accumulator(operand) if embedding_needs_grad[m] else None
                 for p, k in members:
                     if products is None and k not in col_products and not scale_needs_grad:
@@ -169,13 +170,14 @@ def backward(
                     matrix = Matrix(*operand, *cols[k], scalars.logit_scale, largest[p], world.rank * rows + row.start)
                     if scale_needs_grad and moment is None:
                         moment = backend.moment_buffer(matrix)
+                    row_sums, negative_mass = part(prepared.rows[p], row), part(saved.negative_mass[p], row)
                     for col in _blocks(total_rows, backend.gradient_block):
                         backend.add_products(
                             matrix.block(slice(0, row.stop - row.start), col),
-                            SoftmaxSums(prepared.rows[p, row], prepared.cols[p, col], saved.negative_mass[p, row]),
+                            SoftmaxSums(row_sums, part(prepared.cols[p], col), negative_mass),
                             prepared,
                             products,
-                            col_products[k][col] if k in col_products else None,
+                            part(col_products[k], col) if k in col_products else None,
                             moment,
                         )
                 if m in own or products is None:
@@ -229,7 +231,7 @@ def _gathered(embedding: Tensor, own: Operand, spec: LossSpec, backend: Backend,
 
 
 def _largest_products(
-    embeddings: list[Tensor], pairs: list[tuple[int, int]], spec: LossSpec, world: World
+    embeddings: list[Tensor], pairs: Pairs, spec: LossSpec, world: World
 ) -> list[Tensor] | list[None]:
     """Per pair, the largest norm of a row times the largest of a column: no inner product exceeds it."""
     if spec.normalize or not pairs:
@@ -241,7 +243,7 @@ def _largest_products(
 
 
 def _rows_of(operand: Operand, row: slice) -> Operand:
-    return Operand(operand.rows[row], None if operand.factor is None else operand.factor[row])
+    return Operand(part(operand.rows, row), None if operand.factor is None else part(operand.factor, row))
 
 
 def _accumulator(operand: Operand) -> Tensor:
@@ -255,10 +257,10 @@ def _accumulator(operand: Operand) -> Tensor:
 def _centroid_matrix(c: Centroids, row: slice, col: slice) -> Matrix:
     symmetric = row == col
     return Matrix(
-        rows=c.rows[row],
-        row_factor=c.bias[row],
-        cols=c.rows[col],
-        col_factor=c.bias[col],
+        rows=part(c.rows, row),
+        row_factor=part(c.bias, row),
+        cols=part(c.rows, col),
+        col_factor=part(c.bias, col),
         scale=c.scale,
         diagonal=0 if symmetric else NO_DIAGONAL,
         biased=True,
@@ -303,14 +305,14 @@ def _centroid_products(evaluation: Evaluation, backend: Backend, world: World) -
     total = torch.zeros_like(c.rows, dtype=compute_dtype(c.rows.dtype))
     for shard_row, shard_col in _triangle(world, own.rows.shape[0]):
         matrix = _centroid_matrix(c, shard_row, shard_col)
-        row_total, col_total = total[shard_row], total[shard_col]
+        row_total, col_total = part(total, shard_row), part(total, shard_col)
         for row in _blocks(row_total.shape[0], backend.gradient_block):
             for col in _blocks(col_total.shape[0], backend.gradient_block):
                 if matrix.symmetric and col.start < row.start:
                     continue
                 block = matrix.block(row, col)
-                cols = None if block.symmetric else col_total[col]
-                backend.add_products(block, None, evaluation.prepared, row_total[row], cols, None)
+                cols = None if block.symmetric else part(col_total, col)
+                backend.add_products(block, None, evaluation.prepared, part(row_total, row), cols, None)
     products = world.sum_own_rows(total)
     blocks = len(_blocks(products.shape[0], backend.gradient_block))
     return products.to(torch.bfloat16) if blocks > 1 and embeddings[0].dtype == torch.bfloat16 else products
@@ -343,6 +345,8 @@ def _description(embeddings: list[Tensor], spec: LossSpec, needs_grad: list[bool
 
 
 def _own_rows(x: Tensor, world: World) -> Tensor:
+    if world.size == 1:
+        return x
     rows = x.shape[0] // world.size
     return x[world.rank * rows : (world.rank + 1) * rows]
 

@@ -42,6 +42,18 @@ def random_embeddings(
     ]
 
 
+def trained_embeddings(n: int, dim: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Tensor]:
+    """Two modalities as a trained model with a narrow cone leaves them: every cosine near one, hard negatives.
+
+    Positives near 0.99, negatives near 0.91: at a logit scale of 100 all negatives together weigh about as much as the
+    positive, and exponents of 130 have to be right to 1e-5.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    cone, shared = (torch.randn(rows, dim, generator=generator, dtype=torch.float64) for rows in (1, n))
+    noise = torch.randn(2, n, dim, generator=generator, dtype=torch.float64)
+    return [(cone + 0.3 * shared + 0.1 * own).to(dtype).to(DEVICE) for own in noise]
+
+
 def skip_unsupported(backend: str, dtype: torch.dtype) -> None:
     """Skip the test where a backend refuses a type by design."""
     if backend == "triton" and dtype == torch.float64:

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ import torch
 import gapkernels
 from gapkernels import environment
 from gapkernels.cli import main, split_overrides
-from gapkernels.training.errors import UserError
+from gapkernels.errors import UserError
+from gapkernels.training.config import read_config
 
 SMALL = [
     "--data.train_samples=256",
@@ -190,6 +192,12 @@ def test_print_config_lists_every_setting(capsys: pytest.CaptureFixture[str]) ->
         ("train digits --config nowhere.yaml", "cannot read the configuration nowhere.yaml"),
         ("train digits --data-dir nowhere", "there is no data folder nowhere"),
         ("train digits --device abacus", "device 'abacus' cannot be used"),
+        ("train digits --device meta", "device 'meta' cannot be used"),
+        ("train digits --seeds 4294967296", "seeds.0: input should be less than 4294967296"),
+        ("train digits --optim.epochs 1" + "0" * 5000, "optim.epochs: unable to parse input string as an integer"),
+        ("train digits --name ..", "unknown option --name"),
+        ("train digits --optim.lr 2020-13-45", "optim.lr: input should be a valid number"),
+        ("train digits --optim.lr " + "[" * 10_000, "optim.lr: input should be a valid number"),
         ("train digits --resume", "nothing to resume: runs/digits holds no run"),
         ("train digits --resume --overwrite", "not allowed with"),
         ("train digits --out .", "is not empty and holds no run"),
@@ -199,6 +207,11 @@ def test_print_config_lists_every_setting(capsys: pytest.CaptureFixture[str]) ->
         ("eval .", "no checkpoint at checkpoint.pt"),
         ("eval file.txt", "file.txt is damaged or not a checkpoint"),
         ("report .", "is not a run folder: it has no config.yaml"),
+        ("report file.json --out file.json", "--out names the HTML file and must end in .html, got file.json"),
+        ("report file.json --out file.md", "--out names the HTML file and must end in .html, got file.md"),
+        ("report . --out file.txt", "--out names the HTML file and must end in .html, got file.txt"),
+        ("reproduce --dataset digits --out .", ". is not empty and holds no experiment; choose another folder"),
+        ("reproduce --dataset digits --batch-sizes 9" + "9" * 5000, "--batch-sizes must be whole numbers above 1"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(
@@ -243,6 +256,68 @@ def test_an_interruption_says_how_to_go_on(
     assert error.startswith("gapkernels: interrupted")
     assert "goes on from its last checkpoint" in error
     assert error.count("\n") == 1
+
+
+def test_a_report_takes_the_place_of_nothing_else(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "page.html").mkdir()
+    assert "page.html is a folder" in fails(capsys, "report", str(run_folder), "--out", str(tmp_path / "page.html"))
+    source = Path(__file__).parents[1] / "benchmarks" / "results"
+    result = str(next(source.glob("*.json")))
+    (tmp_path / "notes.md").write_text("mine")
+    (tmp_path / "plots").write_text("mine")
+    for name in ("notes", "plots"):
+        assert "choose another name" in fails(capsys, "report", result, "--out", str(tmp_path / f"{name}.html"))
+    assert (tmp_path / "notes.md").read_text() == (tmp_path / "plots").read_text() == "mine"
+
+
+def test_two_processes_do_not_train_into_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The second one says who has the folder; a killed one leaves nothing that stands in the way."""
+    folder, command = tmp_path / "run", [sys.executable, "-m", "gapkernels.cli", "train", "digits", *SMALL]
+    words = ["--methods", "gap", "--seeds", "0", "--out", str(folder)]
+    long = [*command, *words, "--optim.epochs=2000", "--run.log_every=1"]
+    with subprocess.Popen(long, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as first:
+        deadline = time.monotonic() + 120
+        while not (folder / "gap" / "seed-0" / "metrics.jsonl").is_file() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        line = fails(capsys, "train", "digits", *SMALL, "--optim.epochs=2000", "--run.log_every=1", *words)
+        assert f"another process trains into {folder} (process {first.pid})" in line
+        first.kill()
+    assert (folder / ".lock").exists()
+    assert main(["train", "digits", *SMALL, *words, "--overwrite"]) == 0
+    assert not (folder / ".lock").exists()
+
+
+def test_features_of_any_modalities_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    generator = np.random.default_rng(0)
+    names = ["audio", "video", "$x^2$", r"\frac", "<b>", "_f", "g", "h", "depth", "touch"]
+    meaning = generator.normal(size=(60, 4))
+    arrays = {name: meaning @ generator.normal(size=(4, 6)) + generator.normal(size=(60, 6)) for name in names}
+    np.savez(tmp_path / "train.npz", **arrays, labels=np.arange(60) % 3)
+    words = ["train", "features", "--data-dir", str(tmp_path), "--data.train_file", "train.npz", "--seeds", "0"]
+    words += ["--methods", "gap", "--optim.epochs", "2", "--optim.batch_size", "16", "--run.threads", "1"]
+    assert main([*words, "--out", str(tmp_path / "run"), "--model.embed_dim", "1"]) == 0
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "<b>" not in page.replace("<b></b>", "")
+    assert "&lt;b&gt;" in page
+    config = read_config(tmp_path / "run" / "config.yaml")
+    assert (config.model.anchor, sorted(config.model.encoders)) == ("$x^2$", sorted(names))
+    assert "model.anchor: $x^2$, as no modality is called text" in capsys.readouterr().err
+    line = fails(capsys, *words, "--out", str(tmp_path / "other"), "--model.anchor", "vidoe")
+    assert "model.anchor is 'vidoe', but the data has" in line
+    # The same command finds its own run again.
+    assert main([*words, "--out", str(tmp_path / "run"), "--model.embed_dim", "1"]) == 0
+
+
+def test_a_modality_that_no_module_can_be_called(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("clip.image", "keys"):
+        np.savez(tmp_path / "train.npz", **{name: np.eye(20), "text": np.eye(20)})
+        words = ["train", "features", "--data-dir", str(tmp_path), "--data.train_file", "train.npz"]
+        line = fails(capsys, *words, "--optim.batch_size", "8", "--out", str(tmp_path / "run"))
+        assert "model.encoders: no modality can be called so" in line
+        assert name in line
+        assert not (tmp_path / "run" / "gap").exists()
 
 
 def test_settings_are_told_from_options() -> None:

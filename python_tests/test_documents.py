@@ -1,6 +1,7 @@
 """The Python in the documents runs, and the links between them lead somewhere."""
 
 import importlib.util
+import pkgutil
 import re
 from pathlib import Path
 
@@ -9,7 +10,10 @@ import torch
 from oracle import DEVICE
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DOCUMENTS = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -48,3 +52,43 @@ def test_links_between_files(document):
     for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
         if "://" not in target:
             assert (document.parent / target).exists(), target
+
+
+def site():
+    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
+    return yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+
+
+def pages_of(nav):
+    for entry in nav:
+        if isinstance(entry, str):
+            yield entry
+        else:
+            for below in entry.values():
+                yield from pages_of([below] if isinstance(below, str) else below)
+
+
+def test_every_document_has_one_place_on_the_site():
+    outside = site()["extra"]["pages"]
+    assert all((ROOT / source).is_file() for source in outside)
+    inside = [path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")]
+    assert sorted(pages_of(site()["nav"])) == sorted([*inside, *outside.values()])
+
+
+def test_api_pages_name_what_exists():
+    names = [
+        name
+        for page in (ROOT / "docs" / "api").glob("*.md")
+        for name in re.findall(r"^::: (\S+)", page.read_text(), re.M)
+    ]
+    assert names
+    for name in names:
+        pkgutil.resolve_name(name)
+
+
+def test_the_architecture_names_rooms_that_exist():
+    architecture = (ROOT / "docs" / "architecture.md").read_text()
+    rooms = re.findall(r"^\| (`[^|]+) \|", architecture, flags=re.MULTILINE)
+    assert len(rooms) > 10
+    for room in re.findall(r"`([^`]+)`", " ".join(rooms)):
+        assert (ROOT / room).exists(), room

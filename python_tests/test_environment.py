@@ -9,7 +9,7 @@ import torch
 
 import gapkernels
 from gapkernels import environment
-from gapkernels.training.errors import UserError
+from gapkernels.errors import UserError
 
 
 def test_versions_devices_backends_and_packages_are_described() -> None:

@@ -1,10 +1,12 @@
 """A cached step must leave exactly the gradients of a direct step, and hold the activations of one micro-batch only."""
 
+import math
 import socket
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -133,8 +135,170 @@ def test_without_replay_dropout_would_differ(monkeypatch: pytest.MonkeyPatch) ->
 
     step = GradientCache(encode, [inputs])
     GapLoss()(*step.embeddings).backward()
-    step.backward()
+    with pytest.raises(RuntimeError, match="is not what it was the first time"):
+        step.backward()
     assert not torch.equal(seen[0], seen[1])
+
+
+class Shuffling:
+    """Gives the micro-batches in another order each time, as a loader that shuffles."""
+
+    def __init__(self, micro_batches: Sequence[Any]) -> None:
+        self._micro_batches = list(micro_batches)
+
+    def __iter__(self) -> Any:
+        self._micro_batches = [*self._micro_batches[1:], self._micro_batches[0]]
+        return iter(self._micro_batches)
+
+
+def step_that_differs(kind: str, towers: nn.ModuleList) -> GradientCache[Any]:
+    """Build a step, with a gradient for its embeddings, whose second encoding will not be the first one."""
+    encode, parts = encoder_of(towers), [tuple(x.clone() for x in part) for part in partition(make_inputs(2), [10, 14])]
+    generator = np.random.default_rng(0)
+    calls = []
+
+    def changed(micro_batch: Sequence[Tensor]) -> Any:
+        calls.append(None)
+        if kind == "input changed in place":
+            micro_batch[1][3].sub_(1.0)
+        if kind == "numpy":
+            return encode([x + torch.from_numpy(generator.normal(size=tuple(x.shape))) for x in micro_batch])
+        if kind == "fewer rows" and len(calls) == 4:
+            return encode([x[1:] for x in micro_batch])
+        if kind == "other number of modalities" and len(calls) == 3:
+            return encode(micro_batch)[:1]
+        return encode(micro_batch)
+
+    step = GradientCache(changed, Shuffling(parts) if kind == "shuffled" else parts)
+    GapLoss()(*step.embeddings).backward()
+    with torch.no_grad():
+        if kind == "mode":
+            towers.eval()
+        if kind == "weights":
+            towers[1][0].weight.mul_(1.001)
+        if kind == "embeddings":
+            step.embeddings[1][12].mul_(1.001)
+    return step
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (
+            "shuffled",
+            r"micro-batch 0 was encoded into embeddings of shape \[\[14, 5\], \[14, 5\]\] the first time and \[",
+        ),
+        ("input changed in place", r"row 3 of `embeddings\[1\]` \(row 3 of micro-batch 0\) is not what it was"),
+        ("numpy", r"row 0 of `embeddings\[0\]` \(row 0 of micro-batch 0\) is not what it was"),
+        ("mode", r"row 0 of `embeddings\[0\]`"),
+        ("weights", r"row 0 of `embeddings\[1\]`"),
+        ("embeddings", r"row 12 of `embeddings\[1\]` \(row 2 of micro-batch 1\)"),
+        (
+            "fewer rows",
+            r"micro-batch 1 was encoded into embeddings of shape .*14, 5.* and \[\[13, 5\], \[13, 5\]\] now",
+        ),
+        ("other number of modalities", r"micro-batch 0 was encoded into embeddings of shape"),
+    ],
+)
+def test_a_second_encoding_that_differs_is_refused(kind: str, message: str) -> None:
+    towers = make_towers(2, lambda: nn.Dropout(0.5))
+    step = step_that_differs(kind, towers)
+    before = torch.get_rng_state()
+    with pytest.raises(RuntimeError, match=message):
+        step.backward()
+    assert torch.equal(torch.get_rng_state(), before)
+    if "micro-batch 0" in message or "row 0" in message:  # nothing of it has reached a gradient
+        assert gradients(towers) == []
+
+
+def test_micro_batches_that_are_no_list() -> None:
+    towers, inputs = make_towers(2), make_inputs(2)
+    expected = []
+    for micro_batches in (
+        partition(inputs, [8, 16]),
+        (part for part in partition(inputs, [8, 16])),
+        torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*inputs), batch_size=12),
+    ):
+        step = GradientCache(encoder_of(towers), micro_batches)
+        GapLoss()(*step.embeddings).backward()
+        step.backward()
+        expected.append(gradients(towers))
+    for found in expected[1:]:
+        for one, other in zip(found, expected[0], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-13)
+    with pytest.raises(TypeError, match="`micro_batches` must be a sequence of micro-batches, got int"):
+        GradientCache(encoder_of(towers), 3)
+
+
+@pytest.mark.parametrize("later", [-1, 1])
+def test_a_loader_of_another_length_is_refused(later: int) -> None:
+    class Changing:
+        length = 3
+
+        def __iter__(self) -> Any:
+            parts = partition(make_inputs(2), [6] * 4)[: self.length]
+            self.length += later
+            return iter(parts)
+
+    step = GradientCache(encoder_of(make_towers(2)), Changing())
+    GapLoss()(*step.embeddings).backward()
+    with pytest.raises(RuntimeError, match="held 3 micro-batches the first time and"):
+        step.backward()
+
+
+def test_an_exception_leaves_the_random_state_as_it_was() -> None:
+    towers, calls = make_towers(2, lambda: nn.Dropout(0.5)), []
+
+    def failing(parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        calls.append(None)
+        if len(calls) == 4:
+            raise KeyError("boom")
+        return encoder_of(towers)(parts)
+
+    step = GradientCache(failing, partition(make_inputs(2), [8, 8, 8])[:2])
+    GapLoss()(*step.embeddings).backward()
+    before = torch.get_rng_state()
+    with pytest.raises(KeyError, match="boom"):
+        step.backward()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+def test_rounding_of_a_lower_precision_inside_is_no_difference(low: torch.dtype) -> None:
+    """Without a graph these towers sum in another order, as other kernels would; what they return is float32."""
+    towers, inputs = make_towers(2, dtype=low), make_inputs(2, dtype=torch.float32)
+
+    def encode(parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        order = torch.arange(WIDTH) if torch.is_grad_enabled() else torch.arange(WIDTH).flip(0)
+        found = []
+        for tower, part in zip(towers, parts, strict=True):
+            terms = [part[:, i, None].to(low) * tower[0].weight[:, i] for i in order.tolist()]
+            found.append(tower[1:](sum(terms) + tower[0].bias).float())
+        return tuple(found)
+
+    step = GradientCache(encode, [inputs])
+    GapLoss()(*step.embeddings).backward()
+    step.backward()
+    assert len(gradients(towers)) == 8
+    strict = GradientCache(encode, [inputs], tolerance=1e-6)
+    GapLoss()(*strict.embeddings).backward()
+    with pytest.raises(RuntimeError, match="more than 1e-06"):
+        strict.backward()
+    with pytest.raises(ValueError, match="`tolerance` must be a positive number, got 0"):
+        GradientCache(encode, [inputs], tolerance=0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e-30, 1e30, 0.0])
+def test_values_that_are_no_ordinary_numbers_are_compared(value: float) -> None:
+    scale = torch.ones((), requires_grad=True)
+
+    step = GradientCache(lambda x: [scale * x], [torch.full((2, 3), value)])
+    step.embeddings[0].grad = torch.zeros(2, 3)
+    step.backward()
+    with torch.no_grad():
+        step.embeddings[0][1, 2] = 2 * value if value and math.isfinite(value) else 7.0
+    with pytest.raises(RuntimeError, match="row 1 of"):
+        step.backward()
 
 
 def test_autocast_gives_the_gradients_of_the_direct_step() -> None:

@@ -100,6 +100,104 @@ def test_ids_reach_the_retrieval() -> None:
     assert result["image_to_text/R@1"] > evaluate(both)["image_to_text/R@1"]
 
 
+def captioned(counts: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Images, captions that tell a little of them, and whose each caption is: int64 [sum of counts]."""
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(len(counts), 24, generator=generator)
+    owner = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    return image, image[owner] + 2.2 * torch.randn(len(owner), 24, generator=generator), owner
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("noise", [0.0, 1e-7])
+@pytest.mark.parametrize("counts", [[5] * 60, [3, 7, 1, 6, 5, 8] * 10])
+def test_an_image_that_is_repeated_for_each_caption_counts_once(
+    dtype: torch.dtype, noise: float, counts: list[int]
+) -> None:
+    """The protocol of COCO: a caption is looked for among the images, an image among all captions."""
+    image, text, owner = (x.to(dtype) if x.is_floating_point() else x for x in captioned(counts))
+    truth = metrics.retrieval(image, text, query_ids=torch.arange(60), target_ids=owner)
+    repeated = image[owner] + (noise * torch.randn(300, 24)).to(dtype)
+    result = evaluate({"image": repeated, "text": text}, ids=owner)
+    by_modality = evaluate({"image": image, "text": text}, ids={"text": owner, "image": torch.arange(60)})
+    for found in (result, by_modality):
+        for way, direction in (("image_to_text", truth.query_to_target), ("text_to_image", truth.target_to_query)):
+            assert [found[f"{way}/R@{k}"] for k in (1, 5, 10)] == pytest.approx(list(direction.recall.values()))
+            assert found[f"{way}/mean_rank"] == pytest.approx(direction.mean_rank)
+    # Similarities of the whole matrix, counted here.
+    score = torch.nn.functional.normalize(text.double()) @ torch.nn.functional.normalize(image.double()).T
+    rank = (score > score[torch.arange(300), owner][:, None]).sum(dim=1) + 1
+    assert result["text_to_image/R@5"] == pytest.approx(float((rank <= 5).double().mean()))
+    assert result["true_pair_cosine"] == pytest.approx(by_modality["true_pair_cosine"], abs=1e-6)
+    if len(set(counts)) == 1:  # a mean over rows weighs each image by its captions
+        assert result["gap"] == pytest.approx(by_modality["gap"], abs=1e-6)
+
+
+def test_class_names_are_few_targets() -> None:
+    image = torch.eye(10).repeat(6, 1) + 0.8 * torch.randn(60, 10, generator=torch.Generator().manual_seed(1))
+    labels = torch.arange(10).repeat(6)
+    found = evaluate({"image": image, "text": torch.eye(10)[labels]}, ids=labels)
+    rank = 1 + (image > image[torch.arange(60), labels][:, None]).sum(dim=1)
+    assert 0.2 < float((rank == 1).double().mean()) < 0.9
+    for k in (1, 5, 10):
+        assert found[f"image_to_text/R@{k}"] == pytest.approx(float((rank <= k).double().mean()))
+
+
+def test_numbers_of_samples_may_differ_with_ids_by_modality() -> None:
+    image, text, owner = captioned([3, 7, 1, 4, 5, 2] * 8)
+    audio = image[5:].flip(0)
+    embeddings = {"image": image[5:], "text": text[owner >= 5], "audio": audio}
+    names = [f"{number}.jpg" for number in range(48)]
+    ids = {"image": names[5:], "text": [names[i] for i in owner.tolist() if i >= 5], "audio": names[5:][::-1]}
+    found = evaluate(embeddings, ids=ids)
+    truth = metrics.retrieval(*list(embeddings.values())[:2], query_ids=ids["image"], target_ids=ids["text"])
+    assert found["text_to_image/R@5"] == truth.target_to_query.recall[5]
+    assert found["image_to_text/median_rank"] == truth.query_to_target.median_rank
+    assert found["image_to_audio/R@1"] == found["audio_to_image/R@1"] == 1.0
+    units = {name: torch.nn.functional.normalize(rows.double()) for name, rows in embeddings.items()}
+    pairs = [("image", "text"), ("image", "audio"), ("text", "audio")]
+    cosines = [
+        torch.stack(
+            [
+                x @ y
+                for x, a in zip(units[m], ids[m], strict=True)
+                for y, b in zip(units[n], ids[n], strict=True)
+                if a == b
+            ]
+        ).mean()
+        for m, n in pairs
+    ]
+    assert found["true_pair_cosine"] == pytest.approx(float(torch.stack(cosines).mean()))
+    gaps = [(units[m].mean(dim=0) - units[n].mean(dim=0)).norm() for m, n in pairs]
+    assert found["gap"] == pytest.approx(float(torch.stack(gaps).mean()))
+    assert found["uniformity/text"] == metrics.uniformity(embeddings["text"])
+
+
+def test_errors_of_ids_by_modality() -> None:
+    image, text, owner = captioned([2] * 4)
+    both, ids = {"image": image, "text": text}, {"image": range(4), "text": owner}
+    with pytest.raises(
+        ValueError, match=r"shape \[8, 24\] \(for different numbers of samples pass `ids` by modality\)"
+    ):
+        evaluate(both, ids=owner)
+    with pytest.raises(
+        ValueError, match=r"`ids` must be given for the modalities \['image', 'text'\], got them for \['image'\]"
+    ):
+        evaluate(both, ids={"image": range(4)})
+    with pytest.raises(ValueError, match=r"`ids\['text'\]` must have 8 entries, one per row, got shape \[4\]"):
+        evaluate(both, ids={**ids, "text": range(4)})
+    with pytest.raises(
+        ValueError, match=r"`ids\['text'\]` must hold ids that `ids\['image'\]` holds too, got 2 without"
+    ):
+        evaluate(both, ids={**ids, "text": owner + 1})
+    with pytest.raises(ValueError, match="`labels` must belong to samples that every modality has in the same order"):
+        evaluate(both, ids=ids, labels=[0, 1, 0, 1])
+    with pytest.raises(
+        ValueError, match=r"`embeddings\['text'\]` must have as many columns as `embeddings\['image'\]`, 24"
+    ):
+        evaluate({"image": image, "text": text[:, :3]}, ids=ids)
+
+
 def test_groups_and_neighbours_reach_the_classifiers() -> None:
     both = modalities("image", "text")
     groups = [row % 30 for row in range(N)]  # rows r and r + 30 share their label, as 30 is a multiple of 3

@@ -15,7 +15,7 @@
 #include <string>
 
 #include "kernels.h"
-#include "operands.h"
+#include "vector.h"
 
 namespace {
 
@@ -218,8 +218,9 @@ Type operand_type_of(Type type) {
 
 // Rounding to float16 moves CU by about 8e-4/√(N·D), which has to stay clear of 1e-5 relative; where there is so little to
 // average over, float32 costs nothing that could be measured.
-Type centroid_type(Type type, int64_t total_rows, int64_t dim) {
-    if (type == Type::f64) return Type::f64;
+// Raw centroids may be of any length: ‖c_i‖² + ‖c_j‖² − 2⟨c_i, c_j⟩ of near copies then takes float64.
+Type centroid_type(Type type, int64_t total_rows, int64_t dim, const Spec& spec) {
+    if (type == Type::f64 || (!spec.normalize && !spec.normalize_centroids)) return Type::f64;
     const bool few = total_rows * dim <= (1 << 16) && total_rows <= 4096;
     return type == Type::bf16 && has_bf16_products() && !few ? Type::f16 : Type::f32;
 }
@@ -324,7 +325,7 @@ PyObject* py_centroids(PyObject* const* args) {
     const double uniformity_t = scalar_of(args[2]);
     const int64_t total_rows = integer(args[3]), n = rows[0].count;
     const Spec spec = spec_of(args[4]);
-    const Type type = centroid_type(rows[0].type, total_rows, rows[0].dim), factor_type = compute_type(type);
+    const Type type = centroid_type(rows[0].type, total_rows, rows[0].dim, spec), factor_type = compute_type(type);
     const int64_t dim = padded(rows[0].dim, type);
     NewTensor out({n, dim}, type), bias({n}, factor_type), scale({}, Type::f64);
     {
@@ -490,7 +491,7 @@ PyObject* py_row_gradients(PyObject* const* args) {
         task.centroid_log_sum = doubles_of(item(saved, 5));
         task.centroid_total = doubles_of(item(saved, 6))[0];
         task.centroid_reference = scalar_of(item(prepared, 3));
-        if (centroid_type(task.embeddings[0].type, task.total_rows, dim) == Type::f16) {
+        if (centroid_type(task.embeddings[0].type, task.total_rows, dim, task.spec) == Type::f16) {
             task.centroid_stretch = centroid_stretch(task.sums, static_cast<int>(task.embeddings.size()), dim, task.total_rows);
         }
     }

@@ -259,7 +259,7 @@ class Gradient {
             if (matrix_.symmetric && (col + j) / square < (row + i) / square) continue;
             const int64_t tile_width = panel_columns(col + j, cols_, col_multiple);
             inner_products(operands_, row + i, tile_height, (col + j) / panel_width, tile_width, s);
-            leave_out(s, row + i, tile_height, col + j, tile_width, matrix_.diagonal, false);
+            leave_out(s, row + i, tile_height, col + j, std::min(tile_width, cols_ - col - j), matrix_.diagonal, false);
             const Destination<T> out{h_rows_ + i * row_ld_ + j, row_ld_,
                                      packed ? h_cols_ + (j / panel_width * (height_ / 2) + i / 2) * panel_width * 2 : nullptr};
             moment += epilogue(s, tile_height, tile_width, row + i, col + j, out);

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <exception>
 #include <iterator>
 #include <mutex>
 #include <new>
@@ -44,7 +45,19 @@ void run_tasks(int64_t count, bool parallel, const std::function<void(int64_t, i
 
 bool has_bf16_products() {
 #ifdef __AVX512BF16__
-    return true;
+    // Settings of the library may forbid what the processor has: it is asked once.
+    static const bool answer = [] {
+        alignas(64) Bf16 a[16 * 32] = {}, b[32 * 16] = {};
+        alignas(64) float c[16 * 16];
+        try {
+            product(16, 16, 32, a, 32, b, 16, c, 16, false);
+            release_tiles();
+            return true;
+        } catch (const std::exception&) {
+            return false;
+        }
+    }();
+    return answer;
 #else
     return false;
 #endif

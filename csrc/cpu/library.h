@@ -16,6 +16,9 @@ int num_threads();
 // One thread, the caller, where there is no more than one task or `parallel` is false.
 void run_tasks(int64_t count, bool parallel, const std::function<void(int64_t task, int thread)>& task);
 
+// Whether the library multiplies in bf16 here (AMX or AVX512-BF16), which is then the fastest of its types.
+bool has_bf16_products();
+
 // c[m, n] = a[m, k]·b[k, n], or added to c. Rows of a and c are contiguous, `ld` numbers apart.
 // In bf16 b holds pairs of rows interleaved, [k/2][n][2], rows of pairs ldb·2 numbers apart, and k is even.
 void product(int64_t m, int64_t n, int64_t k, const Bf16* a, int64_t lda, const Bf16* b, int64_t ldb, float* c,

@@ -186,7 +186,7 @@ class Sums {
                 const int64_t width = panel_columns(col, cols_, 16);
                 if (matrix_.symmetric && col + width <= row + 1) continue;  // below the diagonal
                 inner_products(operands_, row, height, col / panel_width, width, s);
-                leave_out(s, row, height, col, width, matrix_.diagonal, matrix_.symmetric);
+                leave_out(s, row, height, col, std::min(width, cols_ - col), matrix_.diagonal, matrix_.symmetric);
                 reduce_tile<pass, biased>(s, height, width, exponents_, row_ + row, col_ + col, shift_ + col, partial,
                                           col_out + col, row_max_ + row, col_max_ + col);
             }

@@ -7,9 +7,6 @@
 
 #include "tiles.h"
 
-// Whether products of bf16 are faster than those of float32 on this machine.
-bool has_bf16_products();
-
 // Enough work for a second thread to pay for being woken: some ten microseconds.
 inline bool worth_threads(const Matrix& m) {
     const double operations = 2.0 * static_cast<double>(m.rows.count) * static_cast<double>(m.cols.count) *

@@ -36,83 +36,87 @@ struct Chunks {
     }
 };
 
-template <class Convert>
-void load_16_bits(const uint16_t* in, int64_t dim, double* out, Convert convert) {
-    constexpr int size = Vec<float>::size;
-    float wide[size];
-    int64_t k = 0;
-    for (; k + size <= dim; k += size) {
-        convert(in + k).store(wide);
-        for (int l = 0; l < size; ++l) out[k + l] = wide[l];
-    }
-    if (k < dim) {
-        uint16_t rest[size] = {};
-        std::memcpy(rest, in + k, (dim - k) * sizeof(uint16_t));
-        convert(rest).store(wide);
-        for (int l = 0; k + l < dim; ++l) out[k + l] = wide[l];
-    }
-}
-
-// One row in float64.
-void load_row(const Rows& rows, int64_t i, double* out) {
-    const int64_t at = i * rows.stride;
-    switch (rows.type) {
-        case Type::bf16:
-            load_16_bits(static_cast<const uint16_t*>(rows.data) + at, rows.dim, out, from_bf16);
-            break;
-        case Type::f16:
-            load_16_bits(static_cast<const uint16_t*>(rows.data) + at, rows.dim, out, from_f16);
-            break;
-        case Type::f32: {
-            const float* in = static_cast<const float*>(rows.data) + at;
-            for (int64_t k = 0; k < rows.dim; ++k) out[k] = in[k];
-            break;
-        }
-        case Type::f64:
-            std::memcpy(out, static_cast<const double*>(rows.data) + at, rows.dim * sizeof(double));
-            break;
-    }
+float widened_bf16(uint16_t bits) {
+    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+    float x;
+    std::memcpy(&x, &wide, sizeof(x));
+    return x;
 }
 
 uint16_t rounded_bf16(float x) {
     uint32_t bits;
     std::memcpy(&bits, &x, sizeof(bits));
-    if ((bits & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>(bits >> 16 | 0x40);  // not a number
-    return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+    const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16, not_a_number = bits >> 16 | 0x40;
+    return static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? not_a_number : rounded);
 }
 
-// Round a row and store it, with zeros up to `padded`; what was stored is left in `values`.
-void store_row(const Rows& rows, int64_t i, double* values, int64_t dim) {
+// Calls visit(first, count) for blocks of as many numbers as a vector of floats has.
+template <class Visit>
+void for_blocks(int64_t count, Visit visit) {
+    constexpr int64_t size = Vec<float>::size;
+    for (int64_t k = 0; k < count; k += size) visit(k, std::min(size, count - k));
+}
+
+// One row in float64.
+void load_row(const Rows& rows, int64_t i, double* out) {
+    const int64_t at = i * rows.stride, dim = rows.dim;
+    switch (rows.type) {
+        case Type::bf16: {
+            const uint16_t* in = static_cast<const uint16_t*>(rows.data) + at;
+#pragma omp simd
+            for (int64_t k = 0; k < dim; ++k) out[k] = widened_bf16(in[k]);
+            break;
+        }
+        case Type::f16: {
+            const uint16_t* in = static_cast<const uint16_t*>(rows.data) + at;
+            for_blocks(dim, [&](int64_t k, int64_t count) {
+                uint16_t half[Vec<float>::size] = {};
+                float wide[Vec<float>::size];
+                std::memcpy(half, in + k, count * sizeof(uint16_t));
+                from_f16(half).store(wide);
+                for (int64_t l = 0; l < count; ++l) out[k + l] = wide[l];
+            });
+            break;
+        }
+        case Type::f32: {
+            const float* in = static_cast<const float*>(rows.data) + at;
+#pragma omp simd
+            for (int64_t k = 0; k < dim; ++k) out[k] = in[k];
+            break;
+        }
+        case Type::f64:
+            std::memcpy(out, static_cast<const double*>(rows.data) + at, dim * sizeof(double));
+            break;
+    }
+}
+
+// Round a row and store it, with zeros from `dim` on.
+void store_row(const Rows& rows, int64_t i, const double* values, int64_t dim) {
     const int64_t at = i * rows.stride;
     switch (rows.type) {
         case Type::bf16: {
             uint16_t* out = static_cast<uint16_t*>(const_cast<void*>(rows.data)) + at;
+#pragma omp simd
             for (int64_t k = 0; k < dim; ++k) out[k] = rounded_bf16(static_cast<float>(values[k]));
             std::fill(out + dim, out + rows.dim, uint16_t{0});
             break;
         }
         case Type::f16: {
             uint16_t* out = static_cast<uint16_t*>(const_cast<void*>(rows.data)) + at;
-            constexpr int size = Vec<float>::size;
-            for (int64_t k = 0; k < rows.dim; k += size) {
-                float part[size] = {};
-                for (int l = 0; l < size && k + l < dim; ++l) part[l] = static_cast<float>(values[k + l]);
-                uint16_t half[size];
-                to_f16(Vec<float>::load(part), half);
-                from_f16(half).store(part);
-                for (int l = 0; l < size && k + l < rows.dim; ++l) {
-                    out[k + l] = half[l];
-                    if (k + l < dim) values[k + l] = part[l];
-                }
-            }
+            for_blocks(dim, [&](int64_t k, int64_t count) {
+                float wide[Vec<float>::size] = {};
+                uint16_t half[Vec<float>::size];
+                for (int64_t l = 0; l < count; ++l) wide[l] = static_cast<float>(values[k + l]);
+                to_f16(Vec<float>::load(wide), half);
+                std::memcpy(out + k, half, count * sizeof(uint16_t));
+            });
+            std::fill(out + dim, out + rows.dim, uint16_t{0});
             break;
         }
         case Type::f32: {
             float* out = static_cast<float*>(const_cast<void*>(rows.data)) + at;
-            for (int64_t k = 0; k < dim; ++k) {
-                out[k] = static_cast<float>(values[k]);
-                values[k] = out[k];
-            }
+#pragma omp simd
+            for (int64_t k = 0; k < dim; ++k) out[k] = static_cast<float>(values[k]);
             std::fill(out + dim, out + rows.dim, 0.0f);
             break;
         }
@@ -132,6 +136,17 @@ double dot(const double* x, const double* y, int64_t dim) {
     return total;
 }
 
+// out = x / divisor, rounded as a quotient is, so that opposite vectors cancel in a centroid: multiplied by the inverse and
+// put right by what is left over. One division per row instead of one per number.
+void divide(const double* x, double divisor, double* out, int64_t dim) {
+    const double inverse = 1 / divisor;
+#pragma omp simd
+    for (int64_t k = 0; k < dim; ++k) {
+        const double quotient = x[k] * inverse;
+        out[k] = __builtin_fma(__builtin_fma(-quotient, divisor, x[k]), inverse, quotient);
+    }
+}
+
 // One row of every modality, as the loss uses it.
 class Row {
   public:
@@ -149,8 +164,7 @@ class Row {
             load_row(embeddings_[m], i, v);
             norms_[m] = std::sqrt(dot(v, v, dim_));
             double* u = direction(m);
-            const double inverse = 1 / std::max(norms_[m], norm_eps);
-            for (int64_t k = 0; k < dim_; ++k) u[k] = v[k] * inverse;
+            divide(v, std::max(norms_[m], norm_eps), u, dim_);
         }
     }
 
@@ -165,10 +179,7 @@ class Row {
         }
         for (int64_t k = 0; k < dim_; ++k) c[k] *= share;
         const double norm = std::sqrt(dot(c, c, dim_));
-        if (spec_.normalize_centroids) {
-            const double inverse = 1 / std::max(norm, norm_eps);
-            for (int64_t k = 0; k < dim_; ++k) c[k] *= inverse;
-        }
+        if (spec_.normalize_centroids) divide(c, std::max(norm, norm_eps), c, dim_);
         return norm;
     }
 
@@ -313,6 +324,7 @@ void centroids(const std::vector<Rows>& embeddings, const double* sums, double u
             double* c = row.centroid_data();
             for (int64_t k = 0; k < dim; ++k) c[k] = (c[k] - mean[k]) * stretch;
             store_row(out, i, c, dim);
+            load_row({out.data, out.type, out.count, dim, out.stride}, i, c);
             // The norm of what was stored: squared distances are then those of one set of points, never negative.
             bias.set(i, -0.5 * log2_e * *scale * dot(c, c, dim));
         }

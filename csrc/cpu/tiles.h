@@ -57,7 +57,8 @@ inline int64_t panel_columns(int64_t col, int64_t num_cols, int64_t multiple) {
     return std::min(panel_width, round_up(num_cols - col, multiple));
 }
 
-// S = −∞ on the diagonal j = i + diagonal, and below it too if `triangle`.
+// S = −∞ on the diagonal j = i + diagonal, and below it too if `triangle`; of columns that exist, past which it would
+// meet the factor zero.
 template <class A>
 void leave_out(A* s, int64_t row, int64_t height, int64_t col, int64_t width, int64_t diagonal, bool triangle) {
     const int64_t first = row + diagonal - col;  // the diagonal's column in the first row of the tile

@@ -11,13 +11,13 @@ from gapkernels.backends import cpu as cpu_backend
 from gapkernels.backends import cuda as cuda_backend
 from gapkernels.backends import triton as triton_backend
 from gapkernels.backends.contract import Backend
-from gapkernels.backends.cuda import measured
+from gapkernels.backends.cuda import speed_record
 from gapkernels.backends.tiled import TiledBackend
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from gapkernels.backends.cuda.measured import Region
+    from gapkernels.backends.cuda.speed_record import Region
     from gapkernels.spec import LossSpec
 
 NAMES = ("reference", "torch", "cpu", "triton", "cuda")
@@ -33,9 +33,9 @@ class Status(NamedTuple):
 
 
 def available() -> list[Status]:
-    """Every backend with whether it is usable here, in the order of :data:`NAMES`.
+    """Every backend with whether it is usable here, in the order of ``NAMES``.
 
-    Example:
+    Examples:
         >>> [status.name for status in available()]
         ['reference', 'torch', 'cpu', 'triton', 'cuda']
     """
@@ -52,11 +52,11 @@ def select(name: str, like: Tensor, spec: LossSpec) -> Backend:
     """The backend of a name for embeddings like these; ``"auto"`` takes the fastest that is known to be.
 
     That is Triton on a GPU it runs on, the CUDA kernels where a recorded measurement says so
-    (:mod:`gapkernels.backends.cuda.measured`) and they have been compiled, else the tiled backend. It never starts a
-    compilation by nvcc.
+    (``gapkernels.backends.cuda.speed_record``) and they have been compiled, else the tiled backend. It never
+    starts a compilation by nvcc.
 
     Args:
-        name: of :data:`NAMES` but ``"reference"``, or ``"auto"``.
+        name: of ``NAMES`` but ``"reference"``, or ``"auto"``.
         like: ``[N, D]``; its device, type and size decide.
         spec: what is to be computed.
 
@@ -70,12 +70,12 @@ def select(name: str, like: Tensor, spec: LossSpec) -> Backend:
 
 
 def _fastest(like: Tensor, spec: LossSpec) -> str:
+    if spec.cu and not spec.normalize and not spec.normalize_centroids:
+        return "torch"  # centroids of any length take float64 where they lie far apart, which the tiled backend has
     if like.device.type == "cpu" and cpu_backend.ready():
         return "cpu"
     if like.device.type != "cuda":
         return "torch"
-    if spec.cu and not spec.normalize and not spec.normalize_centroids:
-        return "torch"  # centroids of any length take float64, which the tiled backend has
     usable, cuda_faster = _known_of(like.device, like.dtype)
     if not usable:
         return "torch"
@@ -90,7 +90,7 @@ def _known_of(device: torch.device, dtype: torch.dtype) -> tuple[bool, Region | 
     """
     usable = triton_backend.unusable_because(device, dtype) is None
     ready = cuda_backend.unusable_because(device, dtype) is None and cuda_backend.is_compiled()
-    return usable, measured.region(dtype) if ready else None
+    return usable, speed_record.region(dtype) if ready else None
 
 
 @functools.cache
@@ -135,7 +135,7 @@ def _triton_status() -> Status:
     reason = triton_backend.unusable_because()
     if reason is not None:
         return Status("triton", False, reason)
-    cuda_is_faster = cuda_backend.unusable_because() is None and cuda_backend.is_compiled() and measured.regions()
+    cuda_is_faster = cuda_backend.unusable_because() is None and cuda_backend.is_compiled() and speed_record.regions()
     choice = "auto's choice there" + (" but where cuda is faster" if cuda_is_faster else "")
     return Status("triton", True, f"fused kernels on {triton_backend.device_name()}; {choice}")
 
@@ -147,6 +147,6 @@ def _cuda_status() -> Status:
     compiled = cuda_backend.is_compiled()
     how = "" if compiled else f", not compiled yet (about a minute: {cuda_backend.BUILD_COMMAND}, or first use by name)"
     choice = "by name only: no measurement shows them faster than Triton's"
-    if faster := "; ".join(measured.described(measured.regions())):
+    if faster := "; ".join(speed_record.described(speed_record.regions())):
         choice = f"auto's choice{'' if compiled else ' once compiled'} for {faster}"
     return Status("cuda", True, f"tensor-core kernels for Hopper{how}; {choice}")

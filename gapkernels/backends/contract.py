@@ -1,6 +1,6 @@
 """What the plan and the backends share: the contract of functions, and the values that pass through it.
 
-The plan (:mod:`gapkernels.plan`) decides order, pairs, blocks, the triangle and the processes. A backend computes. What
+The plan (``gapkernels.plan``) decides order, pairs, blocks, the triangle and the processes. A backend computes. What
 costs N² is a matrix of exponentials, or its gradient's products with the embeddings:
 
     e_ij = 2^x_ij      pairs of modalities   x_ij = s·log2 e · ⟨rows_i, cols_j⟩ · row_factor_i · col_factor_j
@@ -22,13 +22,13 @@ from torch import Tensor
 from gapkernels.spec import LossSpec
 
 NORM_EPS = 1e-12
-"""Smallest norm a row is divided by, as in :func:`torch.nn.functional.normalize`."""
+"""Smallest norm a row is divided by, as in ``torch.nn.functional.normalize``."""
 
 NO_DIAGONAL = -(1 << 30)
 """The diagonal of a block that has none."""
 
 SUM_SCALARS = 4
-"""How many scalars follow the vectors in :attr:`RowStatistics.sums`."""
+"""How many scalars follow the vectors in ``RowStatistics.sums``."""
 
 
 def statistics_dtype(device: torch.device) -> torch.dtype:
@@ -39,6 +39,11 @@ def statistics_dtype(device: torch.device) -> torch.dtype:
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type of the loss, for embeddings of ``dtype``."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def part(x: Tensor, rows: slice) -> Tensor:
+    """Some rows; the tensor itself where these are all: small problems are bound by what the host does."""
+    return x if rows.stop - rows.start == x.shape[0] else x[rows]
 
 
 class Scalars(NamedTuple):
@@ -127,11 +132,13 @@ class Matrix(NamedTuple):
 
     def block(self, row: slice, col: slice) -> Matrix:
         """The part that covers these rows and columns; of a symmetric matrix one on the diagonal stays symmetric."""
+        if row.stop - row.start == self.rows.shape[0] and col.stop - col.start == self.cols.shape[0]:
+            return self
         return self._replace(
-            rows=self.rows[row],
-            row_factor=None if self.row_factor is None else self.row_factor[row],
-            cols=self.cols[col],
-            col_factor=None if self.col_factor is None else self.col_factor[col],
+            rows=part(self.rows, row),
+            row_factor=None if self.row_factor is None else part(self.row_factor, row),
+            cols=part(self.cols, col),
+            col_factor=None if self.col_factor is None else part(self.col_factor, col),
             diagonal=NO_DIAGONAL if self.diagonal == NO_DIAGONAL else self.diagonal + row.start - col.start,
             symmetric=self.symmetric and row == col,
         )
@@ -156,8 +163,8 @@ class Saved(NamedTuple):
         row_log_sum: ``[P, n]``, log2 Σ_j e_ij of each InfoNCE pair, positive included.
         col_log_sum: ``[P, N]``, log2 Σ_i e_ij over the rows of all processes, positive included.
         negative_mass: ``[P, n]``, 1 − p_ii of the row soft-max plus that of the column soft-max.
-        cosines: ``[P, n]``, see :class:`RowStatistics`.
-        sums: see :class:`RowStatistics`, over the rows of all processes.
+        cosines: ``[P, n]``, see ``RowStatistics``.
+        sums: see ``RowStatistics``, over the rows of all processes.
         centroid_log_sum: ``[n]``, log2 Σ_{j≠i} e_ij of the own centroids; ``[0]`` without CU.
         centroid_summary: ``[2]``, log2 Σ_{i<j} e_ij, and the largest log2 Σ_{j≠i} e_ij of all; ``[0]`` without CU.
     """
@@ -175,8 +182,11 @@ class Terms(NamedTuple):
     """The parts of a loss, in the order in which one tensor ``[5]`` holds them.
 
     Attributes:
-        info_nce, align_true_pairs, centroid_uniformity: 0-dim, unweighted; zero where skipped.
-        modality_gap, true_pair_cosine: 0-dim diagnostics.
+        info_nce: 0-dim, unweighted; zero where skipped.
+        align_true_pairs: likewise.
+        centroid_uniformity: likewise.
+        modality_gap: 0-dim, for diagnosis; no gradient.
+        true_pair_cosine: likewise.
     """
 
     info_nce: Tensor
@@ -191,7 +201,7 @@ class Forward(NamedTuple):
 
     Attributes:
         loss: 0-dim, the weighted sum of the terms.
-        terms: ``[5]``, see :class:`Terms`.
+        terms: ``[5]``, see ``Terms``.
         saved: for the backward pass.
     """
 
@@ -203,15 +213,16 @@ class Forward(NamedTuple):
 class SoftmaxSums(NamedTuple):
     """What turns the exponentials of a block of a pair into the gradient of its symmetric cross-entropy.
 
-        H_ij = unit·row_factor_i·col_factor_j·(e_ij / 2^row_i + e_ij / 2^col_j)      off the diagonal
+        H_ij = 2^h·row_factor_i·col_factor_j·(e_ij / 2^row_i + e_ij / 2^col_j)      off the diagonal
 
-    which multiplies rows and columns of the block as they are stored. The weight of the pair follows in
-    :meth:`Backend.row_gradients`, and so do the positives, ``H_ii = −negative_mass_i``, where a backend does not
-    multiply them along with the rest: they must not be rounded to 16 bits.
+    H multiplies rows and columns of the block as they are stored. The backend chooses h such that no entry underflows
+    in its type; its ``row_gradients`` takes 2^h out again and puts in the weight of the pair. A backend whose entries
+    are rounded to 16 bits leaves the positives, ``H_ii = −2^h·negative_mass_i``, to ``row_gradients`` too.
 
     Attributes:
-        row, col: ``[R]``, ``[C]`` log sums, positive included, as :meth:`Backend.softmax_sums` prepared them.
-        negative_mass: ``[R]`` in the statistics type, see :class:`Saved`.
+        row: ``[R]`` log sums, positive included, as ``Backend.softmax_sums`` prepared them.
+        col: ``[C]``, likewise.
+        negative_mass: ``[R]`` in the statistics type, see ``Saved``.
     """
 
     row: Tensor
@@ -273,7 +284,7 @@ class Backend(Protocol):
         """Operands (of no modality if there is no InfoNCE) and statistics of the own rows."""
 
     def operand(self, embedding: Tensor, spec: LossSpec) -> Operand:
-        """The operand of rows of one modality, as :meth:`row_statistics` makes it."""
+        """The operand of rows of one modality, as ``row_statistics`` makes it."""
 
     def centroids(
         self, embeddings: list[Tensor], sums: Tensor, uniformity_t: Tensor, total_rows: int, spec: LossSpec
@@ -314,7 +325,7 @@ class Backend(Protocol):
         """
 
     def softmax_sums(self, saved: Saved, scalars: Scalars, total_rows: int) -> PreparedSums:
-        """Prepare log sums for :meth:`add_products`; all processes take the same references."""
+        """Prepare log sums for ``add_products``; all processes take the same references."""
 
     def add_products(
         self,
@@ -329,16 +340,16 @@ class Backend(Protocol):
 
         Args:
             block: the entries; without its diagonal.
-            sums: of a pair, see :class:`SoftmaxSums`. Without them, for centroids, ``H_ij = 2^(x_ij −
+            sums: of a pair, see ``SoftmaxSums``. Without them, for centroids, ``H_ij = 2^(x_ij −
                 centroid_reference)``, and of a symmetric block the rows receive all.
             prepared: the references.
             row_products, col_products: ``[R, D']``, ``[C, D']`` float32 or wider; None if not needed.
-            moment: from :meth:`moment_buffer`, to which the block's part of Σ_ij H_ij·x_ij is added, for
-                :meth:`scale_gradient`; None if not needed.
+            moment: from ``moment_buffer``, to which the block's part of Σ_ij H_ij·x_ij is added, for
+                ``scale_gradient``; None if not needed.
         """
 
     def moment_buffer(self, like: Matrix) -> Tensor:
-        """Zeros that :meth:`add_products` adds to, for all blocks of an evaluation."""
+        """Zeros that ``add_products`` adds to, for all blocks of an evaluation."""
 
     def row_gradients(
         self,
@@ -362,4 +373,7 @@ class Backend(Protocol):
         """
 
     def scale_gradient(self, moment: Tensor, evaluation: Evaluation) -> Tensor:
-        """0-dim in the statistics type: this process's part of the gradient with respect to the logit scale."""
+        """This process's part of the gradient with respect to the logit scale, 0-dim.
+
+        In the statistics type, or in the scale's where one process has all of it.
+        """

@@ -69,7 +69,7 @@ def build(target: Path, compile_into: Callable[[Path], Path], what: str, again: 
     """Compile a library unless that has been done, and return it.
 
     Args:
-        target: from :func:`library_path`.
+        target: from ``library_path``.
         compile_into: compiles in an empty folder and returns the library there.
         what: for the line that says what is being done: ``"the CPU kernels (about 15 s)"``.
         again: whether to try again what failed before.

@@ -27,25 +27,48 @@ class Terms(NamedTuple):
 
 
 def info_nce(rows: Tensor, cols: Tensor, logit_scale: Tensor) -> Tensor:
-    """Symmetric cross-entropy of one pair of modalities: matching rows are the positives (CLIP, arXiv 2103.00020)."""
+    """Symmetric cross-entropy of one pair of modalities: matching rows are the positives.
+
+    Args:
+        rows, cols: ``[N, D]``.
+        logit_scale: 0-dim, 1/temperature.
+
+    Source:
+        CLIP, arXiv 2103.00020.
+    """
     logits = logit_scale * rows @ cols.T
     target = torch.arange(len(rows), device=rows.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
 def align_true_pairs(rows: Tensor, cols: Tensor) -> Tensor:
-    """Mean squared distance of matching rows (arXiv 2601.18525, the alignment of true pairs)."""
+    """Mean squared distance of matching rows.
+
+    Args:
+        rows, cols: ``[N, D]``.
+
+    Source:
+        arXiv 2601.18525, the alignment of true pairs.
+    """
     return (rows - cols).square().sum(dim=1).mean()
 
 
 def centroids(embeddings: list[Tensor], normalize: bool) -> Tensor:
-    """The mean over modalities of each sample, put back on the unit sphere if ``normalize``."""
+    """The mean over modalities of each sample, ``[N, D]``, put back on the unit sphere if ``normalize``."""
     mean = torch.stack(embeddings).mean(dim=0)
     return F.normalize(mean, dim=1) if normalize else mean
 
 
 def centroid_uniformity(centroid: Tensor, t: Tensor) -> Tensor:
-    """Logarithm of the mean over pairs i < j of exp(−t‖c_i − c_j‖²) (arXiv 2005.10242 on the centroids)."""
+    """Logarithm of the mean over pairs i < j of exp(−t‖c_i − c_j‖²).
+
+    Args:
+        centroid: ``[N, D]``, see ``centroids``.
+        t: 0-dim, positive.
+
+    Source:
+        arXiv 2601.18525; the potential: arXiv 2005.10242.
+    """
     n = len(centroid)
     norm = centroid.square().sum(dim=1)
     squared_distance = norm[:, None] + norm[None, :] - 2 * centroid @ centroid.T

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from gapkernels.benchmark_report import plots, tables
 from gapkernels.benchmark_report.results import Results, commit_note, load
 from gapkernels.reporting import page
-from gapkernels.reporting.figures import Plot, write_plots
+from gapkernels.reporting.figures import Plot, plain_text, write_plots
 
 LOSSES = ("gap", "info_nce")
 
@@ -33,12 +33,13 @@ def render(result_files: Sequence[Path], out: Path) -> Report:
         ValueError: a file is no result file of the benchmarks.
         OSError: a file cannot be read or written.
 
-    Example:
+    Examples:
         >>> render([Path("benchmarks/results/gpu.json")], Path("report.html"))  # doctest: +SKIP
     """
     files = [load(path) for path in result_files]
-    figures = [plots.draw(results) for results in files]
-    comparison = plots.compare_devices(files)
+    with plain_text():
+        figures = [plots.draw(results) for results in files]
+        comparison = plots.compare_devices(files)
     images = [*comparison, *(plot for section in figures for plot in section)]
 
     paths = write_plots(images, out.with_suffix(""))
@@ -71,6 +72,7 @@ def _facts(results: Results) -> list[str]:
 
 def _markdown(results: Results) -> str:
     parts = [f"# {results.device}", " ".join(_facts(results)), f"Yardstick: {tables.yardstick(results.rows)}."]
+    parts = [tables.escape(part) for part in parts]
     sections = [
         *peer_sections(results),
         *((f"Scaling: {title}", table) for title, table in scaling_sections(results)),
@@ -79,7 +81,7 @@ def _markdown(results: Results) -> str:
     ]
     for title, table in sections:
         if len(table) > 1:
-            parts += [f"## {title}", tables.markdown(table)]
+            parts += [f"## {tables.escape(title)}", tables.markdown(table)]
         if tables.marked(table):
             parts.append("\\" + tables.MARK_MEANING)
     return "\n\n".join(parts)

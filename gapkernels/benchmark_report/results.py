@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -173,34 +172,93 @@ def commit_note(commits: Sequence[str]) -> str:
 
 
 def load(path: Path) -> Results:
-    """Read a result file.
+    """Read a result file; nobody else asks whether what is in it makes sense.
 
     Raises:
-        ValueError: it is no result file of these benchmarks, or holds no rows.
+        ValueError: it is no result file of these benchmarks, or holds no rows; names the first wrong field.
     """
+    from gapkernels.errors import UserError
+
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        facts = [entry["extra_info"] for entry in content["benchmarks"]]
-        rows = [_build(Row, entry) for entry in facts]
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a result file of the benchmarks ({error})") from error
-    if not rows:
-        raise ValueError(f"{path} holds no measurements")
+        return _load(path)
+    except UserError as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        raise ValueError(f"{path} is not a result file of the benchmarks ({reason})") from error
+
+
+def _load(path: Path) -> Results:
+    from typing import get_type_hints
+
+    from pydantic import Field, create_model
+
+    from gapkernels.errors import UserError, shown
+    from gapkernels.reading import Strict, read_json
+
+    positive, share = {"gt": 0, "le": 10**30}, {"ge": 0, "le": 10**30}
+    size, word = {"ge": 1, "le": 2**40}, {"pattern": r"^\w{1,40}$"}
+    limits: dict[str, dict[str, Any]] = {
+        **dict.fromkeys(("median", "rounds", "operations", "back_to_back"), positive),
+        **dict.fromkeys(("tflops", "matmul_tflops", "onednn_tflops"), positive),
+        **dict.fromkeys(("iqr", "utilisation", "peak_extra_bytes", "gradient_bytes"), share),
+        **dict.fromkeys(("loss_error", "gradient_error", "other_cpu_share"), share),
+        **dict.fromkeys(("samples", "width", "modalities"), size),
+        # These become parts of file names.
+        **dict.fromkeys(("loss", "dtype"), word),
+    }
+
+    def model(kind: type[Any], **more: Any) -> Any:
+        hints = get_type_hints(kind)
+        known: Any = {
+            field.name: (
+                hints[field.name],
+                Field(default=... if field.default is MISSING else field.default, **limits.get(field.name, {})),
+            )
+            for field in fields(kind)
+        }
+        return create_model(kind.__name__, __base__=Strict, **{**known, **more})
+
+    text: Any = (str, ...)
+    row: Any = model(Row, device=text, device_type=text, commit=text, versions=(dict[str, str], ...))
+    skip: Any = model(Skip, label=(str | None, None))
+    measured = create_model("Benchmark", __base__=Strict, extra_info=(row, ...))
+    document: Any = create_model(
+        "ResultFile",
+        __base__=Strict,
+        datetime=(str, Field(pattern=r"^\d{4}-\d\d-\d\d")),
+        benchmarks=(list[measured], ...),  # type: ignore[valid-type]
+        skipped=(list[skip], []),
+    )
+    content = read_json(path, document)
+    facts = [entry.extra_info for entry in content.benchmarks]
+    if not facts:
+        raise UserError("it holds no measurements")
+    rows = [_build(Row, entry) for entry in facts]
+    seen: dict[tuple[str, Problem], int] = {}
+    for number, (entry, fact) in enumerate(zip(rows, facts, strict=True)):
+        case = entry.implementation, entry.problem
+        if case in seen:
+            raise UserError(f"benchmarks.{number} measures the case of benchmarks.{seen[case]} again")
+        seen[case] = number
+        if (fact.device, fact.device_type) != (facts[0].device, facts[0].device_type):
+            found, first = shown(fact.device), shown(facts[0].device)
+            raise UserError(f"benchmarks.{number}.extra_info.device is {found}, that of the first row {first}")
     return Results(
         name=path.stem,
-        device=facts[0]["device"],
-        is_gpu=facts[0]["device_type"] != "cpu",
-        date=content["datetime"][:10],
-        commits=sorted({entry["commit"] for entry in facts}),
-        versions={name: version for entry in facts for name, version in entry["versions"].items()},
+        device=facts[0].device,
+        is_gpu=facts[0].device_type != "cpu",
+        date=content.datetime[:10],
+        commits=sorted({entry.commit for entry in facts}),
+        versions={name: version for entry in facts for name, version in entry.versions.items()},
         rows=rows,
-        skips=[_build(Skip, {"label": entry["implementation"], **entry}) for entry in content.get("skipped", [])],
+        skips=[
+            replace(_build(Skip, entry), label=entry.implementation if entry.label is None else entry.label)
+            for entry in content.skipped
+        ],
     )
 
 
-def _build(kind: type[Any], values: dict[str, Any]) -> Any:
-    required = {field.name for field in fields(kind) if field.default is MISSING}
-    return kind(**{field.name: values[field.name] for field in fields(kind) if field.name in required | values.keys()})
+def _build(kind: type[Any], values: Any) -> Any:
+    return kind(**{field.name: getattr(values, field.name) for field in fields(kind)})
 
 
 def exponent(points: Sequence[tuple[float, float]]) -> float | None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Sequence
 
 from gapkernels.benchmark_report.results import Problem, Results, Row, exponent, fastest_of_ours
+from gapkernels.errors import printable
 
 Table = list[list[str]]
 NOTHING = "–"
@@ -28,7 +30,12 @@ def markdown(table: Table) -> str:
     """A Markdown table; the first row is the heading, all columns but the first are numbers."""
     heading, *rows = table
     lines = [heading, ["---"] + ["---:"] * (len(heading) - 1), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(escape(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def escape(text: str) -> str:
+    """Text as Markdown shows it, on one line; what looks like HTML would be taken for it."""
+    return html.escape(printable(text), quote=False)
 
 
 def peer_table(results: Results, problem: Problem) -> Table:

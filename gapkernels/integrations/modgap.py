@@ -6,7 +6,7 @@ One line below the script's own import replaces them, the rest of the script sta
     from gapkernels.integrations.modgap import *
 
 Same names, arguments and values; no N×N matrix and no N(N−1)/2 distances. A batch whose terms are all wanted is
-evaluated faster by one call of :func:`gapkernels.gap_loss`, which shares work between them.
+evaluated faster by one call of ``gapkernels.gap_loss``, which shares work between them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class ClipLoss(nn.Module):
 
     def __init__(self, temperature: float | Tensor = 0.07) -> None:
         super().__init__()
-        self.temperature = temperature if isinstance(temperature, Tensor) else torch.tensor(temperature)
+        self.temperature = temperature
 
     def forward(self, image_features: Tensor, text_features: Tensor) -> Tensor:
         """Args: ``[N, D]`` each, any floating type. Returns: a 0-dim tensor."""
@@ -42,7 +42,7 @@ def contrastive_loss(image_embeds: Tensor, text_embeds: Tensor, temperature: flo
         image_embeds, text_embeds: ``[N, D]``, any floating type.
         temperature: a number or a tensor of one element, which may require gradient.
 
-    Example:
+    Examples:
         >>> contrastive_loss(torch.eye(4), torch.eye(4), temperature=0.01).item() < 1e-6
         True
     """
@@ -56,7 +56,7 @@ def lunif_loss(x: Tensor, t: float = 2) -> Tensor:
         x: ``[N, D]`` with N ≥ 2, any floating type.
         t: sharpness.
 
-    Example:
+    Examples:
         >>> round(lunif_loss(torch.eye(3)).item(), 6)
         -4.0
     """
@@ -71,7 +71,7 @@ def lalign_loss(x: Tensor, y: Tensor, alpha: float = 2) -> Tensor:
         x, y: ``[N, D]``, any floating type.
         alpha: power; 2 in the paper.
 
-    Example:
+    Examples:
         >>> lalign_loss(torch.eye(3), -torch.eye(3)).item()
         4.0
     """

@@ -1,8 +1,10 @@
 """How the modalities lie on the sphere: gap, cosines and uniformity."""
 
 import math
+from collections.abc import Sequence
 from itertools import combinations
 
+import numpy as np
 import torch
 
 from gapkernels.metrics._inputs import check_rows, several, tiles, unit_rows
@@ -25,15 +27,19 @@ def modality_gap(*embeddings: torch.Tensor) -> float:
     Source:
         Liang et al., "Mind the Gap", NeurIPS 2022.
 
-    Example:
+    Examples:
         >>> image, text = torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[0.0, 1.0], [0.0, 2.0]])
         >>> round(modality_gap(image, text), 4)
         1.4142
     """
     names = several(embeddings)
-    means = [unit_rows(name, value).mean(dim=0) for name, value in zip(names, embeddings, strict=True)]
-    gaps = [torch.linalg.vector_norm(x - y) for x, y in combinations(means, 2)]
-    return float(torch.stack(gaps).mean())
+    return mean_gap([unit_rows(name, value) for name, value in zip(names, embeddings, strict=True)])
+
+
+def mean_gap(units: Sequence[torch.Tensor]) -> float:
+    """Distance between the means of unit rows [N of the modality, D], averaged over all pairs of modalities."""
+    means = [unit.mean(dim=0) for unit in units]
+    return float(torch.stack([torch.linalg.vector_norm(x - y) for x, y in combinations(means, 2)]).mean())
 
 
 @torch.no_grad()
@@ -54,7 +60,7 @@ def true_pair_cosine(*embeddings: torch.Tensor) -> float:
     Source:
         Grassucci et al., "Closing the Modality Gap Aligns Group-Wise Semantics", ICLR 2026.
 
-    Example:
+    Examples:
         >>> image, text = torch.tensor([[1.0, 0.0], [0.0, 3.0]]), torch.tensor([[2.0, 0.0], [1.0, 0.0]])
         >>> true_pair_cosine(image, text)
         0.5
@@ -62,6 +68,24 @@ def true_pair_cosine(*embeddings: torch.Tensor) -> float:
     names = several(embeddings)
     units = [unit_rows(name, value) for name, value in zip(names, embeddings, strict=True)]
     cosines = [(x * y).sum(dim=1).mean() for x, y in combinations(units, 2)]
+    return float(torch.stack(cosines).mean())
+
+
+def matching_cosine(units: Sequence[torch.Tensor], codes: Sequence[np.ndarray]) -> float:
+    """Mean cosine over all pairs of rows of two modalities that carry the same code, averaged over pairs of modalities.
+
+    Args:
+        units: unit rows by modality, float64 [N of the modality, D].
+        codes: a number from 0 on for each row, int64 [N of the modality]; every two modalities share some.
+    """
+    count = 1 + max(int(code.max()) for code in codes)
+    sums = []
+    for unit, code in zip(units, codes, strict=True):
+        index = torch.from_numpy(code).to(unit.device)
+        total = unit.new_zeros(count, unit.shape[1]).index_add_(0, index, unit)
+        sums.append((total, index.bincount(minlength=count).to(unit.dtype)))
+    # The cosines of all pairs of one code sum to the product of the code's sums.
+    cosines = [(x * y).sum() / (n * m).sum() for (x, n), (y, m) in combinations(sums, 2)]
     return float(torch.stack(cosines).mean())
 
 
@@ -82,7 +106,7 @@ def within_modality_cosine(embedding: torch.Tensor) -> float:
     Source:
         Liang et al., "Mind the Gap", NeurIPS 2022 (the cone effect).
 
-    Example:
+    Examples:
         >>> within_modality_cosine(torch.tensor([[1.0, 0.0], [1.0, 0.0], [-1.0, 0.0]])).__round__(4)
         -0.3333
     """
@@ -113,7 +137,7 @@ def uniformity(embedding: torch.Tensor, t: float = 2.0) -> float:
         Wang and Isola, "Understanding Contrastive Representation Learning through Alignment and Uniformity on the
         Hypersphere", ICML 2020.
 
-    Example:
+    Examples:
         >>> uniformity(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))
         -8.0
     """

@@ -24,8 +24,12 @@ Embeddings: TypeAlias = torch.Tensor | Sequence[torch.Tensor]
 class ClusteringResult(NamedTuple):
     """Agreement of clusters with labels, and whether clusters hold samples whole.
 
-    `nmi` (arithmetic mean) equals `v_measure` by definition. `undivided` is the share of samples whose rows, one per
-    modality, all lie in one cluster: where a modality gap splits the clusters it is small, whatever their V-measure.
+    Attributes:
+        v_measure: in [0, 1].
+        nmi: normalised mutual information (arithmetic mean), which equals the V-measure by definition.
+        ari: adjusted Rand index, at most 1, 0 for chance.
+        undivided: share of samples whose rows, one per modality, all lie in one cluster. Where a modality gap splits
+            the clusters it is small, whatever their V-measure.
     """
 
     v_measure: float
@@ -62,7 +66,7 @@ def clustering(
         Grassucci et al., "Closing the Modality Gap Aligns Group-Wise Semantics", ICLR 2026; V-measure: Rosenberg and
         Hirschberg, EMNLP-CoNLL 2007.
 
-    Example:
+    Examples:
         >>> image, text = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.1], [0.1, 1.0]])
         >>> clustering([image, text], ["dog", "cat"])
         ClusteringResult(v_measure=1.0, nmi=1.0, ari=1.0, undivided=1.0)
@@ -128,7 +132,7 @@ def knn_accuracy(
         Grassucci et al., "Closing the Modality Gap Aligns Group-Wise Semantics", ICLR 2026 (k = 5, 80/20). The authors'
         code draws single rows of the stack, so that a test image can meet its own caption; this one does not.
 
-    Example:
+    Examples:
         >>> image = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).repeat(10, 1)
         >>> knn_accuracy(image, ["dog", "cat"] * 10)
         1.0
@@ -186,7 +190,7 @@ def linear_probe(
         the linear layer with Adam and reports the best test epoch; this is the converged optimum, which has no epoch
         to choose.
 
-    Example:
+    Examples:
         >>> image = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).repeat(10, 1)
         >>> linear_probe(image, ["dog", "cat"] * 10)
         1.0

@@ -21,10 +21,19 @@ from gapkernels.metrics._inputs import (
 # Cosines this close are ties: a float64 dot product of unit rows is off by D·1e-16 at worst, and where a tile ends
 # decides the order of its summation, so identical targets need not get identical bits.
 _TIE = 1e-12
+# Unit rows of one id whose entries are this close are one item that occurs several times; an encoder in float32 gives
+# the same input the same embedding up to about a hundredth of it.
+_SAME_ROW = 1e-5
 
 
 class DirectionResult(NamedTuple):
-    """Retrieval in one direction: `recall[k]` is R@k as a fraction; ranks count from 1, the best."""
+    """Retrieval in one direction.
+
+    Attributes:
+        recall: R@k by k, as a fraction.
+        median_rank: ranks count from 1, the best.
+        mean_rank: likewise.
+    """
 
     recall: dict[int, float]
     median_rank: float
@@ -74,7 +83,7 @@ def retrieval(
         ValueError: shapes, devices or numbers of ids that do not fit, an id on one side only, `ks` empty or below 1,
             NaN or infinity.
 
-    Example:
+    Examples:
         >>> image = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
         >>> text = torch.tensor([[1.0, 0.1], [0.1, 1.0], [0.0, 1.0]])
         >>> retrieval(image, text, ks=(1, 2)).query_to_target
@@ -96,6 +105,36 @@ def retrieval(
         target_codes[target_order],
     )
     return RetrievalResult(_direction(query_ranks, depths), _direction(target_ranks, depths))
+
+
+def distinct_rows(embedding: torch.Tensor, codes: np.ndarray) -> np.ndarray:
+    """Mark the rows that remain when what occurs several times is kept once, bool [N].
+
+    A row occurs several times where rows of one code have the same embedding, to the rounding of an encoder that met
+    them in different batches: an image that is repeated for each of its captions, or a class name.
+
+    Args:
+        embedding: [N, D], any float dtype.
+        codes: a number for each row, int64 [N].
+    """
+    unit = unit_rows("embedding", embedding)
+    tolerance = max(_SAME_ROW, 2 * _resolution(embedding))
+    # Rows that are alike have like projections, so they are neighbours in this order: N·log N instead of N².
+    direction = torch.randn(unit.shape[1], generator=torch.Generator().manual_seed(0), dtype=unit.dtype)
+    order = np.lexsort(((unit @ direction.to(unit.device)).cpu().numpy(), codes))
+    ordered = unit[torch.from_numpy(order).to(unit.device)]
+    alike = ((ordered[1:] - ordered[:-1]).abs().amax(dim=1) <= tolerance).cpu().numpy()
+    distinct = np.ones(len(codes), dtype=bool)
+    distinct[order[1:]] = ~(alike & (codes[order[1:]] == codes[order[:-1]]))
+    return distinct
+
+
+def _resolution(embedding: torch.Tensor) -> float:
+    """Return the relative step between the values of an embedding: an encoder's bfloat16 often comes as float32."""
+    for dtype in (torch.bfloat16, torch.float16):
+        if torch.equal(embedding, embedding.to(dtype).to(embedding.dtype)):
+            return torch.finfo(dtype).eps
+    return torch.finfo(embedding.dtype).eps
 
 
 def _codes(
@@ -136,17 +175,25 @@ def _codes(
         ("query_ids", query_array, query_codes, "target_ids", target_codes),
         ("target_ids", target_array, target_codes, "query_ids", query_codes),
     ):
-        lonely = np.flatnonzero(~np.isin(codes, other))
-        if lonely.size:
-            raise ValueError(
-                f"`{name}` must hold ids that `{other_name}` holds too, got {lonely.size} without a match, "
-                f"first {array[lonely[0]].item()!r} in row {lonely[0]}"
-            )
+        check_matched(name, array, codes, other_name, other)
     return query_codes, target_codes
 
 
+def check_matched(name: str, array: np.ndarray, codes: np.ndarray, other_name: str, other: np.ndarray) -> None:
+    """Raise unless every one of `codes`, which stand for the ids `array`, occurs in `other` too."""
+    lonely = np.flatnonzero(~np.isin(codes, other))
+    if lonely.size:
+        raise ValueError(
+            f"`{name}` must hold ids that `{other_name}` holds too, got {lonely.size} without a match, "
+            f"first {array[lonely[0]].item()!r} in row {lonely[0]}"
+        )
+
+
 def _ranks(
-    query: torch.Tensor, target: torch.Tensor, query_codes: np.ndarray, target_codes: np.ndarray
+    query: torch.Tensor,
+    target: torch.Tensor,
+    query_codes: np.ndarray,
+    target_codes: np.ndarray,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Ranks (from 1) of all queries and of all targets, from unit rows in the order of their codes.
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -35,6 +36,15 @@ class Plot:
     name: str
     caption: str
     png: bytes
+
+
+@contextmanager
+def plain_text() -> Iterator[None]:
+    """Draw names as they are for as long as the block lasts: to matplotlib a dollar sign begins a formula."""
+    from matplotlib import rc_context
+
+    with rc_context({"text.parse_math": False, "text.usetex": False}):
+        yield
 
 
 def new_figure(height: float = 3.9) -> tuple[Figure, Axes]:

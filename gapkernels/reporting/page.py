@@ -10,7 +10,7 @@ def render(template: str, **values: object) -> str:
 
     Args:
         template: file of this package that extends `reporting/page.html.j2`, for instance `training/report.html.j2`.
-        **values: what it shows; text is escaped, and a :class:`~gapkernels.reporting.figures.Plot` embedded by the
+        **values: what it shows; text is escaped, and a ``gapkernels.reporting.figures.Plot`` embedded by the
             macro `images`.
     """
     from jinja2 import Environment, PackageLoader

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
 
 from gapkernels.cpu import multiplies_bfloat16
+from gapkernels.errors import UserError
 from gapkernels.metrics import clustering, evaluate
-from gapkernels.training.checkpoint import load_checkpoint
-from gapkernels.training.config import Config
-from gapkernels.training.data import NO_CLASS, Split, load_dataset
-from gapkernels.training.embeddings import SUFFIXES, Embeddings, read_embeddings
+from gapkernels.reading import check
+from gapkernels.training.checkpoint import Checkpoint, load_checkpoint, load_weights
+from gapkernels.training.config import validate_config
+from gapkernels.training.data import Split, load_dataset
+from gapkernels.training.embeddings import NO_CLASS, SUFFIXES, Embeddings, read_embeddings
 from gapkernels.training.encoders import MultimodalModel
-from gapkernels.training.errors import UserError
 from gapkernels.training.layout import CHECKPOINT
 
 # A class of so many groups has one in the fifth that kNN and linear probe are tested on, and others to train on.
@@ -66,7 +67,7 @@ def score(samples: Embeddings, anchor: str | None, classifiers: bool = True) -> 
         classifiers: whether to compute kNN and linear probe, which take most of the time.
     """
     metrics = evaluate(samples.modalities, ids=samples.ids, anchor=anchor)
-    if samples.labels is None:
+    if samples.labels is None or isinstance(samples.ids, Mapping):
         return metrics
     kept = samples.labels != NO_CLASS
     labels = samples.labels[kept]
@@ -112,12 +113,17 @@ def evaluate_file(path: Path, anchor: str | None, data_dir: Path | None, device:
 
 def _embed_with_checkpoint(path: Path, data_dir: Path | None, device: torch.device) -> tuple[Embeddings, str]:
     state = load_checkpoint(path)
+    foreign = f"{path} is not a checkpoint of this version of gapkernels train"
     try:
-        config = Config.model_validate(state["config"])
-        dataset = load_dataset(config.data, data_dir)
-        model = MultimodalModel(config.model, dataset.specs).to(device)
-        model.load_state_dict(state["model"])
-    except (KeyError, TypeError, RuntimeError, ValidationError) as error:
-        raise UserError(f"{path} is not a checkpoint of this version of gapkernels train") from error
+        checkpoint = check(state, Checkpoint, path)
+        config = validate_config(checkpoint.config)
+    except UserError as error:
+        raise UserError(f"{foreign} ({error})") from error
+    dataset = load_dataset(config.data, data_dir)
+    model = MultimodalModel(config.model, dataset.specs).to(device)
+    try:
+        load_weights(model, checkpoint.model)
+    except ValueError as error:
+        raise UserError(f"{foreign}, or of other data ({error})") from error
     bfloat16 = computes_in_bfloat16(config.optim.precision, device)
     return embed(model, dataset.test.to(device), bfloat16=bfloat16), config.model.anchor

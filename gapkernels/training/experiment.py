@@ -8,20 +8,21 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from gapkernels.environment import describe_environment
+from gapkernels.errors import UserError, printable
 from gapkernels.training.checkpoint import write_text
-from gapkernels.training.config import Config, did_you_mean, dump_config, flatten, read_config
+from gapkernels.training.config import Config, did_you_mean, dump_config, read_config
 from gapkernels.training.data import load_dataset
 from gapkernels.training.embeddings import read_embeddings
-from gapkernels.training.errors import UserError
 from gapkernels.training.evaluation import score
 from gapkernels.training.layout import CONFIG, EMBEDDINGS, ENVIRONMENT, RESULT, is_finished, run_folder
+from gapkernels.training.locks import is_lock, only_process
 from gapkernels.training.loop import Trainer
-from gapkernels.training.results import load_experiment
+from gapkernels.training.results import load_experiment, load_run
 
 Existing = Literal["continue", "require", "overwrite"]
 
@@ -46,7 +47,8 @@ def run_experiment(
             require that there is one to continue; or delete it and start anew.
 
     Raises:
-        UserError: for an unknown method, a folder that holds something else, missing data or an unusable device.
+        UserError: for an unknown method, a folder that holds something else or that another process trains into,
+            missing or changed data or an unusable device.
     """
     for method in methods or ():
         if method not in config.methods:
@@ -59,20 +61,26 @@ def run_experiment(
         raise UserError(
             f"optim.batch_size is {config.optim.batch_size}, but the training split has {len(dataset.train)} samples"
         )
-    prepare_folder(folder, config, existing)
-
-    runs = [(method, seed) for seed in config.seeds for method in methods or config.methods]
-    for number, (method, seed) in enumerate(runs, start=1):
-        label = f"[{number}/{len(runs)}] {method}, seed {seed}"
-        where = run_folder(folder, method, seed)
-        if is_finished(where):
-            _say(f"{label}: already finished")
-            continue
-        trainer = Trainer(config, method, seed, dataset, where, target)
-        result = trainer.fit(label)
-        metrics = result["metrics"]
-        grouping = f", V-measure {metrics['v_measure']:.3f}" if "v_measure" in metrics else ""
-        _say(f"{label}: gap {metrics['gap']:.3f}{grouping} ({result['seconds']:.0f} s)")
+    asked_for, config = config.model.anchor, config.for_modalities(dataset.specs)
+    if config.model.anchor != asked_for:
+        _say(f"model.anchor: {printable(config.model.anchor)}, as no modality is called {asked_for}")
+    _earlier_run(folder, config, existing)  # before a folder is made
+    folder.mkdir(parents=True, exist_ok=True)
+    with only_process(folder):
+        prepare_folder(folder, config, existing)
+        runs = [(method, seed) for seed in config.seeds for method in methods or config.methods]
+        for number, (method, seed) in enumerate(runs, start=1):
+            label = f"[{number}/{len(runs)}] {method}, seed {seed}"
+            where = run_folder(folder, method, seed)
+            if is_finished(where):
+                _require_same_run(where, config, dataset.fingerprint)
+                _say(f"{label}: already finished")
+                continue
+            trainer = Trainer(config, method, seed, dataset, where, target)
+            result = trainer.fit(label)
+            metrics = result["metrics"]
+            grouping = f", V-measure {metrics['v_measure']:.3f}" if "v_measure" in metrics else ""
+            _say(f"{label}: gap {metrics['gap']:.3f}{grouping} ({result['seconds']:.0f} s)")
 
 
 def rescore_experiment(folder: Path) -> None:
@@ -106,7 +114,7 @@ def choose_device(name: str) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.ones(2, device=device).sum().item()  # `meta` makes tensors that hold nothing
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"device {name!r} cannot be used: {reason}") from error
@@ -115,46 +123,62 @@ def choose_device(name: str) -> torch.device:
 
 def prepare_folder(folder: Path, config: Config, existing: Existing) -> None:
     """Make the run folder ready for `config`, without ever mixing two experiments or deleting foreign files."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is not a folder; choose another one with --out")
-    earlier = read_config(folder / CONFIG) if (folder / CONFIG).is_file() else None
-    if earlier is None:
-        if existing == "require":
-            raise UserError(f"nothing to resume: {folder} holds no run")
-        if folder.is_dir() and any(folder.iterdir()):
-            raise UserError(f"{folder} is not empty and holds no run; choose another folder with --out")
-    elif existing == "overwrite":
+    earlier = _earlier_run(folder, config, existing)
+    begun = earlier is not None and _has_begun(folder, earlier)
+    if earlier is not None and existing == "overwrite":
         _delete_run(folder, earlier)
-    elif not any((folder / method).exists() for method in earlier.methods):
-        pass  # It stopped before its first step: there is nothing to lose or to mix
-    elif not config.same_experiment(earlier):
-        raise UserError(
-            f"{folder} holds a run with other settings ({_difference(earlier, config)}); choose another folder with "
-            "--out, or delete that run with --overwrite"
-        )
-    else:
+        begun = False
+    elif earlier is not None and begun:
         config = config.model_copy(update={"seeds": tuple(sorted({*earlier.seeds, *config.seeds}))})
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / CONFIG, dump_config(config))
-    write_text(folder / ENVIRONMENT, json.dumps(describe_environment(), indent=2) + "\n")
+    # Where the first run was made; each result names its own environment.
+    if not (begun and (folder / ENVIRONMENT).exists()):
+        write_text(folder / ENVIRONMENT, json.dumps(describe_environment(), indent=2) + "\n")
+
+
+def _earlier_run(folder: Path, config: Config, existing: Existing) -> Config | None:
+    """Return the configuration of the run in a folder, if there is one.
+
+    Raises:
+        UserError: if it and `config` may not share the folder, or the folder holds something else.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; choose another one with --out")
+    if not (folder / CONFIG).is_file():
+        if existing == "require":
+            raise UserError(f"nothing to resume: {folder} holds no run")
+        if folder.is_dir() and not all(is_lock(path) for path in folder.iterdir()):
+            raise UserError(f"{folder} is not empty and holds no run; choose another folder with --out")
+        return None
+    earlier = read_config(folder / CONFIG)
+    # A run that stopped before its first step has nothing to lose or to mix.
+    if existing != "overwrite" and _has_begun(folder, earlier) and not config.same_experiment(earlier):
+        raise UserError(
+            f"{folder} holds a run with other settings ({config.difference(earlier)}); choose another folder with "
+            "--out, or delete that run with --overwrite"
+        )
+    return earlier
+
+
+def _has_begun(folder: Path, config: Config) -> bool:
+    return any((folder / method).exists() for method in config.methods)
+
+
+def _require_same_run(run: Path, config: Config, fingerprint: str) -> None:
+    """Raise where a finished run is not the one that would be made now: it would be reported as if it were."""
+    made_with = load_run(run, config).data
+    if made_with is not None and made_with != fingerprint:
+        raise UserError(
+            f"{run} was trained and tested on other data than there is now; bring that back, delete the folder to redo "
+            "the run, or choose another folder with --out"
+        )
 
 
 def _delete_run(folder: Path, config: Config) -> None:
     for method in config.methods:
         shutil.rmtree(folder / method, ignore_errors=True)
     (folder / CONFIG).unlink()
-
-
-def _difference(earlier: Config, now: Config) -> str:
-    """Name the first settings that differ."""
-    there, here = flatten(earlier.model_dump(mode="json")), flatten(now.model_dump(mode="json"))
-    missing: Any = "absent"
-    changed = [
-        f"{key}: {there.get(key, missing)} there, {here.get(key, missing)} now"
-        for key in dict.fromkeys([*there, *here])
-        if key != "seeds" and there.get(key, missing) != here.get(key, missing)
-    ]
-    return "; ".join(changed[:3]) + (f"; and {len(changed) - 3} more" if len(changed) > 3 else "")
 
 
 def _say(message: str) -> None:

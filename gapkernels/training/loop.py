@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -16,21 +17,26 @@ import torch
 from torch import Tensor, nn
 
 from gapkernels import gap_loss
+from gapkernels.environment import describe_environment
+from gapkernels.errors import UserError, printable, shown
 from gapkernels.gradient_cache import GradientCache
+from gapkernels.reading import check
 from gapkernels.training.checkpoint import (
+    Checkpoint,
     load_checkpoint,
+    load_weights,
     random_state,
+    require_like,
     restore_random_state,
     save_checkpoint,
     seed_everything,
     write_text,
 )
-from gapkernels.training.config import Config
+from gapkernels.training.config import Config, validate_config
 from gapkernels.training.data import Dataset
 from gapkernels.training.embeddings import Embeddings, write_embeddings
 from gapkernels.training.encoders import MultimodalModel
 from gapkernels.training.encoders.base import Encoder
-from gapkernels.training.errors import UserError
 from gapkernels.training.evaluation import computes_in_bfloat16, embed, score
 from gapkernels.training.layout import CHECKPOINT, EMBEDDINGS, METRICS, RESULT, TENSORBOARD
 from gapkernels.training.schedules import cosine_with_warmup, loss_weights
@@ -63,6 +69,7 @@ class Trainer:
     def __init__(
         self, config: Config, method: str, seed: int, dataset: Dataset, folder: Path, device: torch.device
     ) -> None:
+        config = config.for_modalities(dataset.specs)
         self.config, self.method_name, self.seed = config, method, seed
         self.method = config.methods[method]
         self.dataset, self.folder, self.device = dataset.to(device), folder, device
@@ -100,12 +107,12 @@ class Trainer:
 
         self.folder.mkdir(parents=True, exist_ok=True)
         resuming = (self.folder / CHECKPOINT).is_file()
-        log_size = self._resume() if resuming else 0
+        log_size, log_digest = self._resume() if resuming else (0, None)
         started = time.monotonic() - self.seconds
         with (
             _deterministic_algorithms(self.config.run.deterministic),
             _limited_threads(self.config.run.threads),
-            _MetricLog(self.folder / METRICS, log_size) as self.log,
+            _MetricLog(self.folder / METRICS, log_size, log_digest) as self.log,
             SummaryWriter(self.folder / TENSORBOARD, purge_step=self.step + 1 if resuming else 0) as self.board,
             tqdm(
                 total=self.total_steps,
@@ -140,6 +147,9 @@ class Trainer:
             "device": str(self.device),
             "precision": "bf16" if self.bfloat16 else "fp32",
             "class_names": list(self.dataset.class_names),
+            "config": self.config.model_dump(mode="json"),
+            "data": self.dataset.fingerprint,
+            "environment": describe_environment(),
         }
         # Written last: a folder with a result is a finished run.
         write_text(self.folder / RESULT, json.dumps(result, indent=2) + "\n")
@@ -182,8 +192,9 @@ class Trainer:
         learning_rate = self.scheduler.get_last_lr()[0]
         self.optimizer.step()
         self.scheduler.step()
-        with torch.no_grad():
-            self.log_logit_scale.clamp_(0.0, math.log(_LARGEST_LOGIT_SCALE))
+        if self.method.learn_temperature:
+            with torch.no_grad():
+                self.log_logit_scale.clamp_(0.0, math.log(_LARGEST_LOGIT_SCALE))
         self.step += 1
 
         # Reading a value waits for the device, so not every step pays for it.
@@ -244,13 +255,19 @@ class Trainer:
 
     def _save(self) -> None:
         self.board.flush()
+        # Most steps do not look at their loss: what has diverged since must not take the place of the last good state.
+        if not all(values.isfinite().all() for values in (*self.model.state_dict().values(), self.log_logit_scale)):
+            raise self._diverged()
+        log_size, log_digest = self.log.sync()
         state = {
             "config": self.config.model_dump(mode="json"),
             "method": self.method_name,
             "seed": self.seed,
             "step": self.step,
             "seconds": self.seconds,
-            "log_size": self.log.sync(),
+            "data": self.dataset.fingerprint,
+            "log_size": log_size,
+            "log_digest": log_digest,
             "model": self.model.state_dict(),
             "log_logit_scale": self.log_logit_scale.detach(),
             "optimizer": self.optimizer.state_dict(),
@@ -259,38 +276,122 @@ class Trainer:
         }
         save_checkpoint(self.folder / CHECKPOINT, state)
 
-    def _resume(self) -> int:
-        """Bring back the state of the checkpoint and return the size of the metric log at its time, in bytes."""
+    def _resume(self) -> tuple[int, str]:
+        """Bring back the state of the checkpoint.
+
+        Returns:
+            The size of the metric log at its time, in bytes, and the checksum of these.
+        """
+        path = self.folder / CHECKPOINT
+        remedy = f"delete the folder {self.folder} to redo this run from its start"
         try:
-            state = load_checkpoint(self.folder / CHECKPOINT)
-            self.model.load_state_dict(state["model"])
-            with torch.no_grad():
-                self.log_logit_scale.copy_(state["log_logit_scale"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.scheduler.load_state_dict(state["scheduler"])
+            state = load_checkpoint(path)
         except UserError as error:
-            raise UserError(f"{error}; delete the folder {self.folder} to redo this run from its start") from error
-        except (KeyError, RuntimeError, ValueError) as error:
+            raise UserError(f"{error}; {remedy}") from error
+        try:
+            checkpoint = check(state, Checkpoint, path)
+            config = validate_config(checkpoint.config)
+        except UserError as error:
+            raise UserError(f"{path} comes from another version of the trainer; {remedy} ({error})") from error
+        self._require_this_run(checkpoint, config, f"{path} is not of this run: ", remedy)
+        initial = {parameter: parameter.detach().clone() for parameter in self._trained_parameters()}
+        try:
+            load_weights(self.model, checkpoint.model)
+            require_like("log_logit_scale", checkpoint.log_logit_scale, self.log_logit_scale)
+            with torch.no_grad():
+                self.log_logit_scale.copy_(checkpoint.log_logit_scale)
+            self._load_optimizer(checkpoint, initial)
+            restore_random_state(checkpoint.random, self.device)
+        except (ValueError, RuntimeError, TypeError) as error:
+            raise UserError(f"{path} is damaged ({printable(str(error))}); {remedy}") from error
+        self.step, self.seconds = checkpoint.step, checkpoint.seconds
+        return checkpoint.log_size, checkpoint.log_digest
+
+    def _require_this_run(self, checkpoint: Checkpoint, config: Config, foreign: str, remedy: str) -> None:
+        if not self.config.same_experiment(config):
+            raise UserError(f"{foreign}it has other settings ({self.config.difference(config)}); {remedy}")
+        if (checkpoint.method, checkpoint.seed) != (self.method_name, self.seed):
             raise UserError(
-                f"{self.folder / CHECKPOINT} comes from another version of the trainer; delete the folder "
-                f"{self.folder} to redo this run from its start"
-            ) from error
-        self.step, self.seconds = state["step"], state["seconds"]
-        restore_random_state(state["random"], self.device)
-        return state["log_size"]
+                f"{foreign}it is of method {shown(checkpoint.method)}, seed {checkpoint.seed}, expected "
+                f"{self.method_name}, seed {self.seed}; {remedy}"
+            )
+        if checkpoint.data != self.dataset.fingerprint:
+            raise UserError(f"{foreign}the data has changed since it was written; bring it back, or {remedy}")
+        if checkpoint.step > self.total_steps:
+            raise UserError(f"{foreign}it is at step {checkpoint.step} of {self.total_steps}; {remedy}")
+
+    def _trained_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters in the order in which the optimiser numbers them."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def _load_optimizer(self, checkpoint: Checkpoint, initial: Mapping[nn.Parameter, Tensor]) -> None:
+        """Bring back the moments of every parameter, and the place in the schedule.
+
+        Args:
+            checkpoint: where they are.
+            initial: what the parameters were before the first step. One without moments has never been moved.
+
+        Raises:
+            ValueError: if a moment is missing or of another shape, or a setting or the place is another one.
+        """
+        own, found = self.optimizer.state_dict(), checkpoint.optimizer
+        groups, moments = found.get("param_groups"), found.get("state")
+        if not isinstance(groups, list) or not isinstance(moments, dict) or len(groups) != len(own["param_groups"]):
+            raise ValueError("the optimizer has other groups of parameters")
+        for group, expected in zip(groups, own["param_groups"], strict=True):
+            # The learning rate moves; it follows from the schedule's place, which is compared below.
+            if not isinstance(group, dict) or set(group) != set(expected):
+                raise ValueError("the optimizer has other settings")
+            if {**group, "lr": None} != {**expected, "lr": None}:
+                raise ValueError("the optimizer has other settings")
+        parameters = self._trained_parameters()
+        if not set(moments) <= set(range(len(parameters))):
+            raise ValueError("the optimizer holds moments of other parameters")
+        for number, parameter in enumerate(parameters):
+            if number not in moments:
+                if not parameter.requires_grad or torch.equal(parameter, initial[parameter]):
+                    continue
+                raise ValueError(f"the optimizer holds no moments of parameter {number}, which has been trained")
+            for name in ("exp_avg", "exp_avg_sq"):
+                moment = moments[number].get(name) if isinstance(moments[number], dict) else None
+                require_like(f"{name} of parameter {number}", moment, parameter)
+            steps = moments[number].get("step")
+            if set(moments[number]) != {"exp_avg", "exp_avg_sq", "step"} or not isinstance(steps, Tensor):
+                raise ValueError(f"the moments of parameter {number} are not those of {self.config.optim.optimizer}")
+            if steps.numel() != 1 or not 0 < float(steps) <= checkpoint.step:
+                raise ValueError(f"the optimizer has taken {shown(steps.tolist())} steps, the run {checkpoint.step}")
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        # Where the schedule is follows from the step alone.
+        schedule = {**self.scheduler.state_dict(), "last_epoch": checkpoint.step, "_step_count": checkpoint.step + 1}
+        rates = [
+            base * factor(checkpoint.step)
+            for base, factor in zip(self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True)
+        ]
+        if checkpoint.scheduler.get("last_epoch") != checkpoint.step or [group["lr"] for group in groups] != rates:
+            raise ValueError("the learning rate is at another place of its schedule")
+        self.scheduler.load_state_dict({**schedule, "_last_lr": rates})
 
 
 class _MetricLog:
-    """One JSON object per line, cut back to `size` bytes first: what came after the checkpoint is computed again."""
+    """One JSON object per line, cut back to `size` bytes first: what came after the checkpoint is computed again.
 
-    def __init__(self, path: Path, size: int) -> None:
-        self._file = path.open("ab")
-        if self._file.tell() < size:
+    Args:
+        path: the file.
+        size: of what the checkpoint knows of it, in bytes.
+        digest: checksum of these bytes; None where there is no checkpoint.
+    """
+
+    def __init__(self, path: Path, size: int, digest: str | None) -> None:
+        self._file = path.open("a+b")
+        self._file.seek(0)
+        known = self._file.read(size)
+        self._digest = hashlib.sha256(known)
+        if len(known) < size or (digest is not None and self._digest.hexdigest() != digest):
             self._file.close()
-            raise UserError(
-                f"{path} is shorter than its checkpoint says; delete the folder {path.parent} to redo this run"
-            )
+            what = "is shorter than its checkpoint says" if len(known) < size else "is not the log of its checkpoint"
+            raise UserError(f"{path} {what}; delete the folder {path.parent} to redo this run")
         self._file.truncate(size)
+        self._file.seek(size)
 
     def __enter__(self) -> _MetricLog:
         return self
@@ -299,13 +400,15 @@ class _MetricLog:
         self._file.close()
 
     def append(self, record: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(record).encode() + b"\n")
+        line = json.dumps(record).encode() + b"\n"
+        self._digest.update(line)
+        self._file.write(line)
         self._file.flush()
 
-    def sync(self) -> int:
-        """Bring every record to the disk and return the size of the file."""
+    def sync(self) -> tuple[int, str]:
+        """Bring every record to the disk and return the size and the checksum of the file."""
         os.fsync(self._file.fileno())
-        return self._file.tell()
+        return self._file.tell(), self._digest.hexdigest()
 
 
 def _micro_batches(batch: Mapping[str, Tensor], size: int) -> list[dict[str, Tensor]]:

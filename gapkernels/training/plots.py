@@ -6,6 +6,7 @@ marker as well as in colour, and classes carry their names: no figure depends on
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,10 +16,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from gapkernels.reporting.figures import COLORS, DPI, LINES, MARKERS, WIDTH, Plot, finish, new_figure
-from gapkernels.training.data import NO_CLASS
-from gapkernels.training.embeddings import read_embeddings
-from gapkernels.training.layout import EMBEDDINGS
+from gapkernels.errors import UserError, printable
+from gapkernels.reporting.figures import COLORS, DPI, LINES, MARKERS, WIDTH, Plot, finish, new_figure, plain_text
+from gapkernels.training.embeddings import NO_CLASS, read_embeddings
+from gapkernels.training.layout import EMBEDDINGS, RESULT
 from gapkernels.training.paper import paper_results
 from gapkernels.training.results import Experiment, RunResult, summarise, table_columns
 
@@ -30,11 +31,19 @@ _CLASS_COLORS = (
 _OTHER_CLASSES = "#d0d0d0"
 
 _MOST_POINTS = 1500
+_MOST_PIXELS = 50_000  # of a side; what draws them takes fewer than 2^16
+_LONGEST_LABEL = 48
+_LONGEST_FILE_NAME = 100
 _SMALLEST_SPAN = 0.05  # of a metric's axis: differences of a tenth of a percent shall not look like anything
 
 
 def draw_plots(experiment: Experiment) -> list[Plot]:
     """Draw every figure the experiment has data for."""
+    with plain_text():
+        return _draw_plots(experiment)
+
+
+def _draw_plots(experiment: Experiment) -> list[Plot]:
     methods = experiment.methods
     plots = [
         _draw_summary(experiment),
@@ -59,7 +68,8 @@ def _draw_summary(experiment: Experiment) -> Plot:
     """Draw the metrics of the results table: a row per metric with a scale of its own, a marker per method."""
     summary = summarise(experiment)
     columns = table_columns(next(iter(summary.values())))
-    figure = Figure(figsize=(WIDTH, 0.2 + len(columns) * (0.45 + 0.17 * len(summary))), dpi=DPI, layout="constrained")
+    height = 0.2 + len(columns) * (0.45 + 0.17 * len(summary))
+    figure = Figure(figsize=(WIDTH, height), dpi=min(DPI, _MOST_PIXELS / height), layout="constrained")
     for axes, (key, heading) in zip(figure.subplots(len(columns), squeeze=False)[:, 0], columns.items(), strict=True):
         for number, metrics in enumerate(summary.values()):
             axes.errorbar(
@@ -78,7 +88,7 @@ def _draw_summary(experiment: Experiment) -> Plot:
         missing = max(0.0, _SMALLEST_SPAN - (highest - lowest))
         axes.set_xlim(lowest - missing / 2, highest + missing / 2)
         axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.set_title(heading, fontsize=10, loc="left")
+        axes.set_title(_label(heading), fontsize=10, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="x", alpha=0.3)
     return finish(
@@ -111,6 +121,11 @@ def _draw_gap_against_grouping(experiment: Experiment) -> list[Plot]:
 
 def draw_comparison(experiments: Sequence[Experiment]) -> list[Plot]:
     """Draw the metrics of the results table against the batch size, if the experiments differ in it."""
+    with plain_text():
+        return _draw_comparison(experiments)
+
+
+def _draw_comparison(experiments: Sequence[Experiment]) -> list[Plot]:
     ordered = sorted(experiments, key=lambda experiment: experiment.config.optim.batch_size)
     sizes = [experiment.config.optim.batch_size for experiment in ordered]
     if len(set(sizes)) < 2:
@@ -122,6 +137,7 @@ def draw_comparison(experiments: Sequence[Experiment]) -> list[Plot]:
         axes.set_xlabel("batch size")
         axes.set_xscale("log", base=2)
         axes.set_xticks(sizes, list(map(str, sizes)))
+        axes.minorticks_off()
         for number, method in enumerate(summaries[0]):
             found = [
                 (size, summary[method][key])
@@ -139,7 +155,7 @@ def draw_comparison(experiments: Sequence[Experiment]) -> list[Plot]:
                 label=method,
             )
         axes.legend(frameon=False)
-        name = f"batch-size-{key.replace('/', '-').replace('@', '-')}"
+        name = f"batch-size-{re.sub(r'[^A-Za-z0-9_.-]', '-', key)[:_LONGEST_FILE_NAME]}"
         plots.append(finish(figure, "Batch size", name, f"{heading}: mean over seeds, bar: ± standard deviation."))
     return plots
 
@@ -181,11 +197,24 @@ def _draw_space(method: str, run: RunResult) -> list[Plot]:
     """Draw the joint space of one run along its two main directions, by modality and by class."""
     from sklearn.decomposition import PCA
 
-    embeddings = read_embeddings(run.folder / EMBEDDINGS)
+    path = run.folder / EMBEDDINGS
+    embeddings = read_embeddings(path)
+    highest = -1 if embeddings.labels is None else int(embeddings.labels.max())
+    if highest >= len(run.class_names):
+        raise UserError(f"{path}: `labels` holds class {highest}, but {RESULT} names {len(run.class_names)} classes")
     arrays = {name: values.float().numpy() for name, values in embeddings.modalities.items()}
     units = {name: a / np.maximum(np.linalg.norm(a, axis=1, keepdims=True), 1e-12) for name, a in arrays.items()}
-    pca = PCA(n_components=2, random_state=0).fit(np.concatenate(list(units.values())))
-    clouds = {name: pca.transform(values)[:_MOST_POINTS] for name, values in units.items()}
+    rows = np.concatenate(list(units.values()))
+    directions = min(2, *rows.shape)
+    with np.errstate(all="ignore"):  # embeddings that are all the same vary in no direction
+        pca = PCA(n_components=directions, random_state=0).fit(rows)
+    # A space of one dimension is drawn as a line.
+    clouds = {
+        name: np.pad(pca.transform(values)[:_MOST_POINTS], [(0, 0), (0, 2 - directions)])
+        for name, values in units.items()
+    }
+
+    shares = [*np.nan_to_num(pca.explained_variance_ratio_), 0.0][:2]
 
     plots = []
     for grouping in ("modality", "class"):
@@ -196,7 +225,7 @@ def _draw_space(method: str, run: RunResult) -> list[Plot]:
             continue
         else:
             _draw_by_class(axes, clouds, embeddings.labels.numpy()[:_MOST_POINTS], run.class_names)
-        for axis, share in zip("xy", pca.explained_variance_ratio_, strict=True):
+        for axis, share in zip("xy", shares, strict=True):
             name = f"principal component {'xy'.index(axis) + 1} ({100 * share:.0f} % of variance)"
             axes.set(**{f"{axis}label": name})
         axes.set_aspect("equal", adjustable="datalim")
@@ -216,11 +245,11 @@ def _draw_by_modality(axes: Axes, clouds: Mapping[str, np.ndarray]) -> None:
             distinct[:, 1],
             s=60 if few else 12,
             alpha=1.0 if few else 0.5,
-            marker=MARKERS[number],
-            color=COLORS[number],
+            marker=MARKERS[number % len(MARKERS)],
+            color=COLORS[number % len(COLORS)],
             edgecolors="white" if few else "none",
             linewidths=0.8,
-            label=name,
+            label=_label(name),
             zorder=2 + number,
         )
     axes.legend(frameon=True, framealpha=0.9)
@@ -242,17 +271,17 @@ def _draw_by_class(axes: Axes, clouds: Mapping[str, np.ndarray], labels: np.ndar
             points[:, 1],
             s=12,
             alpha=0.6,
-            marker=MARKERS[number],
+            marker=MARKERS[number % len(MARKERS)],
             c=colors,
             edgecolors="none",
         )
-        axes.scatter([], [], s=20, marker=MARKERS[number], color="#555555", label=modality)
+        axes.scatter([], [], s=20, marker=MARKERS[number % len(MARKERS)], color="#555555", label=_label(modality))
     axes.legend(frameon=True, framealpha=0.9)
     largest = max(clouds.values(), key=lambda points: len(np.unique(points.round(3), axis=0)))
     for label in named:
         x, y = np.median(largest[labels == label], axis=0)
         halo = [patheffects.withStroke(linewidth=3, foreground="white")]
-        axes.text(x, y, names[label], ha="center", va="center", fontsize=10, weight="bold", path_effects=halo)
+        axes.text(x, y, _label(names[label]), ha="center", va="center", fontsize=10, weight="bold", path_effects=halo)
 
 
 def _draw_line(axes: Axes, runs: Sequence[RunResult], split: str, key: str, label: str, number: int) -> None:
@@ -282,6 +311,16 @@ def _series(history: Iterable[Mapping[str, Any]], split: str, key: str) -> dict[
 def _new_curves(label: str) -> tuple[Figure, Axes]:
     figure, axes = new_figure()
     axes.set_xlabel("epoch")
-    axes.set_ylabel(label)
+    axes.set_ylabel(_label(label))
     axes.grid(alpha=0.3)
     return figure, axes
+
+
+def _label(text: str) -> str:
+    """Return a name from outside as a figure can show it: on one line, short, and in the legend.
+
+    matplotlib leaves names out of a legend that begin with an underscore.
+    """
+    text = printable(text)
+    text = text if len(text) <= _LONGEST_LABEL else f"{text[: _LONGEST_LABEL - 1]}…"
+    return f" {text}" if text.startswith("_") else text

@@ -52,5 +52,15 @@ def _describe(experiment: Experiment) -> dict[str, object]:
         "runs": len(experiment.runs),
         "groups": [(title, list(group)) for title, group in groupby(plots, lambda plot: plot.section)],
         "config": describe_config(experiment.config),
-        "environment": format_environment(dict(experiment.environment)),
+        "environment": "\n\n\n".join(_describe_environments(experiment)),
     }
+
+
+def _describe_environments(experiment: Experiment) -> list[str]:
+    """Describe where the experiment began, and every other place where one of its runs was made."""
+    described = [format_environment(dict(experiment.environment))]
+    for run in experiment.runs:
+        text = "" if run.environment is None else format_environment(dict(run.environment))
+        if text and not any(text in earlier for earlier in described):
+            described.append(f"{run.method}, seed {run.seed}\n\n{text}")
+    return described

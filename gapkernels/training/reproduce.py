@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gapkernels.environment import source_commit
+from gapkernels.errors import UserError
 from gapkernels.training.checkpoint import write_text
 from gapkernels.training.config import Config, load_config
 from gapkernels.training.experiment import run_experiment
@@ -68,8 +69,10 @@ def reproduce(
         The experiments, in the order of the configurations.
 
     Raises:
-        UserError: as `run_experiment`.
+        UserError: as `run_experiment`, or if the folder holds something else.
     """
+    if folder.is_dir() and any(folder.iterdir()) and not any(folder.glob("batch-*")):
+        raise UserError(f"{folder} is not empty and holds no experiment; choose another folder with --out")
     experiments = []
     for size, config in configs.items():
         where = folder / f"batch-{size}"

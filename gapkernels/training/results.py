@@ -7,12 +7,15 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from pydantic import ConfigDict, Field, field_validator
+
+from gapkernels.errors import UserError, printable, shown
+from gapkernels.reading import Count, Quantity, Strict, parse_json, read_bytes, read_json
 from gapkernels.training.checkpoint import write_text
-from gapkernels.training.config import Config, read_config
-from gapkernels.training.errors import UserError
-from gapkernels.training.layout import CONFIG, ENVIRONMENT, METRICS, RESULT, SUMMARY
+from gapkernels.training.config import Config, read_config, validate_config
+from gapkernels.training.layout import CONFIG, ENVIRONMENT, METRICS, RESULT, SUMMARY, run_folder
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,8 @@ class RunResult:
         seconds: wall time of training and evaluation.
         class_names: name of each class, in the order of the labels.
         folder: where its files are.
+        data: fingerprint of the data set; None where an older version has not written it.
+        environment: where it was made; likewise.
     """
 
     method: str
@@ -36,6 +41,73 @@ class RunResult:
     seconds: float
     class_names: Sequence[str]
     folder: Path
+    data: str | None = None
+    environment: Mapping[str, Any] | None = None
+
+
+class _Device(Strict):
+    name: str
+    description: str
+
+
+class _Backend(Strict):
+    name: str
+    usable: bool
+    reason: str | None
+
+
+class _Package(Strict):
+    name: str
+    version: str | None
+    extra: str
+
+
+class Environment(Strict):
+    """What `describe_environment` returns."""
+
+    gapkernels: str
+    python: str
+    platform: str
+    torch: str
+    triton: str | None
+    cuda: str | None
+    rocm: str | None
+    devices: list[_Device]
+    backends: list[_Backend]
+    packages: list[_Package]
+
+
+class _Result(Strict):
+    """`result.json`."""
+
+    method: str
+    seed: Count
+    metrics: dict[str, Quantity] = Field(min_length=1)
+    steps: Count
+    seconds: Annotated[Quantity, Field(ge=0)]
+    device: str
+    class_names: list[str]
+    config: dict[str, Any] | None = None
+    data: str | None = None
+    environment: Environment | None = None
+
+    @field_validator("metrics")
+    @classmethod
+    def _has_gap(cls, metrics: dict[str, float]) -> dict[str, float]:
+        if "gap" not in metrics:
+            raise ValueError("must hold `gap`")
+        return metrics
+
+
+class _Record(Strict):
+    """A line of `metrics.jsonl`: beside these, numbers by name."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Quantity]
+
+    split: Literal["train", "test"]
+    step: Count
+    epoch: Annotated[Quantity, Field(ge=0)]
 
 
 @dataclass(frozen=True)
@@ -79,13 +151,62 @@ def load_experiment(folder: Path) -> Experiment:
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder} is not a run folder: it has no {CONFIG}")
     config = read_config(folder / CONFIG)
-    runs = []
+    runs: list[RunResult] = []
     for method in config.methods:
         found = [path.parent for path in (folder / method).glob(f"seed-*/{RESULT}")]
-        runs += sorted((_load_run(path) for path in found), key=lambda run: run.seed)
+        runs += sorted((load_run(path, config) for path in found), key=lambda run: run.seed)
     if not runs:
         raise UserError(f"{folder} holds no finished run yet")
-    return Experiment(folder, config, _read_json(folder / ENVIRONMENT), runs)
+    for run in runs:
+        different = set(run.metrics) ^ set(runs[0].metrics)
+        if different:
+            raise UserError(
+                f"{run.folder / RESULT} and {runs[0].folder / RESULT} must hold the same metrics; only one of them has "
+                f"{shown(min(different))}"
+            )
+    environment = read_json(folder / ENVIRONMENT, Environment)
+    return Experiment(folder, config, environment.model_dump(), runs)
+
+
+def load_run(folder: Path, config: Config | None = None) -> RunResult:
+    """Read a finished run.
+
+    Args:
+        folder: `<experiment>/<method>/seed-<seed>`.
+        config: configuration of the experiment, which must be that of the run.
+
+    Raises:
+        UserError: if a file is damaged, or those of another run.
+    """
+    path, log = folder / RESULT, folder / METRICS
+    try:
+        result = read_json(path, _Result)
+        lines = read_bytes(log).splitlines()
+        history = [parse_json(line, _Record, log, f"line {number}") for number, line in enumerate(lines, start=1)]
+    except UserError as error:
+        raise UserError(f"{error}; delete its folder and train again to redo this run") from error
+    if folder != run_folder(folder.parents[1], result.method, result.seed):
+        raise UserError(
+            f"{path} does not belong there: it is the result of method {shown(result.method)}, seed {result.seed}"
+        )
+    if config is not None and result.config is not None:
+        try:
+            made_with = validate_config(result.config)
+        except UserError as error:
+            raise UserError(f"{path}: config: {error}") from error
+        if not config.same_experiment(made_with):
+            raise UserError(f"{path} was made with other settings ({config.difference(made_with)})")
+    return RunResult(
+        method=result.method,
+        seed=result.seed,
+        metrics=result.metrics,
+        history=[record.model_dump() for record in history],
+        seconds=result.seconds,
+        class_names=result.class_names,
+        folder=folder,
+        data=result.data,
+        environment=None if result.environment is None else result.environment.model_dump(),
+    )
 
 
 def summarise(experiment: Experiment) -> dict[str, dict[str, Statistic]]:
@@ -181,34 +302,7 @@ def table_rows(
 
 def format_table(rows: Sequence[Sequence[str]]) -> str:
     """Align rows of text in columns, the first row being the headings."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
-
-
-def _load_run(folder: Path) -> RunResult:
-    result = _read_json(folder / RESULT)
-    history = [_parse_json(line, folder / METRICS) for line in _read_text(folder / METRICS).splitlines()]
-    return RunResult(
-        history=history,
-        folder=folder,
-        **{key: result[key] for key in ("method", "seed", "metrics", "seconds", "class_names")},
-    )
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path} ({error})") from error
-
-
-def _read_json(path: Path) -> Any:
-    return _parse_json(_read_text(path), path)
-
-
-def _parse_json(text: str, path: Path) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is damaged ({error}); delete its folder and train again to redo this run") from error

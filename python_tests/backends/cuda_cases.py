@@ -55,8 +55,9 @@ def on_cpu(library, monkeypatch):
     assert INTERPRETED
     monkeypatch.setattr(cuda, "unusable_because", lambda device=None, dtype=None: None)
     monkeypatch.setattr(build, "load", lambda: None)
-    product = lambda total, left, right: total.addmm_(left.float(), right.float())  # noqa: E731
-    monkeypatch.setattr(products, "add_product", product)
+    product = lambda total, left, right, first: total.addmm_(left.float(), right.float())  # noqa: E731
+    monkeypatch.setattr(products, "_by_library", lambda dtype: True)
+    monkeypatch.setattr(products, "_library_product", product)
 
 
 def test_schemas_are_registered(library):

@@ -8,10 +8,10 @@ import torch
 
 from gapkernels import backends
 from gapkernels.backends import cuda
-from gapkernels.backends.cuda import measured
+from gapkernels.backends.cuda import speed_record
 from gapkernels.spec import LossSpec
 
-SOURCE = "benchmarks/results/variants/made-up.json"
+SOURCE = "benchmarks/results/made-up.json"
 
 
 @pytest.fixture
@@ -22,14 +22,14 @@ def hopper(monkeypatch, tmp_path):
         monkeypatch.setattr(backend, "create", lambda name=backend.__name__: name)
     monkeypatch.setattr(backends.triton_backend, "device_name", lambda: "H100")
     monkeypatch.setattr(cuda, "is_compiled", lambda: True)
-    monkeypatch.setattr(measured, "RECORD", tmp_path / "measured.json")
+    monkeypatch.setattr(speed_record, "RECORD", tmp_path / "speed_record.json")
 
     def forget():
-        for cached in (measured.regions, backends._known_of, backends._create):
+        for cached in (speed_record.regions, backends._known_of, backends._create):
             cached.cache_clear()
 
     def record(content):
-        measured.RECORD.write_text(json.dumps(content))
+        speed_record.RECORD.write_text(json.dumps(content))
         forget()
 
     record({})
@@ -53,7 +53,7 @@ def region(samples, width):
 
 
 def test_record_in_the_package_is_well_formed():
-    for dtype, entry in measured.regions().items():
+    for dtype, entry in speed_record.regions().items():
         assert getattr(torch, dtype) in cuda.DTYPES
         assert entry.samples > 0 < entry.width
         assert entry.source.startswith("benchmarks/results/")
@@ -101,11 +101,11 @@ def test_auto_where_the_kernels_cannot_run(hopper, monkeypatch):
     assert chosen(4096, 512) == "TiledBackend"
 
 
-def rows(cuda_times, dtype="bfloat16", setting="default", triton=1.0, iqr=0.01):
+def rows(cuda_times, dtype="bfloat16", setting="", triton=1.0, iqr=0.01):
     """Rows of a result file: Triton takes a second, the CUDA kernels ``{(samples, width): seconds}``."""
-    shared = {"loss": "gap", "modalities": 2, "backward": True, "dtype": dtype, "setting": setting, "iqr": iqr}
+    shared = {"loss": "gap", "modalities": 2, "backward": True, "dtype": dtype, "iqr": iqr}
     return [
-        {**shared, "samples": n, "width": d, "implementation": f"gapkernels-{backend}", "median": time}
+        {**shared, "samples": n, "width": d, "implementation": f"gapkernels-{backend}{setting}", "median": time}
         for (n, d), seconds in cuda_times.items()
         for backend, time in (("cuda", seconds), ("triton", triton))
     ]
@@ -124,29 +124,30 @@ def rows(cuda_times, dtype="bfloat16", setting="default", triton=1.0, iqr=0.01):
     ],
 )
 def test_region_is_derived_from_a_result_file(times, expected):
-    found = measured.derive(rows(times), SOURCE)
-    assert found == ({} if expected is None else {"bfloat16": measured.Region(*expected, SOURCE)})
+    found = speed_record.derive(rows(times), SOURCE)
+    assert found == ({} if expected is None else {"bfloat16": speed_record.Region(*expected, SOURCE)})
 
 
 def test_other_settings_and_problems_without_a_rival_do_not_count():
-    fast, alone = rows({(4096, 512): 0.5}, setting="tuned"), rows({(4096, 512): 0.5})[:1]
-    assert measured.derive([*fast, *alone], SOURCE) == {}
+    fast, alone = rows({(4096, 512): 0.5}, setting=":tuned"), rows({(4096, 512): 0.5})[:1]
+    assert speed_record.derive([*fast, *alone], SOURCE) == {}
 
 
 def test_a_size_is_won_if_every_problem_of_it_is():
     lost = [{**row, "modalities": 3} for row in rows({(4096, 512): 2.0})]
-    assert measured.derive([*rows({(4096, 512): 0.5}), *lost], SOURCE) == {}
+    assert speed_record.derive([*rows({(4096, 512): 0.5}), *lost], SOURCE) == {}
 
 
 def test_command_renews_the_record(hopper, tmp_path, capsys):
     hopper({"sm_90": {"float16": region(1, 1)}})
-    file = tmp_path / "variants.json"
-    file.write_text(json.dumps({"rows": [*rows({(4096, 512): 0.5}), *rows({(4096, 512): 2.0}, dtype="float16")]}))
-    measured.main([str(file)])
+    file = tmp_path / "speed.json"
+    measured = [*rows({(4096, 512): 0.5}), *rows({(4096, 512): 2.0}, dtype="float16")]
+    file.write_text(json.dumps({"benchmarks": [{"extra_info": row} for row in measured]}))
+    speed_record.main([str(file)])
     assert capsys.readouterr().out == f"bfloat16 from N = 4096, D = 512 on ({file})\n"
-    measured.regions.cache_clear()
-    assert measured.regions() == {"bfloat16": measured.Region(4096, 512, str(file))}
-    file.write_text(json.dumps({"rows": []}))
-    measured.main([str(file)])
+    speed_record.regions.cache_clear()
+    assert speed_record.regions() == {"bfloat16": speed_record.Region(4096, 512, str(file))}
+    file.write_text(json.dumps({"benchmarks": []}))
+    speed_record.main([str(file)])
     assert "auto stays with Triton" in capsys.readouterr().out
-    assert json.loads(measured.RECORD.read_text()) == {}
+    assert json.loads(speed_record.RECORD.read_text()) == {}

@@ -17,14 +17,14 @@ if INTERPRETED:
 from backends.triton_launches import SHARED_MEMORY_LIMIT, TARGETS, compile_for, evaluate, recorded
 
 MATRIX_INSTRUCTION = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
-MATRIX_KERNELS = ("tile_sums_kernel", "log_sums_kernel", "gradient_tiles_kernel")
+MATRIX_KERNELS = ("tile_sums_kernel", "log_sums_kernel", "gradient_tiles_kernel", "both_products_kernel")
 
 
 def distinct_launches(arch, all_candidates=False, **evaluation):
     with recorded(arch, all_candidates) as launches:
         evaluate(4100, **evaluation)
         deterministic = torch.are_deterministic_algorithms_enabled()
-        torch.use_deterministic_algorithms(True)  # another way to the log sums
+        torch.use_deterministic_algorithms(True)  # another way to the log sums, no library products
         try:
             evaluate(4100, **evaluation)
         finally:

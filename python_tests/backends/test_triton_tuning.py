@@ -1,4 +1,4 @@
-"""What tuning finds is remembered, by this process and for the next; how large a block of the gradient should be."""
+"""What tuning finds is remembered, by this process and for the next."""
 
 import multiprocessing
 
@@ -7,8 +7,8 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from gapkernels.backends.triton import products, tuning
-from gapkernels.backends.triton.device import INTERPRETED, cdiv
+from gapkernels.backends.triton import tuning
+from gapkernels.backends.triton.device import INTERPRETED
 
 if INTERPRETED:
     pytest.skip("nothing is tuned in Triton's interpreter (TRITON_INTERPRET=1)", allow_module_level=True)
@@ -24,9 +24,9 @@ def file(monkeypatch, tmp_path):
     monkeypatch.setattr(tuning, "architecture", lambda device: "sm_90")
     monkeypatch.setattr(tuning, "_time", lambda launch, config: launch(config))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    tuning._remembered.cache_clear()
+    tuning.forget()
     yield tmp_path / "tuning" / "file.json"
-    tuning._remembered.cache_clear()
+    tuning.forget()
 
 
 def choose(kernel, **arguments):
@@ -45,7 +45,7 @@ def test_a_process_that_does_not_tune_goes_by_the_file(file, monkeypatch):
     config, second = choose("tile_sums")
     assert config == second
     monkeypatch.delenv("GAPKERNELS_TUNE")
-    tuning._remembered.cache_clear()  # another process
+    tuning.forget()  # another process
     assert choose("tile_sums")[0] == second
 
 
@@ -54,10 +54,10 @@ def test_configurations_that_are_no_longer_candidates_are_not_taken(file, monkey
     choose("tile_sums")
     monkeypatch.delenv("GAPKERNELS_TUNE")
     file.write_text(file.read_text().replace('"tile_m": 128', '"tile_m": 512'))
-    tuning._remembered.cache_clear()
+    tuning.forget()
     assert choose("tile_sums")[0].tile_m == 128
     file.write_text(file.read_text().replace('"tile_m"', '"name of another version"'))
-    tuning._remembered.cache_clear()
+    tuning.forget()
     assert choose("tile_sums")[0].tile_m == 128
 
 
@@ -90,13 +90,3 @@ def test_processes_that_write_at_one_time_lose_nothing():
         writer.join()
         assert writer.exitcode == 0
     assert len(tuning._read()) == 40
-
-
-@pytest.mark.parametrize("processors", [108, 132, 148])
-@pytest.mark.parametrize("dim", [256, 384, 512, 640, 768, 1024, 2048])
-def test_blocks_fill_the_processors(dim, processors):
-    config = tuning.candidates("both_products", "sm_90", torch.bfloat16, dim)[0]
-    side = products.fitting_side(dim, processors, config.tile_m, config.tile_n)
-    tiles = 2 * cdiv(side, config.tile_m) * cdiv(dim, config.tile_n)
-    assert tiles >= 0.9 * cdiv(tiles, processors) * processors
-    assert 2048 <= side <= 4352

@@ -23,9 +23,10 @@ from gapkernels import plan
 from gapkernels.backends import triton as triton_backend
 from gapkernels.backends.contract import Scalars
 from gapkernels.backends.triton import (
-    backend,
     device,
+    launch,
     log_sums,
+    products,
     row_gradients,
     row_statistics,
     tile_sums,
@@ -51,7 +52,7 @@ class Launch(NamedTuple):
 
     Attributes:
         name: of the kernel.
-        kernel: the kernel; None for a product by the vendor's library.
+        kernel: the kernel; None for a product by the vendor's library, which float32 takes.
         signature, constants, attributes, options: what its compilation depends on.
     """
 
@@ -83,7 +84,7 @@ def recorded(arch: str = "sm_90", all_candidates: bool = False) -> Iterator[list
     """Record launches as on a GPU of this architecture; nothing runs.
 
     Args:
-        arch: of :data:`TARGETS`.
+        arch: of ``TARGETS``.
         all_candidates: record every configuration of the tuning table instead of the default.
     """
     launches: list[Launch] = []
@@ -102,14 +103,15 @@ def recorded(arch: str = "sm_90", all_candidates: bool = False) -> Iterator[list
             launch(config)
         return options[0]
 
-    def product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    def product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, first: bool) -> None:
         launches.append(Launch("product"))
 
     with ExitStack() as patches:
         for owner, name, replacement in (
             (JITFunction, "run", record),
             (tuning, "choose", choose),
-            (backend.products, "add_product", product),
+            (launch, "_IS_KNOWN", False),  # nothing to remember where nothing is compiled
+            (products, "_library_product", product),
             *((module, "num_processors", mock.Mock(return_value=132)) for module in ASK_FOR_PROCESSORS),
             *((module, "architecture", mock.Mock(return_value=arch)) for module in (device, tuning)),
         ):
@@ -125,9 +127,13 @@ def evaluate(
     needs_grad: tuple[bool, ...] = (True, True, True),
     world: World | None = None,
     spec: LossSpec | None = None,
+    offset: int = 0,
 ) -> None:
-    """Forward and backward pass of the Triton backend, as the plan drives it."""
-    embeddings = random_embeddings(n, dim, modalities, dtype=dtype)
+    """Forward and backward pass of the Triton backend, as the plan drives it; rows begin ``offset`` numbers late."""
+    embeddings = [
+        torch.cat([e.new_zeros(offset), e.flatten()])[offset:].view(n, dim)
+        for e in random_embeddings(n, dim, modalities, dtype=dtype)
+    ]
     numbers = (torch.tensor(v, dtype=torch.float64) for v in ([1.0, 1.0, 1.0], 2.0))
     scalars = Scalars(torch.tensor(14.3), *numbers)
     implementation, spec, world = triton_backend.create(), spec or LossSpec(), world or World()

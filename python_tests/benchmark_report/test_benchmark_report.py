@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hostile import FUZZ, one_line, spoiled
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from gapkernels.benchmark_report import plots, render, tables
+from gapkernels.benchmark_report import page, plots, render, tables
 from gapkernels.benchmark_report.results import Problem, commit_note, exponent, load
 from gapkernels.cli import main
 
@@ -286,6 +289,69 @@ def test_other_files_are_refused_by_name(text: str, tmp_path: Path) -> None:
     file.write_text(text)
     with pytest.raises(ValueError, match=r"other.json"):
         load(file)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("median", 0, "benchmarks.2.extra_info.median: input should be greater than 0, got 0"),
+        ("median", None, "benchmarks.2.extra_info.median: input should be a valid number, got None"),
+        ("median", float("nan"), "benchmarks.2.extra_info.median: input should be a finite number, got nan"),
+        ("versions", [], "benchmarks.2.extra_info.versions: input should be"),
+        ("samples", 2.5, "benchmarks.2.extra_info.samples: input should be a valid integer, got 2.5"),
+        ("loss", "../../x", "benchmarks.2.extra_info.loss: string should match pattern"),
+        ("device", "another", "benchmarks.2.extra_info.device is 'another', that of the first row 'Test CPU <1>'"),
+        ("backward", "yes", "benchmarks.2.extra_info.backward: input should be a valid boolean, got 'yes'"),
+    ],
+)
+def test_a_wrong_field_is_named(field: str, value: Any, words: str, tmp_path: Path) -> None:
+    content = document()
+    content["benchmarks"][2]["extra_info"][field] = value
+    file = tmp_path / "cpu.json"
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=re.escape(words)):
+        load(file)
+    file.write_text(json.dumps({key: entry for key, entry in document().items() if key != "datetime"}))
+    with pytest.raises(ValueError, match="datetime is missing"):
+        load(file)
+    content = document()
+    content["benchmarks"].append(content["benchmarks"][0])
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"benchmarks\.12 measures the case of benchmarks\.0 again"):
+        load(file)
+
+
+@FUZZ
+@given(data=st.data())
+def test_any_value_in_a_result_file_is_read_or_named(tmp_path: Path, data: st.DataObject) -> None:
+    content = document()
+    content["benchmarks"] = [content["benchmarks"][number] for number in (0, 1, 2, 4, 6, 8)]
+    file = tmp_path / "cpu.json"
+    file.write_text(json.dumps(data.draw(spoiled(content))))
+    try:
+        results = load(file)
+    except ValueError as error:
+        one_line(error, "cpu.json")
+        return
+    text = page._markdown(results)
+    assert "<" not in text
+    assert page._html([results], [[]], [])
+
+
+@settings(FUZZ, max_examples=10)
+@given(label=st.text(max_size=30) | st.sampled_from(["$", r"$\frac", "<b>", "_x", "a|b", "a\nb"]))
+def test_labels_of_any_kind_are_drawn(tmp_path: Path, label: str) -> None:
+    content = document()
+    for entry in content["benchmarks"]:
+        if entry["extra_info"]["implementation"] == "authors":
+            entry["extra_info"]["label"] = label
+    file = tmp_path / "cpu.json"
+    file.write_text(json.dumps(content))
+    report = render([file], tmp_path / "report.html")
+    assert len(report.images) > 3
+    tables_in_text = re.findall(r"(?:^\|.*\n)+", report.markdown.read_text(), flags=re.MULTILINE)
+    for block in tables_in_text:
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1
 
 
 @pytest.mark.usefixtures("no_plots")

@@ -38,6 +38,7 @@ def test_groups() -> None:
     assert {"matmul-compile", "matmul-max-autotune"} == set(GROUPS[COMPILED])
     assert {"open-clip", "keops"} < set(GROUPS[LIBRARIES])
     assert groups(torch.device("cpu"))[OURS][-1] == "gapkernels-torch"
+    assert "gapkernels-cpu" not in groups(torch.device("cuda"))[OURS]
     for table in ON_REQUEST.values():
         assert cases(table, table, GROUPS)
 

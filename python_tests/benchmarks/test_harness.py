@@ -17,6 +17,7 @@ from benchmarks import harness, memory, oracle, results, run
 from benchmarks.cases import CPU as CPU_TABLE
 from benchmarks.cases import Case, Grid
 from benchmarks.harness import Session, Skipped
+from benchmarks.implementations import our_backends
 from benchmarks.timing import CpuUse, Samples, sample
 
 CPU = torch.device("cpu")
@@ -284,7 +285,7 @@ def test_run_without_pytest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     out = tmp_path / "results.json"
     run.main(["--out", str(out), "--device", "cpu", "--suites", "tiny", "--case-seconds", "0.01"])
     content = json.loads(out.read_text())
-    assert [entry["extra_info"]["implementation"] for entry in content["benchmarks"]] == ["gapkernels-torch"]
+    assert [entry["extra_info"]["implementation"] for entry in content["benchmarks"]] == our_backends(CPU)
     assert content["benchmarks"][0]["extra_info"]["back_to_back"] is None
     assert [entry["implementation"] for entry in content["skipped"]] == ["siglip-kernel"]
     assert math.isfinite(content["benchmarks"][0]["stats"]["median"])

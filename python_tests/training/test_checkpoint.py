@@ -1,10 +1,14 @@
+import contextlib
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from gapkernels.errors import UserError
 from gapkernels.training.checkpoint import (
     atomic_write,
     load_checkpoint,
@@ -14,7 +18,6 @@ from gapkernels.training.checkpoint import (
     seed_everything,
     write_text,
 )
-from gapkernels.training.errors import UserError
 
 CPU = torch.device("cpu")
 
@@ -53,6 +56,26 @@ def test_what_a_crash_left_behind_does_no_harm(tmp_path: Path) -> None:
     (tmp_path / ".file.tmp").write_bytes(b"left by a killed process, longer than the new content")
     write_text(path, "new")
     assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_processes_that_write_one_file_take_turns(tmp_path: Path) -> None:
+    script = """
+import sys
+from pathlib import Path
+from gapkernels.training.checkpoint import write_text
+for _ in range(60):
+    write_text(Path(sys.argv[1]), sys.argv[2] * 20_000)
+"""
+    path = tmp_path / "file"
+    with contextlib.ExitStack() as stack:
+        writers = [
+            stack.enter_context(subprocess.Popen([sys.executable, "-c", script, str(path), letter])) for letter in "ab"
+        ]
+        while any(writer.poll() is None for writer in writers):
+            if path.exists():
+                assert path.read_text() in ("a" * 20_000, "b" * 20_000)
+    assert [writer.returncode for writer in writers] == [0, 0]
     assert list(tmp_path.iterdir()) == [path]
 
 

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from gapkernels.errors import UserError
 from gapkernels.training.config import (
     Config,
     describe_config,
@@ -11,7 +12,6 @@ from gapkernels.training.config import (
     preset_names,
     read_config,
 )
-from gapkernels.training.errors import UserError
 
 
 def test_digits_preset_compares_the_three_methods_of_the_paper() -> None:

@@ -3,11 +3,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from gapkernels.errors import UserError
 from gapkernels.training.config import DigitHalvesData, DigitsData
 from gapkernels.training.data import ImageSpec, TextSpec, load_dataset
 from gapkernels.training.data.digits import DIGIT_NAMES
 from gapkernels.training.data.tokenizer import PADDING, UNKNOWN, Tokenizer
-from gapkernels.training.errors import UserError
 
 
 def test_digits_are_the_same_every_time() -> None:

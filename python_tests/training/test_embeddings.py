@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from gapkernels.errors import UserError
 from gapkernels.training.embeddings import Embeddings, read_embeddings, write_embeddings
-from gapkernels.training.errors import UserError
 
 IMAGE, TEXT = np.eye(4, 3, dtype=np.float32), np.ones((4, 3), dtype=np.float32)
 

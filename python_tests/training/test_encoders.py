@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from gapkernels.errors import UserError
 from gapkernels.training.config import (
     EncoderConfig,
     FastCNNConfig,
@@ -28,7 +29,6 @@ from gapkernels.training.encoders import (
     _build_encoder,
 )
 from gapkernels.training.encoders.image import _PointwiseConv
-from gapkernels.training.errors import UserError
 
 IMAGE, TEXT = ImageSpec(channels=3, height=8, width=8), TextSpec(vocabulary_size=7, length=5)
 

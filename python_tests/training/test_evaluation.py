@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import gapkernels.training.evaluation
-from gapkernels.training.errors import UserError
+from gapkernels.errors import UserError
 from gapkernels.training.evaluation import computes_in_bfloat16, evaluate_file
 from gapkernels.training.layout import CHECKPOINT, EMBEDDINGS, RESULT, run_folder
 

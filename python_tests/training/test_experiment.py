@@ -1,14 +1,18 @@
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from gapkernels.training.config import Config, read_config
-from gapkernels.training.errors import UserError
+from gapkernels.errors import UserError
+from gapkernels.training.config import Config, load_config, read_config
 from gapkernels.training.experiment import choose_device, prepare_folder, run_experiment
 from gapkernels.training.layout import CHECKPOINT, CONFIG, ENVIRONMENT, RESULT, run_folder
+from gapkernels.training.report import write_report
+from gapkernels.training.results import load_experiment
 
 SmallConfig = Callable[..., Config]
 
@@ -80,6 +84,69 @@ def test_a_checkpoint_of_another_model_names_the_remedy(small_config: SmallConfi
     torch.save({"model": {"layer.weight": torch.zeros(2)}}, run_folder(started, "gap", 0) / CHECKPOINT)
     with pytest.raises(UserError, match=r"comes from another version of the trainer; delete the folder .*seed-0"):
         run_experiment(small_config(seeds=[0]), started, methods=["gap"], device="cpu")
+
+
+def test_what_other_settings_left_is_not_this_run(small_config: SmallConfig, tmp_path: Path) -> None:
+    """A checkpoint, or a result, of another method, seed or learning rate is refused, whatever the folder says."""
+    config = small_config(seeds=[0, 1], optim__epochs=1)
+    run_experiment(config, tmp_path / "a", methods=["gap", "clip-ft"], device="cpu")
+    run_experiment(
+        config.model_copy(update={"optim": config.optim.model_copy(update={"lr": 0.02})}),
+        tmp_path / "b",
+        methods=["gap"],
+        device="cpu",
+    )
+    here = run_folder(tmp_path / "a", "gap", 0)
+    for source, words in (
+        (run_folder(tmp_path / "a", "clip-ft", 0), "method 'clip-ft', seed 0"),
+        (run_folder(tmp_path / "a", "gap", 1), "method 'gap', seed 1"),
+        (run_folder(tmp_path / "b", "gap", 0), r"other settings \(optim\.lr: 0\.02 there, 0\.005 now\)"),
+    ):
+        shutil.rmtree(here)
+        shutil.copytree(source, here)
+        with pytest.raises(UserError, match=words):
+            run_experiment(config, tmp_path / "a", methods=["gap"], device="cpu")
+        with pytest.raises(UserError, match=words):
+            load_experiment(tmp_path / "a")
+        (here / RESULT).unlink()
+        with pytest.raises(UserError, match=f"is not of this run.*{words}.*delete the folder"):
+            run_experiment(config, tmp_path / "a", methods=["gap"], device="cpu", existing="require")
+        assert not (here / RESULT).exists()
+
+
+@pytest.mark.parametrize("finished_first", [True, False])
+def test_a_training_file_that_has_changed_is_noticed(tmp_path: Path, finished_first: bool) -> None:
+    generator = np.random.default_rng(0)
+    arrays = {name: generator.normal(size=(40, 5)) for name in ("image", "text")}
+    np.savez(tmp_path / "train.npz", **arrays)
+    overrides = {"data.train_file": "train.npz", "optim.batch_size": 16, "optim.epochs": 1, "model.embed_dim": 4}
+    config = load_config("features", overrides={**overrides, "seeds": [0], "run.threads": 1})
+    run_experiment(config, tmp_path / "run", methods=["gap"], data_dir=tmp_path, device="cpu")
+    if not finished_first:
+        (run_folder(tmp_path / "run", "gap", 0) / RESULT).unlink()
+    arrays["text"][17, 2] += 1e-9
+    np.savez(tmp_path / "train.npz", **arrays)
+    words = "was trained and tested on other data" if finished_first else "the data has changed since it was written"
+    with pytest.raises(UserError, match=words):
+        run_experiment(config, tmp_path / "run", methods=["gap"], data_dir=tmp_path, device="cpu")
+
+
+def test_the_environment_of_finished_runs_stays(small_config: SmallConfig, tmp_path: Path) -> None:
+    config = small_config(seeds=[0], optim__epochs=1)
+    run_experiment(config, tmp_path, methods=["gap"], device="cpu")
+    elsewhere = json.loads((tmp_path / ENVIRONMENT).read_text()) | {"platform": "elsewhere"}
+    (tmp_path / ENVIRONMENT).write_text(json.dumps(elsewhere))
+    run_experiment(config, tmp_path, methods=["gap"], device="cpu")
+    run_experiment(config.model_copy(update={"seeds": (1,)}), tmp_path, methods=["gap"], device="cpu")
+    assert json.loads((tmp_path / ENVIRONMENT).read_text()) == elsewhere
+    result = json.loads((run_folder(tmp_path, "gap", 1) / RESULT).read_text())
+    assert result["environment"]["platform"] != "elsewhere"
+    write_report([load_experiment(tmp_path)], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "elsewhere" in page
+    assert result["environment"]["platform"] in page
+    run_experiment(config, tmp_path, methods=["gap"], device="cpu", existing="overwrite")
+    assert json.loads((tmp_path / ENVIRONMENT).read_text())["platform"] == result["environment"]["platform"]
 
 
 def test_a_log_that_lost_lines_is_noticed(small_config: SmallConfig, tmp_path: Path) -> None:

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 
+from gapkernels.errors import UserError
 from gapkernels.training.config import Config
 from gapkernels.training.data import Dataset, load_dataset
 from gapkernels.training.embeddings import read_embeddings
-from gapkernels.training.errors import UserError
 from gapkernels.training.experiment import run_experiment
 from gapkernels.training.layout import CHECKPOINT, EMBEDDINGS, METRICS, RESULT, TENSORBOARD, run_folder
 from gapkernels.training.loop import Trainer
@@ -259,6 +259,28 @@ def test_divergence_is_an_error_and_leaves_no_result(small_config: SmallConfig, 
     with pytest.raises(UserError, match="gap, seed 0: training diverged"):
         trainer.fit()
     assert not (tmp_path / RESULT).exists()
+
+
+def test_weights_that_are_not_finite_are_never_saved(
+    small_config: SmallConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step that diverges need not be one that looks at its loss: the last good checkpoint stays."""
+    config = small_config(run__checkpoint_every=4, run__log_every=1000, run__eval_every=1000)
+    train_step = Trainer._train_step
+
+    def diverge(trainer: Trainer, inputs: Any) -> Any:
+        found = train_step(trainer, inputs)
+        if trainer.step == 6:
+            with torch.no_grad():
+                next(trainer.model.parameters()).view(-1)[0] = torch.nan
+        return found
+
+    monkeypatch.setattr(Trainer, "_train_step", diverge)
+    with pytest.raises(UserError, match="gap, seed 0: training diverged before step 8"):
+        Trainer(config, "gap", 0, load_dataset(config.data), tmp_path, CPU).fit()
+    state = torch.load(tmp_path / CHECKPOINT, weights_only=True)
+    assert state["step"] == 4
+    assert all(values.isfinite().all() for values in state["model"].values())
 
 
 def test_torch_settings_are_restored(small_config: SmallConfig, tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from training.real_data import real_data
 from gapkernels.cli import main
 from gapkernels.metrics import knn_accuracy
 from gapkernels.training.config import load_config, preset_names
-from gapkernels.training.data import NO_CLASS, load_dataset
-from gapkernels.training.embeddings import Embeddings
+from gapkernels.training.data import load_dataset
+from gapkernels.training.embeddings import NO_CLASS, Embeddings
 from gapkernels.training.evaluation import score
 from gapkernels.training.layout import METRICS, run_folder
 from gapkernels.training.loop import Trainer

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from gapkernels.training.errors import UserError
+from gapkernels.errors import UserError
 from gapkernels.training.layout import CONFIG, METRICS, RESULT, run_folder
 from gapkernels.training.results import (
     Statistic,

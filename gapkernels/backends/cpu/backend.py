@@ -26,7 +26,7 @@ RESULTS = (Operand, RowStatistics, Centroids, LogSums, Saved, Forward, PreparedS
 
 
 class CpuBackend:
-    """``backend="cpu"``; see :class:`gapkernels.backends.contract.Backend`.
+    """``backend="cpu"``; see ``gapkernels.backends.contract.Backend``.
 
     Raises:
         BuildError: the kernels cannot be compiled or loaded.

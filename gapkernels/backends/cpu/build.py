@@ -47,7 +47,7 @@ INSTRUCTION_SETS = {
 
 
 def instruction_set() -> str | None:
-    """The richest of :data:`INSTRUCTION_SETS` that the processor and torch have; None if there is none."""
+    """The richest of ``INSTRUCTION_SETS`` that the processor and torch have; None if there is none."""
     capability = torch.backends.cpu.get_cpu_capability()
     if capability == "AVX512":
         return "AVX512-BF16" if cpu.has("avx512_bf16") else "AVX-512"
@@ -133,7 +133,7 @@ def load() -> ModuleType:
     """The module of kernels, compiled if need be.
 
     Raises:
-        BuildError: see :func:`build`.
+        BuildError: see ``build``.
     """
     path = str(build())
     loader = importlib.machinery.ExtensionFileLoader(NAME, path)
@@ -148,7 +148,7 @@ def load() -> ModuleType:
 
 
 def is_loaded() -> bool:
-    """Whether :func:`load` has done its work in this process."""
+    """Whether ``load`` has done its work in this process."""
     return load.cache_info().currsize > 0
 
 

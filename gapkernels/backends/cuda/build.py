@@ -245,7 +245,7 @@ def load() -> None:
     """Make the operators ``torch.ops.gapkernels_cuda`` available in this process, compiling them if need be.
 
     Raises:
-        BuildError: see :func:`build`; a second call says so again without compiling again.
+        BuildError: see ``build``; a second call says so again without compiling again.
     """
     if (failure := _load()) is not None:
         raise BuildError(failure)
@@ -264,7 +264,7 @@ def _load() -> str | None:
 
 
 def is_loaded() -> bool:
-    """Whether :func:`load` has done its work in this process."""
+    """Whether ``load`` has done its work in this process."""
     return _load.cache_info().currsize > 0 and _load() is None
 
 

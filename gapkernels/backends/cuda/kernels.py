@@ -21,7 +21,7 @@ class CudaBackend(TritonBackend):
     """``backend="cuda"``; what it does not replace is Triton's."""
 
     def tile_sums(self, matrices: list[Matrix], largest: Tensor | None, headroom: int) -> tuple[Tensor, Tensor]:
-        """Sums relative to the constant reference exponent; see :func:`gapkernels.backends.triton.tile_sums.tile_sums`.
+        """Sums relative to the constant reference exponent; see ``gapkernels.backends.triton.tile_sums.tile_sums``.
 
         One launch for each type of operands, at most ``MAX_MATRICES`` matrices each.
         """
@@ -61,7 +61,7 @@ class CudaBackend(TritonBackend):
         scale_partials: Tensor | None,
         out: Tensor,
     ) -> None:
-        """Write one block of H; see :func:`gapkernels.backends.triton.gradient_tiles.gradient_tiles`."""
+        """Write one block of H; see ``gapkernels.backends.triton.gradient_tiles.gradient_tiles``."""
         if block.rows.dtype == torch.float32:
             super().gradient_tiles(block, row_log_sum, col_log_sum, reference, scale, scale_partials, out)
             return

@@ -36,7 +36,7 @@ LN_2 = math.log(2)
 
 
 class TiledBackend:
-    """``backend="torch"``; see :class:`gapkernels.backends.contract.Backend`."""
+    """``backend="torch"``; see ``gapkernels.backends.contract.Backend``."""
 
     gradient_block = None  # tiles are formed inside
 

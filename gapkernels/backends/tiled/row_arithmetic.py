@@ -31,7 +31,7 @@ LARGEST_FLOAT32_EXPONENT = 32.0
 
 
 def row_statistics(embeddings: list[Tensor], spec: LossSpec) -> tuple[list[Operand], RowStatistics]:
-    """See :meth:`gapkernels.backends.contract.Backend.row_statistics`."""
+    """See ``gapkernels.backends.contract.Backend.row_statistics``."""
     (rows, dim), modalities = embeddings[0].shape, len(embeddings)
     dtype = compute_dtype(embeddings[0].dtype)
     pairs, atp_pairs = spec.nce_pairs(modalities), spec.anchor_pairs(modalities) if spec.atp else []
@@ -62,7 +62,7 @@ def row_statistics(embeddings: list[Tensor], spec: LossSpec) -> tuple[list[Opera
 
 
 def operand(embedding: Tensor, spec: LossSpec) -> Operand:
-    """See :meth:`gapkernels.backends.contract.Backend.operand`."""
+    """See ``gapkernels.backends.contract.Backend.operand``."""
     out = embedding.new_empty(embedding.shape, dtype=compute_dtype(embedding.dtype))
     for chunk, (vectors,), _ in _row_chunks([embedding], slice(0, embedding.shape[0]), spec):
         out[chunk] = vectors
@@ -72,7 +72,7 @@ def operand(embedding: Tensor, spec: LossSpec) -> Operand:
 def centroids(
     embeddings: list[Tensor], sums: Tensor, uniformity_t: Tensor, total_rows: int, spec: LossSpec
 ) -> Centroids:
-    """See :meth:`gapkernels.backends.contract.Backend.centroids`.
+    """See ``gapkernels.backends.contract.Backend.centroids``.
 
     Raw centroids may be so far apart that ‖c_i‖² + ‖c_j‖² − 2⟨c_i, c_j⟩ of near copies loses every digit in float32;
     these are given out, and multiplied, in float64.
@@ -116,7 +116,7 @@ def row_gradients(
     evaluation: Evaluation,
     out: list[Tensor],
 ) -> None:
-    """See :meth:`gapkernels.backends.contract.Backend.row_gradients`.
+    """See ``gapkernels.backends.contract.Backend.row_gradients``.
 
     Factors of operands are ones here, and products include the positives.
     """

@@ -60,7 +60,7 @@ def add_products(
     col_products: Tensor | None,
     moment: Tensor | None,
 ) -> None:
-    """Both products in one walk; see :meth:`gapkernels.backends.contract.Backend.add_products`."""
+    """Both products in one walk; see ``gapkernels.backends.contract.Backend.add_products``."""
     shift: Tensor | None = reference
     factors = None
     if sums is not None:

@@ -38,6 +38,7 @@ from gapkernels.backends.triton import (
     softmax_sums,
     terms,
     tile_sums,
+    tuning,
 )
 from gapkernels.spec import LossSpec
 
@@ -47,14 +48,14 @@ BLOCK = 4096
 CENTROID_HEADROOM = math.log2(gradient_tiles.HALF_SCALE)
 """Entries of H of the centroids may be as large as this: no entry exceeds its row's sum, float16 is used to its end."""
 
-SMALLEST_TILE, LARGEST_TILE = 16, 256
+LARGEST_TILE = 256
 LARGEST_EXPONENT = 126
 LARGEST_BIASED_EXPONENT = 32.0
 """Twice the largest bias of raw centroids: ‖c_i‖² + ‖c_j‖² − 2⟨c_i, c_j⟩ in float32 keeps a few 1e-6 of it."""
 
 
 class TritonBackend:
-    """``backend="triton"``; see :class:`gapkernels.backends.contract.Backend`."""
+    """``backend="triton"``; see ``gapkernels.backends.contract.Backend``."""
 
     @property
     def gradient_block(self) -> int:
@@ -63,7 +64,7 @@ class TritonBackend:
     # ---- what costs N², and what the CUDA backend replaces ----
 
     def tile_sums(self, matrices: list[Matrix], largest: Tensor | None, headroom: int) -> tuple[Tensor, Tensor]:
-        """See :func:`gapkernels.backends.triton.tile_sums.tile_sums`."""
+        """See ``gapkernels.backends.triton.tile_sums.tile_sums``."""
         return tile_sums.tile_sums(matrices, largest, headroom)
 
     def gradient_tiles(
@@ -76,18 +77,16 @@ class TritonBackend:
         scale_partials: Tensor | None,
         out: Tensor,
     ) -> None:
-        """See :func:`gapkernels.backends.triton.gradient_tiles.gradient_tiles`."""
+        """See ``gapkernels.backends.triton.gradient_tiles.gradient_tiles``."""
         gradient_tiles.gradient_tiles(block, row_log_sum, col_log_sum, reference, scale, scale_partials, out)
 
     # ---- the contract ----
 
     def row_statistics(self, embeddings: list[Tensor], spec: LossSpec) -> tuple[list[Operand], RowStatistics]:
-        device.allow_scratch_memory()
-        operands = row_statistics.operands(embeddings, spec) if spec.nce else []
-        return operands, row_statistics.row_statistics(embeddings, spec)
+        return row_statistics.row_statistics(embeddings, spec)
 
     def operand(self, embedding: Tensor, spec: LossSpec) -> Operand:
-        return row_statistics.operands([embedding], spec)[0]
+        return row_statistics.operand(embedding, spec)
 
     def centroids(
         self, embeddings: list[Tensor], sums: Tensor, uniformity_t: Tensor, total_rows: int, spec: LossSpec
@@ -136,7 +135,6 @@ class TritonBackend:
         return terms.terms(embeddings, statistics, all_cosines, pair_sums, centroid_log_sums, scalars, first_row, spec)
 
     def softmax_sums(self, saved: Saved, scalars: Scalars, total_rows: int) -> PreparedSums:
-        device.allow_scratch_memory()
         return softmax_sums.softmax_sums(saved, scalars, total_rows, CENTROID_HEADROOM)
 
     def add_products(
@@ -156,15 +154,14 @@ class TritonBackend:
         else:
             scale = gradient_tiles.gradient_scale(block.rows.dtype)
             self.gradient_tiles(block, sums.row, sums.col, prepared.reference, scale, moment, h)
-        h = h[:num_rows, :num_cols]
-        if row_products is not None:
-            products.add_product(row_products, h, block.cols)
-        if col_products is not None:
-            products.add_product(col_products, h.T, block.rows)
+        products.add_products(row_products, col_products, h[:num_rows, :num_cols], block.cols, block.rows, False)
 
     def moment_buffer(self, like: Matrix) -> Tensor:
         sides = (min(BLOCK, operand.shape[0]) for operand in (like.rows, like.cols))
-        places = math.prod(-(-side // SMALLEST_TILE) for side in sides)
+        rows = like.rows
+        options = tuning.candidates("gradient_tiles", device.architecture(rows.device), rows.dtype, rows.shape[1])
+        smallest = min(min(config.tile_m, config.tile_n) for config in options)
+        places = math.prod(-(-side // smallest) for side in sides)
         return like.rows.new_zeros(places, dtype=torch.float64)
 
     def row_gradients(

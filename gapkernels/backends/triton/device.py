@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import triton
@@ -42,7 +41,7 @@ def cdiv(a: int, b: int) -> int:
 
 
 def next_power_of_2(x: int) -> int:
-    """The smallest power of two that is not smaller; as ``triton.next_power_of_2``, see :func:`cdiv`."""
+    """The smallest power of two that is not smaller; as ``triton.next_power_of_2``, see ``cdiv``."""
     return 1 << (x - 1).bit_length()
 
 
@@ -52,13 +51,3 @@ def row_block(dim: int, elements: int) -> tuple[int, int]:
     if INTERPRETED:
         elements *= 32  # each operation costs the same there, however many numbers it is on
     return max(1, elements // columns), columns
-
-
-def on(device: torch.device) -> AbstractContextManager[object]:
-    """Make a device the one that kernels are launched on."""
-    return nullcontext() if device.type == "cpu" else torch.cuda.device(device)
-
-
-def allow_scratch_memory() -> None:
-    """Let kernels that build TMA descriptors on the device have the few bytes they need for them."""
-    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))

@@ -28,12 +28,12 @@ from torch import Tensor
 from gapkernels.backends.contract import Matrix
 from gapkernels.backends.triton import tuning
 from gapkernels.backends.triton.device import cdiv, input_precision
+from gapkernels.backends.triton.launch import descriptor, launch
 from gapkernels.backends.triton.tiles import (
     exponents,
     grouped_tile,
     inner_products,
     load_scale,
-    operand,
     without_diagonal,
 )
 
@@ -99,7 +99,14 @@ def store_tile(values, out, out_stride):
 
 @triton.jit(
     do_not_specialize=["num_rows", "num_cols", "diagonal"],
-    do_not_specialize_on_alignment=["row_factors", "col_factors", "row_log_sums", "col_log_sums"],
+    do_not_specialize_on_alignment=[
+        "row_factors",
+        "col_factors",
+        "row_log_sums",
+        "col_log_sums",
+        "scale_pointer",
+        "reference",
+    ],
 )
 def gradient_tiles_kernel(
     rows,
@@ -135,9 +142,8 @@ def gradient_tiles_kernel(
     row_tile, col_tile = grouped_tile(program, tl.cdiv(num_rows, TILE_M), tl.cdiv(num_cols, TILE_N), GROUP)
     row_start, col_start = row_tile * TILE_M, col_tile * TILE_N
     acc = inner_products(
-        operand(rows, row_stride, num_rows, dim, TILE_M, TILE_K, USE_TMA), row_stride, row_start, num_rows,
-        operand(cols, col_stride, num_cols, dim, TILE_N, TILE_K, USE_TMA), col_stride, col_start, num_cols,
-        dim, TILE_M, TILE_N, TILE_K, EVEN_K, PRECISION, USE_TMA,
+        rows, row_stride, row_start, num_rows, cols, col_stride, col_start, num_cols, dim, TILE_M, TILE_N, TILE_K,
+        EVEN_K, PRECISION, USE_TMA,
     )  # fmt: skip
     i, j = row_start + tl.arange(0, TILE_M), col_start + tl.arange(0, TILE_N)
     i_exists, j_exists = i < num_rows, j < num_cols
@@ -189,38 +195,54 @@ def gradient_tiles(
     num_rows, dim = block.rows.shape
     num_cols = block.cols.shape[0]
 
-    def launch(config: tuning.Config) -> None:
-        grid = (cdiv(num_rows, config.tile_m) * cdiv(num_cols, config.tile_n),)
-        gradient_tiles_kernel[grid](
-            block.rows,
-            block.rows.stride(0),
-            block.row_factor,
-            row_log_sum,
-            block.cols,
-            block.cols.stride(0),
-            block.col_factor,
-            col_log_sum,
-            block.scale,
-            reference,
-            out,
-            out.stride(0),
-            scale_partials,
-            num_rows,
-            num_cols,
-            dim,
-            block.diagonal,
-            scale,
-            BIASED=block.biased,
-            NEEDS_SCALE=scale_partials is not None,
-            TILE_M=config.tile_m,
-            TILE_N=config.tile_n,
-            TILE_K=config.tile_k,
-            GROUP=config.group,
-            EVEN_K=dim % config.tile_k == 0,
-            PRECISION=input_precision(block.rows.dtype),
-            USE_TMA=config.tma,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+    def run(config: tuning.Config) -> None:
+        m, n, k = config.tile_m, config.tile_n, config.tile_k
+        launch(
+            gradient_tiles_kernel,
+            (cdiv(num_rows, m) * cdiv(num_cols, n),),
+            (
+                block.rows.dtype,
+                block.scale.dtype,
+                dim,
+                out.stride(0),
+                block.biased,
+                scale_partials is None,
+                config,
+                input_precision(block.rows.dtype),
+            ),
+            (
+                descriptor(block.rows, [m, k]) if config.tma else block.rows,
+                block.rows.stride(0),
+                block.row_factor,
+                row_log_sum,
+                descriptor(block.cols, [n, k]) if config.tma else block.cols,
+                block.cols.stride(0),
+                block.col_factor,
+                col_log_sum,
+                block.scale,
+                reference,
+                out,
+                out.stride(0),
+                scale_partials,
+                num_rows,
+                num_cols,
+                dim,
+                block.diagonal,
+                scale,
+            ),
+            lambda: {
+                "BIASED": block.biased,
+                "NEEDS_SCALE": scale_partials is not None,
+                "TILE_M": m,
+                "TILE_N": n,
+                "TILE_K": k,
+                "GROUP": config.group,
+                "EVEN_K": dim % k == 0,
+                "PRECISION": input_precision(block.rows.dtype),
+                "USE_TMA": config.tma,
+                "num_warps": config.num_warps,
+                "num_stages": config.num_stages,
+            },
         )
 
-    launch(tuning.choose("gradient_tiles", block.rows, launch, reset=scale_partials))
+    run(tuning.choose("gradient_tiles", block.rows, run, reset=scale_partials))

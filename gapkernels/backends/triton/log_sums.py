@@ -23,7 +23,8 @@ from torch import Tensor
 from gapkernels.backends.contract import Matrix
 from gapkernels.backends.triton import tuning
 from gapkernels.backends.triton.device import cdiv, input_precision, num_processors
-from gapkernels.backends.triton.tile_sums import constant_shift
+from gapkernels.backends.triton.launch import launch
+from gapkernels.backends.triton.tile_sums import constant_shift, matrix_arguments, matrix_kind
 from gapkernels.backends.triton.tiles import exponents, inner_products, load_scale, without_diagonal
 
 SMALLEST_EXACT_SUM = 2.0**-102
@@ -160,7 +161,7 @@ def log_sums(
 
     Args:
         matrices: of one shape ``[n, N]``, with one diagonal.
-        sums: from :func:`.tile_sums.tile_sums`; None to compute all of them here, without atomics.
+        sums: from ``.tile_sums.tile_sums``; None to compute all of them here, without atomics.
         largest, headroom: as there.
 
     Returns:
@@ -172,39 +173,40 @@ def log_sums(
     new = first.rows.new_empty
     logs = new((len(matrices), num_rows), dtype=torch.float64), new((len(matrices), num_cols), dtype=torch.float64)
 
-    def launch(config: tuning.Config) -> None:
+    def run(config: tuning.Config) -> None:
         blocks = len(matrices) * (cdiv(num_rows, config.tile_m) + cdiv(num_cols, config.tile_m))
         grid = (min(blocks, num_processors(first.rows.device) * config.programs_per_processor),)
-        log_sums_kernel[grid](
-            tuple(m.rows for m in matrices),
-            tuple(m.rows.stride(0) for m in matrices),
-            tuple(m.row_factor for m in matrices),
-            tuple(m.cols for m in matrices),
-            tuple(m.cols.stride(0) for m in matrices),
-            tuple(m.col_factor for m in matrices),
-            tuple(m.scale for m in matrices),
-            largest,
-            None if sums is None else sums[0],
-            None if sums is None else sums[1],
-            *logs,
-            num_rows,
-            num_cols,
-            dim,
-            first.diagonal,
-            float(headroom),
-            max(num_rows, num_cols) * SMALLEST_EXACT_SUM,
-            BIASED=tuple(m.biased for m in matrices),
-            SYMMETRIC=tuple(m.symmetric for m in matrices),
-            UNIT=largest is None,
-            RECOMPUTE=sums is None,
-            TILE_M=config.tile_m,
-            TILE_N=config.tile_n,
-            TILE_K=config.tile_k,
-            EVEN_K=dim % config.tile_k == 0,
-            PRECISION=input_precision(first.rows.dtype),
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+        launch(
+            log_sums_kernel,
+            grid,
+            (matrix_kind(matrices, largest), sums is None, config, input_precision(first.rows.dtype)),
+            (
+                *matrix_arguments(matrices),
+                largest,
+                None if sums is None else sums[0],
+                None if sums is None else sums[1],
+                *logs,
+                num_rows,
+                num_cols,
+                dim,
+                first.diagonal,
+                float(headroom),
+                max(num_rows, num_cols) * SMALLEST_EXACT_SUM,
+            ),
+            lambda: {
+                "BIASED": tuple(m.biased for m in matrices),
+                "SYMMETRIC": tuple(m.symmetric for m in matrices),
+                "UNIT": largest is None,
+                "RECOMPUTE": sums is None,
+                "TILE_M": config.tile_m,
+                "TILE_N": config.tile_n,
+                "TILE_K": config.tile_k,
+                "EVEN_K": dim % config.tile_k == 0,
+                "PRECISION": input_precision(first.rows.dtype),
+                "num_warps": config.num_warps,
+                "num_stages": config.num_stages,
+            },
         )
 
-    launch(tuning.choose("log_sums", first.rows, launch))
+    run(tuning.choose("log_sums", first.rows, run))
     return logs

@@ -2,104 +2,35 @@
 
     total_rows[R, D] += H[R, C] · cols[C, D]         total_cols[C, D] += Hᵀ[C, R] · rows[R, D]
 
-:func:`add_products` takes both in one launch, so that the tiles of one fill the processors that the other leaves idle:
+``add_products`` takes both in one launch, so that the tiles of one fill the processors that the other leaves idle:
 
     program numbers   | tiles of total_rows: R/TILE_M × D/TILE_N | tiles of total_cols: C/TILE_M × D/TILE_N |
     one tile          steps of TILE_K along C or R, float32 accumulators, then stored, or added to what is there
 
 4·R·C·D operations; H is read from the L2 cache if it was just written there, D/TILE_N times for each product. A tile
-has one owner and a fixed order of additions: always the same bits. :func:`fitting_side` says how large a block should
-be.
+has one owner and a fixed order of additions: always the same bits.
 
-:func:`add_product` takes one of the two, from the vendor's library where that computes in these types: torch multiplies
-16-bit operands into a float32 accumulator on NVIDIA GPUs only (``torch.addmm(out_dtype=…)``, with a float32 addend
-since 2.10), and in deterministic mode refuses to unless CUBLAS_WORKSPACE_CONFIG was set when it started.
+True float32 products are the vendor's library's, which is far faster there. Of 16-bit operands torch multiplies into a
+float32 accumulator as well, on NVIDIA GPUs (``torch.addmm(out_dtype=…)``, with a float32 addend since 2.10):
+GAPKERNELS_PRODUCTS=library takes that instead of the kernel, to measure both. In deterministic mode the library refuses
+to unless CUBLAS_WORKSPACE_CONFIG was set when it started, so there it is the kernel in any case.
 """
 
 from __future__ import annotations
 
-import functools
+import os
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gapkernels.backends.triton import tuning
 from gapkernels.backends.triton.device import INTERPRETED, cdiv, input_precision
+from gapkernels.backends.triton.launch import descriptor, launch
 from gapkernels.backends.triton.tiles import grouped_tile
 
-
-@triton.jit(do_not_specialize=["num_rows", "depth"])
-def add_product_kernel(
-    left,
-    left_row_stride,
-    left_depth_stride,
-    right,
-    right_stride,
-    total,
-    total_stride,
-    num_rows,
-    dim,
-    depth,
-    TILE_M: tl.constexpr,
-    TILE_N: tl.constexpr,
-    TILE_K: tl.constexpr,
-    GROUP: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    row_tile, col_tile = grouped_tile(tl.program_id(0), tl.cdiv(num_rows, TILE_M), tl.cdiv(dim, TILE_N), GROUP)
-    i, j = row_tile * TILE_M + tl.arange(0, TILE_M), col_tile * TILE_N + tl.arange(0, TILE_N)
-    k = tl.arange(0, TILE_K)
-    left += tl.minimum(i, num_rows - 1)[:, None] * left_row_stride
-    right += tl.minimum(j, dim - 1)[None, :]
-    acc = tl.zeros((TILE_M, TILE_N), dtype=tl.float32)
-    for start in tl.range(0, depth, TILE_K):
-        inside = start + k < depth
-        x = tl.load(left + (start + k)[None, :] * left_depth_stride, mask=inside[None, :], other=0.0)
-        y = tl.load(right + (start + k)[:, None] * right_stride, mask=inside[:, None], other=0.0)
-        acc = tl.dot(x, y, acc, input_precision=PRECISION)
-    pointers = total + i.to(tl.int64)[:, None] * total_stride + j[None, :]
-    exists = (i < num_rows)[:, None] & (j < dim)[None, :]
-    tl.store(pointers, tl.load(pointers, mask=exists, other=0.0) + acc, mask=exists)
-
-
-def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """``total += left @ right`` with ``total`` float32; ``left`` may be a transposed view."""
-    if INTERPRETED or torch.version.hip or torch.are_deterministic_algorithms_enabled():
-        _add_product_here(total, left, right)
-    elif left.dtype == torch.float32:
-        total.addmm_(left, right)
-    else:
-        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
-
-
-def _add_product_here(total: Tensor, left: Tensor, right: Tensor) -> None:
-    (num_rows, depth), dim = left.shape, right.shape[1]
-
-    def launch(config: tuning.Config) -> None:
-        grid = (cdiv(num_rows, config.tile_m) * cdiv(dim, config.tile_n),)
-        add_product_kernel[grid](
-            left,
-            *left.stride(),
-            right,
-            right.stride(0),
-            total,
-            total.stride(0),
-            num_rows,
-            dim,
-            depth,
-            TILE_M=config.tile_m,
-            TILE_N=config.tile_n,
-            TILE_K=config.tile_k,
-            GROUP=config.group,
-            PRECISION=input_precision(left.dtype),
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
-
-    launch(tuning.choose("add_product", right, launch, reset=total))
+VARIABLE = "GAPKERNELS_PRODUCTS"
 
 
 @triton.jit
@@ -195,7 +126,7 @@ def both_products_kernel(
                 h, h_stride, cols, col_stride, total_rows, total_row_stride, tile, num_rows, dim, num_cols,
                 rows_are_first, False, TILE_M, TILE_N, TILE_K, GROUP, PRECISION, USE_TMA,
             )  # fmt: skip
-    if total_cols is not None:  # in two steps: what is absent is not compiled
+    if total_cols is not None:  # noqa: SIM102 (by itself: what is absent is not compiled)
         if tile >= row_tiles:
             product_tile(
                 h_transposed, h_stride, rows, row_stride, total_cols, total_col_stride, tile - row_tiles, num_cols,
@@ -223,67 +154,83 @@ def add_products(
         first: these are the first products that ``total_rows`` receives: it is overwritten and may hold anything.
         first_cols: likewise of ``total_cols``; None: as ``first``.
     """
+    first_cols = first if first_cols is None else first_cols
+    if _by_library(h.dtype):
+        if total_rows is not None:
+            _library_product(total_rows, h, cols, first)
+        if total_cols is not None:
+            _library_product(total_cols, h.T, rows, first_cols)
+        return
     (num_rows, num_cols), dim = h.shape, cols.shape[1]
     totals = tuple(total for total in (total_rows, total_cols) if total is not None)
     if not totals:
         return
-    rows_are_first, cols_are_first = int(first), int(first if first_cols is None else first_cols)
 
-    def launch(config: tuning.Config) -> None:
+    def run(config: tuning.Config) -> None:
         m, n, k = config.tile_m, config.tile_n, config.tile_k
         use_tma = config.tma and _copyable(h, cols, rows)
         assert use_tma or h.stride(0) >= cdiv(num_cols, m) * m, "rows of H must have room for whole tiles"
         tiles = sum(cdiv(total.shape[0], m) for total in totals) * cdiv(dim, n)
-        both_products_kernel[(tiles,)](
-            TensorDescriptor.from_tensor(h, [m, k]) if use_tma else h,
-            TensorDescriptor.from_tensor(h, [k, m]) if use_tma else h,
-            h.stride(0),
-            TensorDescriptor.from_tensor(cols, [k, n]) if use_tma else cols,
-            cols.stride(0),
-            TensorDescriptor.from_tensor(rows, [k, n]) if use_tma else rows,
-            rows.stride(0),
-            total_rows,
-            0 if total_rows is None else total_rows.stride(0),
-            total_cols,
-            0 if total_cols is None else total_cols.stride(0),
-            num_rows,
-            num_cols,
-            dim,
-            rows_are_first,
-            cols_are_first,
-            TILE_M=m,
-            TILE_N=n,
-            TILE_K=k,
-            GROUP=config.group,
-            PRECISION=input_precision(h.dtype),
-            USE_TMA=use_tma,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+        launch(
+            both_products_kernel,
+            (tiles,),
+            (
+                h.dtype,
+                h.stride(0),
+                dim,
+                total_rows is None,
+                total_cols is None,
+                use_tma,
+                config,
+                input_precision(h.dtype),
+            ),
+            (
+                descriptor(h, [m, k]) if use_tma else h,
+                descriptor(h, [k, m]) if use_tma else h,
+                h.stride(0),
+                descriptor(cols, [k, n]) if use_tma else cols,
+                cols.stride(0),
+                descriptor(rows, [k, n]) if use_tma else rows,
+                rows.stride(0),
+                total_rows,
+                0 if total_rows is None else total_rows.stride(0),
+                total_cols,
+                0 if total_cols is None else total_cols.stride(0),
+                num_rows,
+                num_cols,
+                dim,
+                int(first),
+                int(first_cols),
+            ),
+            lambda: {
+                "TILE_M": m,
+                "TILE_N": n,
+                "TILE_K": k,
+                "GROUP": config.group,
+                "PRECISION": input_precision(h.dtype),
+                "USE_TMA": use_tma,
+                "num_warps": config.num_warps,
+                "num_stages": config.num_stages,
+            },
         )
 
-    launch(tuning.choose("both_products", cols, launch, reset=totals))
+    run(tuning.choose("both_products", cols, run, reset=totals))
+
+
+def _by_library(dtype: torch.dtype) -> bool:
+    if INTERPRETED or torch.version.hip or torch.are_deterministic_algorithms_enabled():
+        return False
+    return dtype == torch.float32 or os.environ.get(VARIABLE) == "library"
+
+
+def _library_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
+    beta = 0 if first else 1  # with zero nothing is read
+    if left.dtype == torch.float32:
+        total.addmm_(left, right, beta=beta)
+    else:
+        torch.addmm(total, left, right, beta=beta, out_dtype=torch.float32, out=total)
 
 
 def _copyable(*operands: Tensor) -> bool:
     """Whether the copy engine can read them: aligned to 16 bytes, as is each row."""
     return all(x.data_ptr() % 16 == 0 and x.stride(0) * x.itemsize % 16 == 0 for x in operands)
-
-
-@functools.cache
-def fitting_side(dim: int, processors: int, tile_m: int, tile_n: int, largest: int = 4352) -> int:
-    """Rows and columns of a block of H with which the tiles of both products fill the processors best.
-
-    A launch of t tiles takes ⌈t / processors⌉ rounds; of the sides whose rounds are fullest this is the largest.
-
-    Args:
-        dim: D.
-        processors: of the device.
-        tile_m, tile_n: of :func:`add_products`.
-        largest: such that H stays in the L2 cache: 4352² entries of 16 bits are 36 MiB.
-    """
-
-    def fullness(side: int) -> float:
-        tiles = 2 * cdiv(side, tile_m) * cdiv(dim, tile_n)
-        return tiles / (cdiv(tiles, processors) * processors)
-
-    return max(range(tile_m * cdiv(2048, tile_m), largest + 1, tile_m), key=lambda side: (fullness(side), side))

@@ -1,4 +1,4 @@
-"""Gradient of the embeddings of one modality, from the accumulated products: everything O(N·D), in one launch.
+"""Gradients of the embeddings, from the accumulated products: everything O(N·D), all modalities in one launch.
 
     g_i  = weight·(2^−h·‖z_i‖·Σ_j H_ij y_j − Σ_pairs negative_mass_i·ŷ_i)            InfoNCE, the positive in float32
          + 2·w_atp/(N(M−1))·Σ_partners (ẑ_i − ŷ_i)                                  ATP
@@ -6,7 +6,7 @@
     dz_i = (g_i − ⟨g_i, ẑ_i⟩ẑ_i)/‖z_i‖
 
 with ŷ_i the matching row of a partner and J_c the derivative of the centroid's normalisation. A program takes blocks of
-whole rows. Reads M·N·D·b + 2·4·N·D bytes, writes N·D·b.
+whole rows of one modality. Per modality reads M·N·D·b + 2·4·N·D bytes, writes N·D·b.
 """
 
 import triton
@@ -16,6 +16,7 @@ from torch import Tensor
 from gapkernels.backends.contract import Evaluation
 from gapkernels.backends.triton.device import cdiv, num_processors, row_block
 from gapkernels.backends.triton.gradient_tiles import gradient_scale
+from gapkernels.backends.triton.launch import launch, layout
 from gapkernels.backends.triton.row_statistics import (
     centred,
     centroid_exponent,
@@ -35,7 +36,16 @@ def through_normalization(gradient, unit, inverse, clamped):
 
 @triton.jit(
     do_not_specialize=["num_rows", "all_rows", "first_row", "total_rows"],
-    do_not_specialize_on_alignment=["log_total", "reference", "out"],
+    do_not_specialize_on_alignment=[
+        "negative_mass",
+        "centroid_logs",
+        "log_total",
+        "reference",
+        "sums",
+        "upstream",
+        "logit_scale",
+        "uniformity_t",
+    ],
 )
 def row_gradients_kernel(
     embeddings,
@@ -60,7 +70,7 @@ def row_gradients_kernel(
     entry_scale,
     uniformity_t,
     world_size,
-    TARGET: tl.constexpr,
+    TARGETS: tl.constexpr,
     POSITIVES: tl.constexpr,
     ATP_PARTNERS: tl.constexpr,
     NUM_PAIRS: tl.constexpr,
@@ -71,6 +81,53 @@ def row_gradients_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    for t in tl.static_range(len(TARGETS)):
+        if tl.program_id(1) == t:
+            one_target(
+                embeddings, strides, factors[t], products[t], centroid_products, negative_mass, centroid_logs,
+                log_total, reference, sums, upstream, logit_scale, out[t], num_rows, all_rows, first_row, total_rows,
+                dim, padded_dim, entry_scale, uniformity_t, world_size, t, TARGETS, POSITIVES, ATP_PARTNERS,
+                NUM_PAIRS, NCE, CENTROIDS, NORMALIZE, NORMALIZE_CENTROIDS, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
+
+
+@triton.jit
+def one_target(
+    embeddings,
+    strides,
+    factors,
+    products,
+    centroid_products,
+    negative_mass,
+    centroid_logs,
+    log_total,
+    reference,
+    sums,
+    upstream,
+    logit_scale,
+    out,
+    num_rows,
+    all_rows,
+    first_row,
+    total_rows,
+    dim,
+    padded_dim,
+    entry_scale,
+    uniformity_t,
+    world_size,
+    PLACE: tl.constexpr,
+    TARGETS: tl.constexpr,
+    POSITIVES: tl.constexpr,
+    ATP_PARTNERS: tl.constexpr,
+    NUM_PAIRS: tl.constexpr,
+    NCE: tl.constexpr,
+    CENTROIDS: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    NORMALIZE_CENTROIDS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Rows of one modality, the one at this place among the targets."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     k = tl.arange(0, BLOCK_D)
     rows_in_all = total_rows.to(tl.float64)
@@ -88,23 +145,27 @@ def row_gradients_kernel(
         exists = local < num_rows
         i = tl.where(exists, local + first_row, all_rows)  # within all rows of this process
         inside = exists[:, None] & (k < dim)[None, :]
-        z, inverse, clamped = unit_rows(embeddings[TARGET], strides[TARGET], i, all_rows, dim, BLOCK_D, NORMALIZE)
+        z, inverse, clamped = unit_rows(
+            embeddings[TARGETS[PLACE]], strides[TARGETS[PLACE]], i, all_rows, dim, BLOCK_D, NORMALIZE
+        )
         gradient = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         if NCE:
             factor = tl.load(factors + local, mask=exists, other=1.0)
             product = load_rows(products, padded_dim, local, num_rows, dim, BLOCK_D)
             gradient += product * (weight / entry_scale / factor)[:, None]
             for p in tl.static_range(len(POSITIVES)):
-                partner, _, _ = unit_rows(
-                    embeddings[POSITIVES[p][1]], strides[POSITIVES[p][1]], i, all_rows, dim, BLOCK_D, NORMALIZE
-                )
-                share = tl.load(negative_mass + POSITIVES[p][0] * all_rows.to(tl.int64) + i, mask=exists, other=0.0)
-                gradient -= (weight * share.to(tl.float32))[:, None] * partner
+                if POSITIVES[p][0] == PLACE:
+                    partner, _, _ = unit_rows(
+                        embeddings[POSITIVES[p][2]], strides[POSITIVES[p][2]], i, all_rows, dim, BLOCK_D, NORMALIZE
+                    )
+                    share = tl.load(negative_mass + POSITIVES[p][1] * all_rows.to(tl.int64) + i, mask=exists, other=0.0)
+                    gradient -= (weight * share.to(tl.float32))[:, None] * partner
         for p in tl.static_range(len(ATP_PARTNERS)):
-            partner, _, _ = unit_rows(
-                embeddings[ATP_PARTNERS[p]], strides[ATP_PARTNERS[p]], i, all_rows, dim, BLOCK_D, NORMALIZE
-            )
-            gradient += atp_weight * (z - partner)
+            if ATP_PARTNERS[p][0] == PLACE:
+                partner, _, _ = unit_rows(
+                    embeddings[ATP_PARTNERS[p][1]], strides[ATP_PARTNERS[p][1]], i, all_rows, dim, BLOCK_D, NORMALIZE
+                )
+                gradient += atp_weight * (z - partner)
         if CENTROIDS:
             c, mean_inverse, mean_clamped = centroid_rows(
                 embeddings, strides, i, all_rows, dim, BLOCK_D, NORMALIZE, NORMALIZE_CENTROIDS
@@ -134,22 +195,55 @@ def row_gradients(
     evaluation: Evaluation,
     out: list[Tensor],
 ) -> None:
-    """See :meth:`gapkernels.backends.contract.Backend.row_gradients`; one launch for each target."""
+    """See ``gapkernels.backends.contract.Backend.row_gradients``."""
     embeddings, spec, saved = evaluation.embeddings, evaluation.spec, evaluation.saved
-    all_rows, dim = embeddings[0].shape
-    modalities = len(embeddings)
+    (all_rows, dim), modalities = embeddings[0].shape, len(embeddings)
     num_rows = rows.stop - rows.start
     block_rows, block_dim = row_block(dim, 2048)
-    grid = (min(cdiv(num_rows, block_rows), 8 * num_processors(embeddings[0].device)),)
-    for target, factor, product, gradient in zip(targets, factors, products, out, strict=True):
-        pairs = spec.nce_pairs(modalities) if product is not None else []
-        partners = [(p, k if m == target else m) for p, (m, k) in enumerate(pairs) if target in (m, k)]
-        atp_partners = [k for k in range(modalities) if k != target] if target == spec.anchor else [spec.anchor]
-        row_gradients_kernel[grid](
+    has_products = products[0] is not None
+
+    def constants() -> dict[str, object]:
+        pairs = spec.nce_pairs(modalities) if has_products else []
+        positives, partners = [], []  # place among the targets, pair, partner; place, partner
+        for place, t in enumerate(targets):
+            positives += [(place, p, k if m == t else m) for p, (m, k) in enumerate(pairs) if t in (m, k)]
+            others = [k for k in range(modalities) if k != t] if t == spec.anchor else [spec.anchor]
+            partners += [(place, k) for k in others if spec.atp]
+        return {
+            "TARGETS": tuple(targets),
+            "POSITIVES": tuple(positives),
+            "ATP_PARTNERS": tuple(partners),
+            "NUM_PAIRS": len(pairs),
+            "NCE": has_products,
+            "CENTROIDS": centroid_products is not None,
+            "NORMALIZE": spec.normalize,
+            "NORMALIZE_CENTROIDS": spec.normalize_centroids,
+            "BLOCK_N": block_rows,
+            "BLOCK_D": block_dim,
+        }
+
+    scalars = evaluation.scalars
+    launch(
+        row_gradients_kernel,
+        (min(cdiv(num_rows, block_rows), 8 * num_processors(embeddings[0].device)), len(targets)),
+        (
+            layout(embeddings),
+            layout(out),
+            tuple(f is None or f.data_ptr() % 16 == 0 for f in factors),
+            tuple(targets),
+            has_products,
+            None if centroid_products is None else centroid_products.dtype,
+            scalars.logit_scale.dtype,
+            scalars.uniformity_t.dtype,
+            evaluation.upstream.dtype,
+            dim,
+            spec,
+        ),
+        (
             tuple(embeddings),
             tuple(e.stride(0) for e in embeddings),
-            factor,
-            product,
+            tuple(factors),
+            tuple(products),
             centroid_products,
             saved.negative_mass,
             saved.centroid_log_sum,
@@ -157,8 +251,8 @@ def row_gradients(
             evaluation.prepared.centroid_reference,
             saved.sums,
             evaluation.upstream,
-            evaluation.scalars.logit_scale,
-            gradient,
+            scalars.logit_scale,
+            tuple(out),
             num_rows,
             all_rows,
             rows.start,
@@ -166,16 +260,8 @@ def row_gradients(
             dim,
             padded(dim),
             gradient_scale(embeddings[0].dtype),
-            evaluation.scalars.uniformity_t,
+            scalars.uniformity_t,
             float(evaluation.world_size),
-            TARGET=target,
-            POSITIVES=tuple(partners),
-            ATP_PARTNERS=tuple(atp_partners) if spec.atp else (),
-            NUM_PAIRS=len(pairs),
-            NCE=product is not None,
-            CENTROIDS=centroid_products is not None,
-            NORMALIZE=spec.normalize,
-            NORMALIZE_CENTROIDS=spec.normalize_centroids,
-            BLOCK_N=block_rows,
-            BLOCK_D=block_dim,
-        )
+        ),
+        constants,
+    )

@@ -1,8 +1,8 @@
 """What the loss needs of the rows before any N×N work, O(N·D): operands, cosines of matching rows, means, centroids.
 
     operands          z_i·2^q with norm in [1, 2), rows padded to whole 32-byte sectors, and the inverse of that norm
-    row_statistics    cos(z_i^m, z_i^a) per pair; per program the sums over its rows of ẑ^m, c, ‖ẑ^m − ẑ^a‖², cosines
-                      and ‖c‖²                                        (a reduction over programs gives the means)
+    row_statistics    the same, and cos(z_i^m, z_i^a) per pair; per program the sums over its rows of ẑ^m, c,
+                      ‖ẑ^m − ẑ^a‖², cosines and ‖c‖²                  (a reduction over programs gives the means)
     centroids         2^k·(c_i − mean c), rounded, and its bias −t·log2 e·‖c_i − mean c‖²
 
 Operands of the matrix products are the embeddings themselves but for a power of two: no rounding, so products on the
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from gapkernels.backends.contract import NORM_EPS, SUM_SCALARS, Centroids, Operand, RowStatistics
 from gapkernels.backends.triton.device import cdiv, num_processors, row_block
+from gapkernels.backends.triton.launch import launch, layout
 from gapkernels.backends.triton.tiles import LOG2_E
 from gapkernels.spec import LossSpec, unordered_pairs
 
@@ -97,13 +98,34 @@ def centroid_rows(
     return mean, inverse, norm < EPS
 
 
-@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["factor_stride"])
+@triton.jit
+def store_operand(
+    pointer, stride, operands, factors, i, num_rows, dim, padded_dim, NORMALIZE: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Write some rows of the operand of one modality, and what they are to be multiplied by."""
+    k = tl.arange(0, BLOCK_D)
+    exists = i < num_rows
+    if NORMALIZE:
+        z, _, divisor, _ = scaled_rows(pointer, stride, i, num_rows, dim, BLOCK_D)
+        norm = tl.sqrt_rn(tl.sum(z * z, axis=1))
+        power = reciprocal_power_of_two(norm)
+        z *= power[:, None]
+        # A row of zeros has cosine 0 whatever its factor; 1 keeps 1/eps out of the products.
+        factor = tl.where(norm == 0, 1.0, tl.div_rn(1.0, divisor * power))
+    else:
+        z = load_rows(pointer, stride, i, num_rows, dim, BLOCK_D)
+        factor = tl.full((z.shape[0],), 1.0, tl.float32)
+    pointers = operands + i.to(tl.int64)[:, None] * padded_dim + k[None, :]
+    tl.store(pointers, z.to(operands.dtype.element_ty), mask=exists[:, None] & (k < padded_dim)[None, :])
+    tl.store(factors + i, factor, mask=exists)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
 def operands_kernel(
-    embeddings,
-    strides,
+    embedding,
+    stride,
     operands,
     factors,
-    factor_stride,
     num_rows,
     dim,
     padded_dim,
@@ -111,35 +133,23 @@ def operands_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    k = tl.arange(0, BLOCK_D)
-    for m in tl.static_range(len(embeddings)):
-        base = m * num_rows.to(tl.int64)
-        for start in tl.range(tl.program_id(0) * BLOCK_N, num_rows, tl.num_programs(0) * BLOCK_N):
-            i = start + tl.arange(0, BLOCK_N)
-            if NORMALIZE:
-                z, _, divisor, _ = scaled_rows(embeddings[m], strides[m], i, num_rows, dim, BLOCK_D)
-                norm = tl.sqrt_rn(tl.sum(z * z, axis=1))
-                power = reciprocal_power_of_two(norm)
-                z *= power[:, None]
-                # A row of zeros has cosine 0 whatever its factor; 1 keeps 1/eps out of the products.
-                factor = tl.where(norm == 0, 1.0, tl.div_rn(1.0, divisor * power))
-            else:
-                z = load_rows(embeddings[m], strides[m], i, num_rows, dim, BLOCK_D)
-                factor = tl.full((BLOCK_N,), 1.0, tl.float32)
-            pointers = operands + (base + i)[:, None] * padded_dim + k[None, :]
-            exists = i < num_rows
-            tl.store(pointers, z.to(operands.dtype.element_ty), mask=exists[:, None] & (k < padded_dim)[None, :])
-            tl.store(factors + m * factor_stride + i, factor, mask=exists)
+    for start in tl.range(tl.program_id(0) * BLOCK_N, num_rows, tl.num_programs(0) * BLOCK_N):
+        i = start + tl.arange(0, BLOCK_N)
+        store_operand(embedding, stride, operands, factors, i, num_rows, dim, padded_dim, NORMALIZE, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def row_statistics_kernel(
     embeddings,
     strides,
+    operands,
+    factors,
+    factor_stride,
     cosines,
     sums,
     num_rows,
     dim,
+    padded_dim,
     ALL_PAIRS: tl.constexpr,
     NCE_PAIRS: tl.constexpr,
     ATP_PAIRS: tl.constexpr,
@@ -164,6 +174,14 @@ def row_statistics_kernel(
             norm = tl.maximum(norm, power.to(tl.float64) * EPS)
             direction_sum += tl.sum(z.to(tl.float64) * (1.0 / norm)[:, None], axis=0)
         tl.store(sums + m * dim + k, direction_sum, mask=k < dim)
+        if len(NCE_PAIRS) > 0:  # a loop of its own: with the sums beside it registers would not do
+            for first in tl.range(start, num_rows, step):
+                i = first + tl.arange(0, BLOCK_N)
+                rows = operands + m * num_rows.to(tl.int64) * padded_dim
+                store_operand(
+                    embeddings[m], strides[m], rows, factors + m * factor_stride, i, num_rows, dim, padded_dim,
+                    NORMALIZE, BLOCK_D,
+                )  # fmt: skip
     cosine_sum = 0.0
     distance_sum = 0.0
     for p in tl.static_range(len(ALL_PAIRS)):
@@ -229,7 +247,7 @@ def centred(centroid, sums, num_modalities: tl.constexpr, dim, total_rows, BLOCK
     return centroid - mean.to(tl.float32)[None, :]
 
 
-@triton.jit(do_not_specialize=["num_rows", "total_rows"])
+@triton.jit(do_not_specialize=["num_rows", "total_rows"], do_not_specialize_on_alignment=["sums", "uniformity_t"])
 def centroids_kernel(
     embeddings,
     strides,
@@ -267,9 +285,8 @@ def centroids_kernel(
         tl.store(biases + i, bias, mask=i < num_rows)
 
 
-def _grid(embeddings: list[Tensor], block_rows: int) -> tuple[int]:
-    rows = embeddings[0].shape[0]
-    return (min(cdiv(rows, block_rows), 4 * num_processors(embeddings[0].device)),)
+def _grid(embedding: Tensor, block_rows: int) -> tuple[int]:
+    return (min(cdiv(embedding.shape[0], block_rows), 4 * num_processors(embedding.device)),)
 
 
 def padded(dim: int) -> int:
@@ -277,56 +294,68 @@ def padded(dim: int) -> int:
     return -(-dim // 16) * 16
 
 
-def operands(embeddings: list[Tensor], spec: LossSpec) -> list[Operand]:
-    """Operands of the matrices of pairs, from embeddings ``[n, D]``, rows padded to ``[n, D']``."""
-    num_rows, dim = embeddings[0].shape
-    block_rows, block_dim = row_block(padded(dim), 2048)
-    rows = embeddings[0].new_empty((len(embeddings), num_rows, padded(dim)))
-    # Each modality's factors begin at an aligned address whatever n is: nothing is compiled anew for another n.
-    factors = embeddings[0].new_empty((len(embeddings), padded(num_rows)), dtype=torch.float32)[:, :num_rows]
-    operands_kernel[_grid(embeddings, block_rows)](
-        tuple(embeddings),
-        tuple(e.stride(0) for e in embeddings),
-        rows,
-        factors,
-        factors.stride(0),
-        num_rows,
-        dim,
-        padded(dim),
-        NORMALIZE=spec.normalize,
-        BLOCK_N=block_rows,
-        BLOCK_D=block_dim,
+def operand(embedding: Tensor, spec: LossSpec) -> Operand:
+    """Operand of the matrices of pairs, from rows ``[n, D]`` of one modality; its own are padded, ``[n, D']``."""
+    num_rows, dim = embedding.shape
+    padded_dim = padded(dim)
+    block_rows, block_dim = row_block(padded_dim, 2048)
+    rows, factors = embedding.new_empty((num_rows, padded_dim)), embedding.new_empty(num_rows, dtype=torch.float32)
+    launch(
+        operands_kernel,
+        _grid(embedding, block_rows),
+        (layout([embedding]), dim, spec.normalize),
+        (embedding, embedding.stride(0), rows, factors, num_rows, dim, padded_dim),
+        lambda: {"NORMALIZE": spec.normalize, "BLOCK_N": block_rows, "BLOCK_D": block_dim},
     )
-    return [Operand(rows[m], factors[m]) for m in range(len(embeddings))]
+    return Operand(rows, factors)
 
 
-def row_statistics(embeddings: list[Tensor], spec: LossSpec) -> RowStatistics:
+def row_statistics(embeddings: list[Tensor], spec: LossSpec) -> tuple[list[Operand], RowStatistics]:
     """One pass over the embeddings ``[n, D]``."""
-    num_rows, dim = embeddings[0].shape
-    modalities = len(embeddings)
+    (num_rows, dim), modalities = embeddings[0].shape, len(embeddings)
+    padded_dim = padded(dim)
     nce_pairs = spec.nce_pairs(modalities)
-    block_rows, block_dim = row_block(dim, 2048)
-    grid = _grid(embeddings, block_rows)
+    block_rows, block_dim = row_block(padded_dim, 2048)
+    grid = _grid(embeddings[0], block_rows)
     new = embeddings[0].new_empty
     cosines = new((len(nce_pairs), num_rows), dtype=torch.float64)
     sums = new((*grid, (modalities + 1) * dim + SUM_SCALARS), dtype=torch.float64)
-    row_statistics_kernel[grid](
-        tuple(embeddings),
-        tuple(e.stride(0) for e in embeddings),
-        cosines,
-        sums,
-        num_rows,
-        dim,
-        ALL_PAIRS=tuple(unordered_pairs(modalities)),
-        NCE_PAIRS=tuple(nce_pairs),
-        ATP_PAIRS=tuple(spec.anchor_pairs(modalities)) if spec.atp else (),
-        CENTROIDS=spec.cu,
-        NORMALIZE=spec.normalize,
-        NORMALIZE_CENTROIDS=spec.normalize_centroids,
-        BLOCK_N=block_rows,
-        BLOCK_D=block_dim,
+    rows = factors = None
+    if nce_pairs:
+        rows = new((modalities, num_rows, padded_dim))
+        # Each modality's factors begin at an aligned address whatever n is: nothing is compiled anew for another n.
+        factors = new((modalities, padded(num_rows)), dtype=torch.float32)
+    launch(
+        row_statistics_kernel,
+        grid,
+        (layout(embeddings), dim, spec),
+        (
+            tuple(embeddings),
+            tuple(e.stride(0) for e in embeddings),
+            rows,
+            factors,
+            padded(num_rows),
+            cosines,
+            sums,
+            num_rows,
+            dim,
+            padded_dim,
+        ),
+        lambda: {
+            "ALL_PAIRS": tuple(unordered_pairs(modalities)),
+            "NCE_PAIRS": tuple(nce_pairs),
+            "ATP_PAIRS": tuple(spec.anchor_pairs(modalities)) if spec.atp else (),
+            "CENTROIDS": spec.cu,
+            "NORMALIZE": spec.normalize,
+            "NORMALIZE_CENTROIDS": spec.normalize_centroids,
+            "BLOCK_N": block_rows,
+            "BLOCK_D": block_dim,
+        },
     )
-    return RowStatistics(cosines, sums.sum(dim=0, dtype=torch.float64))
+    operands = []
+    if rows is not None and factors is not None:
+        operands = [Operand(rows[m], factors[m, :num_rows]) for m in range(modalities)]
+    return operands, RowStatistics(cosines, sums.sum(dim=0))
 
 
 def _centroid_dtype(embedding: Tensor, total_rows: int) -> torch.dtype:
@@ -354,19 +383,26 @@ def centroids(
         bias=new(num_rows, dtype=torch.float32),
         scale=new((), dtype=torch.float32),
     )
-    centroids_kernel[_grid(embeddings, block_rows)](
-        tuple(embeddings),
-        tuple(e.stride(0) for e in embeddings),
-        sums,
-        *result,
-        num_rows,
-        total_rows,
-        dim,
-        padded(dim),
-        uniformity_t,
-        NORMALIZE=spec.normalize,
-        NORMALIZE_CENTROIDS=spec.normalize_centroids,
-        BLOCK_N=block_rows,
-        BLOCK_D=block_dim,
+    launch(
+        centroids_kernel,
+        _grid(embeddings[0], block_rows),
+        (layout(embeddings), result.rows.dtype, uniformity_t.dtype, dim, spec.normalize, spec.normalize_centroids),
+        (
+            tuple(embeddings),
+            tuple(e.stride(0) for e in embeddings),
+            sums,
+            *result,
+            num_rows,
+            total_rows,
+            dim,
+            padded(dim),
+            uniformity_t,
+        ),
+        lambda: {
+            "NORMALIZE": spec.normalize,
+            "NORMALIZE_CENTROIDS": spec.normalize_centroids,
+            "BLOCK_N": block_rows,
+            "BLOCK_D": block_dim,
+        },
     )
     return result

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gapkernels.backends.contract import Evaluation, PreparedSums, Saved, Scalars
+from gapkernels.backends.triton.launch import launch
 from gapkernels.backends.triton.row_statistics import padded
 from gapkernels.backends.triton.tiles import LOG2_E
 
@@ -29,7 +30,7 @@ def relative_logs(source, base, i, exists, reference):
 
 @triton.jit(
     do_not_specialize=["num_rows", "num_cols", "total_rows"],
-    do_not_specialize_on_alignment=["positive_sum", "centroid_log_sum"],
+    do_not_specialize_on_alignment=["positive_sum", "logit_scale", "centroid_log_sum"],
 )
 def softmax_sums_kernel(
     row_log_sum,
@@ -79,7 +80,10 @@ def softmax_sums_kernel(
             tl.store(logs + col_line + j, relative_logs(col_log_sum, col_base, j, exists, reference), mask=exists)
 
 
-@triton.jit(do_not_specialize=["num_partials", "total_rows"], do_not_specialize_on_alignment=["partials"])
+@triton.jit(
+    do_not_specialize=["num_partials", "total_rows"],
+    do_not_specialize_on_alignment=["partials", "upstream", "logit_scale"],
+)
 def scale_gradient_kernel(
     partials,
     positive_moments,
@@ -103,7 +107,7 @@ def scale_gradient_kernel(
 
 
 def softmax_sums(saved: Saved, scalars: Scalars, total_rows: int, centroid_headroom: float) -> PreparedSums:
-    """Prepare the log sums of P pairs; see :meth:`gapkernels.backends.contract.Backend.softmax_sums`.
+    """Prepare the log sums of P pairs; see ``gapkernels.backends.contract.Backend.softmax_sums``.
 
     ``centroid_headroom`` is the base-2 logarithm of the largest entry that the gradient with respect to the inner
     products of centroids may have.
@@ -116,26 +120,28 @@ def softmax_sums(saved: Saved, scalars: Scalars, total_rows: int, centroid_headr
     references = saved.sums.new_empty(2, dtype=torch.float32)
     moments = saved.sums.new_empty(num_pairs)
     if num_pairs or has_centroids:
-        softmax_sums_kernel[(max(num_pairs, 1),)](
-            saved.row_log_sum,
-            saved.col_log_sum,
-            saved.negative_mass,
-            saved.cosines,
-            saved.sums[-1:],
-            scalars.logit_scale,
-            saved.centroid_summary[1:],
-            lines,
-            lines.stride(1),
-            moments,
-            references,
-            num_rows,
-            num_cols,
-            total_rows,
-            centroid_headroom,
-            NUM_PAIRS=num_pairs,
-            CENTROIDS=has_centroids,
-            BLOCK=BLOCK,
-            num_warps=NUM_WARPS,
+        launch(
+            softmax_sums_kernel,
+            (max(num_pairs, 1),),
+            (num_pairs, has_centroids, scalars.logit_scale.dtype),
+            (
+                saved.row_log_sum,
+                saved.col_log_sum,
+                saved.negative_mass,
+                saved.cosines,
+                saved.sums[-1:],
+                scalars.logit_scale,
+                saved.centroid_summary[1:],
+                lines,
+                lines.stride(1),
+                moments,
+                references,
+                num_rows,
+                num_cols,
+                total_rows,
+                centroid_headroom,
+            ),
+            lambda: {"NUM_PAIRS": num_pairs, "CENTROIDS": has_centroids, "BLOCK": BLOCK, "num_warps": NUM_WARPS},
         )
     return PreparedSums(
         rows=lines[:num_pairs, 0, :num_rows],
@@ -154,20 +160,17 @@ def scale_gradient(partials: Tensor, evaluation: Evaluation) -> Tensor:
         evaluation: everything else.
 
     Returns:
-        0-dim float64.
+        0-dim; in the scale's type where nothing is added to it, else float64.
     """
     moments = evaluation.prepared.positive_moment
     assert moments is not None
-    out = partials.new_empty(())
-    scale_gradient_kernel[(1,)](
-        partials,
-        moments,
-        evaluation.upstream,
-        evaluation.scalars.logit_scale,
-        out,
-        partials.numel(),
-        evaluation.total_rows,
-        NUM_PAIRS=moments.numel(),
-        BLOCK=1024,
+    scale = evaluation.scalars.logit_scale
+    out = partials.new_empty((), dtype=scale.dtype if evaluation.world_size == 1 else None)
+    launch(
+        scale_gradient_kernel,
+        (1,),
+        (moments.numel(), scale.dtype, out.dtype, evaluation.upstream.dtype),
+        (partials, moments, evaluation.upstream, scale, out, partials.numel(), evaluation.total_rows),
+        lambda: {"NUM_PAIRS": moments.numel(), "BLOCK": 1024},
     )
     return out

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gapkernels.backends.contract import Forward, LogSums, RowStatistics, Saved, Scalars
 from gapkernels.backends.triton.device import cdiv, next_power_of_2
+from gapkernels.backends.triton.launch import launch
 from gapkernels.backends.triton.tiles import LOG2_E
 from gapkernels.spec import LossSpec, unordered_pairs
 
@@ -47,7 +48,10 @@ def logaddexp2(a, b):
     return larger + log1p(tl.exp2(tl.where(a > b, b - a, a - b))) * LOG2_E
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_cols", "first_own"], do_not_specialize_on_alignment=["centroid_logs"])
+@triton.jit(
+    do_not_specialize=["num_rows", "num_cols", "first_own"],
+    do_not_specialize_on_alignment=["row_logs", "col_logs", "cosines", "logit_scale", "centroid_logs"],
+)
 def row_terms_kernel(
     row_logs,
     col_logs,
@@ -93,7 +97,10 @@ def row_terms_kernel(
         tl.store(partials + program * 3 + 2, tl.sum(tl.exp2(log - largest), axis=0))
 
 
-@triton.jit(do_not_specialize=["num_partials", "total_rows"], do_not_specialize_on_alignment=["centroid_summary"])
+@triton.jit(
+    do_not_specialize=["num_partials", "total_rows"],
+    do_not_specialize_on_alignment=["sums", "weights", "centroid_summary"],
+)
 def combine_kernel(
     partials,
     sums,
@@ -166,7 +173,7 @@ def terms(
     first_row: int,
     spec: LossSpec,
 ) -> Forward:
-    """See :meth:`gapkernels.backends.contract.Backend.terms`."""
+    """See ``gapkernels.backends.contract.Backend.terms``."""
     (num_rows, dim), modalities = embeddings[0].shape, len(embeddings)
     num_pairs, num_cols = all_cosines.shape
     has_centroids = centroid_log_sums is not None
@@ -182,39 +189,49 @@ def terms(
     )
     grid = (cdiv(num_cols, BLOCK),)
     partials = new((*grid, 3))
-    row_terms_kernel[grid](
-        *(pair_sums or (None, None)),
-        all_cosines,
-        scalars.logit_scale,
-        centroid_log_sums,
-        saved.row_log_sum,
-        saved.col_log_sum,
-        saved.negative_mass,
-        saved.centroid_log_sum,
-        partials,
-        num_rows,
-        num_cols,
-        first_row,
-        NUM_PAIRS=num_pairs,
-        CENTROIDS=has_centroids,
-        BLOCK=BLOCK,
+    launch(
+        row_terms_kernel,
+        grid,
+        (num_pairs, has_centroids, scalars.logit_scale.dtype),
+        (
+            *(pair_sums or (None, None)),
+            all_cosines,
+            scalars.logit_scale,
+            centroid_log_sums,
+            saved.row_log_sum,
+            saved.col_log_sum,
+            saved.negative_mass,
+            saved.centroid_log_sum,
+            partials,
+            num_rows,
+            num_cols,
+            first_row,
+        ),
+        lambda: {"NUM_PAIRS": num_pairs, "CENTROIDS": has_centroids, "BLOCK": BLOCK},
     )
     loss, values = new((), dtype=torch.float32), new(5, dtype=torch.float32)
-    combine_kernel[(1,)](
-        partials,
-        statistics.sums,
-        scalars.weights,
-        loss,
-        values,
-        saved.centroid_summary,
-        grid[0],
-        num_cols,
-        dim,
-        PAIRS=tuple(unordered_pairs(modalities)),
-        NUM_MODALITIES=modalities,
-        NUM_PAIRS=num_pairs,
-        CENTROIDS=has_centroids,
-        BLOCK=BLOCK,
-        BLOCK_D=next_power_of_2(dim),
+    launch(
+        combine_kernel,
+        (1,),
+        (modalities, num_pairs, has_centroids, dim, scalars.weights.dtype),
+        (
+            partials,
+            statistics.sums,
+            scalars.weights,
+            loss,
+            values,
+            saved.centroid_summary,
+            grid[0],
+            num_cols,
+            dim,
+        ),
+        lambda: {
+            "PAIRS": tuple(unordered_pairs(modalities)),
+            "NUM_MODALITIES": modalities,
+            "NUM_PAIRS": num_pairs,
+            "CENTROIDS": has_centroids,
+            "BLOCK": BLOCK,
+            "BLOCK_D": next_power_of_2(dim),
+        },
     )
     return Forward(loss, values, saved)

@@ -7,7 +7,7 @@ each entry counts for its row and for its column. The constant reference exponen
 
     shift = max(0, max x − (126 − ⌈log2 max(n, N)⌉))
 
-excludes overflow; sums it pushed out of range below are found and redone by :mod:`.log_sums`.
+excludes overflow; sums it pushed out of range below are found and redone by ``.log_sums``.
 
     programs      p0   p1   p2 …  (as many as the device holds at a time)
     tile numbers  0    1    2  …  | pair 0 | pair 1 | … | triangle |      program p takes p, p + programs, …
@@ -24,13 +24,13 @@ import triton.language as tl
 from gapkernels.backends.contract import Matrix
 from gapkernels.backends.triton import tuning
 from gapkernels.backends.triton.device import cdiv, input_precision, num_processors
+from gapkernels.backends.triton.launch import launch
 from gapkernels.backends.triton.tiles import (
     exponents,
     grouped_tile,
     inner_products,
     load_scale,
     num_triangle_tiles,
-    operand,
     triangle_tile,
     without_diagonal,
 )
@@ -76,7 +76,6 @@ def tile_sums_kernel(
     GROUP: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
-    USE_TMA: tl.constexpr,
 ):
     program, programs = tl.program_id(0), tl.num_programs(0)
     num_row_tiles, num_col_tiles = tl.cdiv(num_rows, TILE_M), tl.cdiv(num_cols, TILE_N)
@@ -84,8 +83,6 @@ def tile_sums_kernel(
     for m in tl.static_range(len(BIASED)):
         scale = load_scale(scales[m])
         shift = constant_shift(scale, largest, m, headroom, BIASED[m], UNIT)
-        x_operand = operand(rows[m], row_strides[m], num_rows, dim, TILE_M, TILE_K, USE_TMA)
-        y_operand = operand(cols[m], col_strides[m], num_cols, dim, TILE_N, TILE_K, USE_TMA)
         if SYMMETRIC[m]:
             num_tiles = num_triangle_tiles(num_rows, TILE_M, TILE_N, GROUP)
         else:
@@ -103,8 +100,8 @@ def tile_sums_kernel(
                 exists = exists & (col_start + TILE_N - 1 > row_start)
             if exists:
                 acc = inner_products(
-                    x_operand, row_strides[m], row_start, num_rows, y_operand, col_strides[m], col_start, num_cols,
-                    dim, TILE_M, TILE_N, TILE_K, EVEN_K, PRECISION, USE_TMA,
+                    rows[m], row_strides[m], row_start, num_rows, cols[m], col_strides[m], col_start, num_cols, dim,
+                    TILE_M, TILE_N, TILE_K, EVEN_K, PRECISION, False,
                 )  # fmt: skip
                 i, j = row_start + tl.arange(0, TILE_M), col_start + tl.arange(0, TILE_N)
                 row_factor = tl.load(row_factors[m] + i, mask=i < num_rows, other=0.0)
@@ -141,38 +138,70 @@ def tile_sums(matrices: list[Matrix], largest: torch.Tensor | None, headroom: in
     sums = torch.zeros(len(matrices) * (num_rows + num_cols), dtype=torch.float32, device=first.rows.device)
     row_sums, col_sums = sums.split([len(matrices) * num_rows, len(matrices) * num_cols])
 
-    def launch(config: tuning.Config) -> None:
+    def run(config: tuning.Config) -> None:
         tiles = len(matrices) * cdiv(num_rows, config.tile_m) * cdiv(num_cols, config.tile_n)
         grid = (min(tiles, num_processors(sums.device) * config.programs_per_processor),)
-        tile_sums_kernel[grid](
-            tuple(m.rows for m in matrices),
-            tuple(m.rows.stride(0) for m in matrices),
-            tuple(m.row_factor for m in matrices),
-            tuple(m.cols for m in matrices),
-            tuple(m.cols.stride(0) for m in matrices),
-            tuple(m.col_factor for m in matrices),
-            tuple(m.scale for m in matrices),
-            largest,
-            row_sums,
-            col_sums,
-            num_rows,
-            num_cols,
-            dim,
-            first.diagonal,
-            float(headroom),
-            BIASED=tuple(m.biased for m in matrices),
-            SYMMETRIC=tuple(m.symmetric for m in matrices),
-            UNIT=largest is None,
-            TILE_M=config.tile_m,
-            TILE_N=config.tile_n,
-            TILE_K=config.tile_k,
-            GROUP=config.group,
-            EVEN_K=dim % config.tile_k == 0,
-            PRECISION=input_precision(first.rows.dtype),
-            USE_TMA=config.tma,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+        launch(
+            tile_sums_kernel,
+            grid,
+            (matrix_kind(matrices, largest), config, input_precision(first.rows.dtype)),
+            (
+                *matrix_arguments(matrices),
+                largest,
+                row_sums,
+                col_sums,
+                num_rows,
+                num_cols,
+                dim,
+                first.diagonal,
+                float(headroom),
+            ),
+            lambda: {
+                "BIASED": tuple(m.biased for m in matrices),
+                "SYMMETRIC": tuple(m.symmetric for m in matrices),
+                "UNIT": largest is None,
+                "TILE_M": config.tile_m,
+                "TILE_N": config.tile_n,
+                "TILE_K": config.tile_k,
+                "GROUP": config.group,
+                "EVEN_K": dim % config.tile_k == 0,
+                "PRECISION": input_precision(first.rows.dtype),
+                "num_warps": config.num_warps,
+                "num_stages": config.num_stages,
+            },
         )
 
-    launch(tuning.choose("tile_sums", first.rows, launch, reset=sums))
+    run(tuning.choose("tile_sums", first.rows, run, reset=sums))
     return row_sums.view(-1, num_rows), col_sums.view(-1, num_cols)
+
+
+def matrix_arguments(matrices: list[Matrix]) -> tuple[tuple[object, ...], ...]:
+    """Matrices as kernels take them: rows, their strides and factors, columns likewise, scales."""
+    return (
+        tuple(m.rows for m in matrices),
+        tuple(m.rows.stride(0) for m in matrices),
+        tuple(m.row_factor for m in matrices),
+        tuple(m.cols for m in matrices),
+        tuple(m.cols.stride(0) for m in matrices),
+        tuple(m.col_factor for m in matrices),
+        tuple(m.scale for m in matrices),
+    )
+
+
+def matrix_kind(matrices: list[Matrix], largest: torch.Tensor | None) -> tuple[object, ...]:
+    """What tells launches on matrices apart, see ``.launch``."""
+    return (
+        largest is None,
+        matrices[0].rows.shape[1],
+        *(
+            (m.rows.dtype, m.biased, m.symmetric, m.scale.dtype, m.scale.data_ptr() % 16 == 0, _alignment(m))
+            for m in matrices
+        ),
+    )
+
+
+def _alignment(m: Matrix) -> tuple[bool, ...]:
+    """Blocks of operands and of their factors may begin anywhere; operands are aligned, being padded."""
+    assert m.row_factor is not None
+    assert m.col_factor is not None
+    return m.row_factor.data_ptr() % 16 == 0, m.col_factor.data_ptr() % 16 == 0

@@ -41,7 +41,7 @@ def grouped_tile(t, num_row_tiles, num_col_tiles, GROUP: tl.constexpr):
 
 @triton.jit
 def num_triangle_tiles(num_rows, TILE_M: tl.constexpr, TILE_N: tl.constexpr, GROUP: tl.constexpr):
-    """How many tile numbers :func:`triangle_tile` takes; a few near the diagonal and at the end stand for no tile."""
+    """How many tile numbers ``triangle_tile`` takes; a few near the diagonal and at the end stand for no tile."""
     groups = tl.cdiv(num_rows, TILE_M * GROUP)
     cols_per_group: tl.constexpr = GROUP * TILE_M // TILE_N
     return GROUP * (tl.cdiv(num_rows, TILE_N) * groups - cols_per_group * (groups * (groups - 1) // 2))
@@ -64,17 +64,6 @@ def triangle_tile(t, num_rows, TILE_M: tl.constexpr, TILE_N: tl.constexpr, GROUP
 
 
 @triton.jit
-def operand(pointer, stride, num_rows, dim, TILE: tl.constexpr, TILE_K: tl.constexpr, USE_TMA: tl.constexpr):
-    """Where tiles of a matrix ``[num_rows, dim]`` are read from: a TMA descriptor or the pointer itself."""
-    if USE_TMA:
-        return tl.make_tensor_descriptor(
-            pointer, shape=[num_rows, dim], strides=[stride, 1], block_shape=[TILE, TILE_K]
-        )
-    else:
-        return pointer
-
-
-@triton.jit
 def inner_products(
     rows,
     row_stride,
@@ -92,7 +81,10 @@ def inner_products(
     PRECISION: tl.constexpr,
     USE_TMA: tl.constexpr,
 ):
-    """⟨rows_i, cols_j⟩ of one tile, ``[TILE_M, TILE_N]`` float32. Rows past the end repeat the last (or are zero)."""
+    """⟨rows_i, cols_j⟩ of one tile, ``[TILE_M, TILE_N]`` float32. Rows past the end repeat the last (or are zero).
+
+    ``rows`` and ``cols`` are pointers, or descriptors for the copy engine if USE_TMA.
+    """
     acc = tl.zeros((TILE_M, TILE_N), dtype=tl.float32)
     if USE_TMA:
         for k in range(0, dim, TILE_K):

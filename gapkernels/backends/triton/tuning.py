@@ -1,8 +1,8 @@
 """Tile shapes and schedules, keyed by kernel, architecture, length of the rows and type of the operands.
 
 The table holds one default per key. With GAPKERNELS_TUNE=1 the candidates of a key are timed once at first use and the
-fastest is remembered in a file (GAPKERNELS_TUNING_FILE, by default in the user's cache directory), which later processes
-go by whether they tune or not. Nothing else is ever compiled twice, and no key depends on the batch size.
+fastest is remembered in a file (GAPKERNELS_TUNING_FILE, by default in the user's cache directory), which later
+processes go by whether they tune or not. Nothing else is ever compiled twice, and no key depends on the batch size.
 """
 
 from __future__ import annotations
@@ -51,24 +51,22 @@ INTERPRETER = Config(32, 64, 64, 4, 1, group=2)
 # Sixteen-bit operands. Two programs of 128×128 per processor on sm_90: the accumulators of both fit the registers, and
 # while one is in its exponentials the other keeps the tensor cores busy. sm_100 accumulates in tensor memory.
 _SIXTEEN_BIT = {
-    "sm_80": [
-        Config(128, 128, 64, 8, 3),
-        Config(128, 256, 32, 8, 3),
-    ],
+    "sm_80": [Config(128, 128, 64, 8, 3), Config(128, 256, 32, 8, 3)],
+    "sm_90": [Config(128, 128, 64, 4, 3, programs_per_processor=2), Config(128, 256, 64, 8, 3)],
+    "sm_100": [Config(128, 128, 64, 8, 3, programs_per_processor=2)],
+    "gfx942": [Config(128, 128, 64, 8, 2, programs_per_processor=2)],
+}
+# Descriptors for the copy engine are made on the host, which Triton does for an argument of its own only: kernels that
+# take tuples of matrices have none.
+_SIXTEEN_BIT_GRADIENTS = {
+    "sm_80": [Config(128, 128, 64, 8, 3)],
     "sm_90": [
-        Config(128, 128, 64, 4, 3, programs_per_processor=2),
-        Config(128, 256, 64, 8, 3),
+        Config(128, 128, 64, 4, 3),
+        Config(128, 128, 64, 4, 3, tma=True),
         Config(128, 256, 64, 8, 3, tma=True),
-        Config(128, 128, 64, 4, 3, programs_per_processor=2, tma=True),
-        Config(128, 128, 64, 8, 4, tma=True),
     ],
-    "sm_100": [
-        Config(128, 128, 64, 8, 3, programs_per_processor=2),
-        Config(128, 128, 64, 8, 3, programs_per_processor=2, tma=True),
-    ],
-    "gfx942": [
-        Config(128, 128, 64, 8, 2, programs_per_processor=2),
-    ],
+    "sm_100": [Config(128, 128, 64, 8, 3), Config(128, 128, 64, 8, 3, tma=True)],
+    "gfx942": [Config(128, 128, 64, 8, 2)],
 }
 _SIXTEEN_BIT_PRODUCTS = {
     "sm_80": [Config(128, 256, 32, 8, 3), Config(128, 128, 64, 8, 3)],
@@ -105,12 +103,9 @@ def _candidates(kernel: str, arch: str, dtype: torch.dtype, dim: int, true_float
     if kernel == "log_sums":  # runs rarely; the running maxima and sums leave no room for wide tiles
         rows, warps = (32, 4) if dtype == torch.float32 else (128, 8)
         parts = 4 if dtype != torch.float32 and nearest(arch) == "sm_100" else 2
-        table = [c._replace(tile_m=rows, tile_n=c.tile_n // parts, num_warps=warps, tma=False) for c in table[:1]]
-    if kernel == "gradient_tiles":  # two factors per column and the gradient: a wider tile spills,
-        # unless it is read by the copy engine, whose addresses take no registers.
-        table = [c for c in table if c.tile_n <= 128 or c.tma]
-    if kernel == "add_product":
-        table = [c._replace(num_warps=8, tma=False) for c in table if c.tile_n <= 128]
+        table = [c._replace(tile_m=rows, tile_n=c.tile_n // parts, num_warps=warps) for c in table[:1]]
+    if kernel == "gradient_tiles" and dtype != torch.float32:
+        table = _SIXTEEN_BIT_GRADIENTS[nearest(arch)]
     if kernel == "both_products" and dtype != torch.float32:
         # A tile twice as wide reads H half as often; at D ≤ 256 there would be too few of them.
         table = [c for c in _SIXTEEN_BIT_PRODUCTS[nearest(arch)] if c.tile_n <= max(128, dim // 2)]
@@ -148,6 +143,30 @@ def choose(
         launch: runs the kernel with a configuration, to time it.
         reset: what a launch adds to, one or several, restored after the timing.
     """
+    if INTERPRETED:
+        return INTERPRETER
+    # Asked at every launch: what is decided once holds for the process.
+    question = kernel, like.device, like.dtype, like.shape[1], torch.get_float32_matmul_precision()
+    decided = _decided.get(question)
+    if decided is None:
+        decided = _choose(kernel, like, launch, reset)
+        if not (_searching() and torch.cuda.is_current_stream_capturing()):
+            _decided[question] = decided
+    return decided
+
+
+_decided: dict[tuple[object, ...], Config] = {}
+
+
+def forget() -> None:
+    """Forget what was decided and read, as a new process would begin."""
+    _decided.clear()
+    _remembered.cache_clear()
+
+
+def _choose(
+    kernel: str, like: Tensor, launch: Callable[[Config], object], reset: Tensor | tuple[Tensor, ...] | None
+) -> Config:
     arch, dim = architecture(like.device), like.shape[1]
     options = candidates(kernel, arch, like.dtype, dim)
     if len(options) == 1:
@@ -169,7 +188,6 @@ def choose(
     return found
 
 
-@functools.cache
 def _key(kernel: str, arch: str, dtype: torch.dtype, dim: int) -> str:
     return f"{kernel}/{arch}/{dtype}/{dim}/{triton.__version__}"
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from gapkernels.errors import UserError
 from gapkernels.training.config import Data
 from gapkernels.training.data import av_mnist, cifar10, digits, features, mscoco
-from gapkernels.training.data.dataset import NO_CLASS, Dataset, ImageSpec, InputSpec, Split, TextSpec, VectorSpec
-from gapkernels.training.errors import UserError
+from gapkernels.training.data.dataset import Dataset, ImageSpec, InputSpec, Split, TextSpec, VectorSpec
 
 # Each loader takes its section of the configuration and the folder with the files, or None if the user named none.
 _LOADERS: dict[str, Callable[[Any, Path | None], Dataset]] = {
@@ -38,11 +38,15 @@ def load_dataset(config: Data, data_dir: Path | None = None) -> Dataset:
     if data_dir is not None and not data_dir.is_dir():
         raise UserError(f"there is no data folder {data_dir}")
     dataset = _LOADERS[config.dataset](config, data_dir)
-    return replace(
+    dataset = replace(
         dataset,
         train=_first(dataset.train, config.train_samples, "train_samples"),
         test=_first(dataset.test, config.test_samples, "test_samples"),
     )
+    for name, split in (("training", dataset.train), ("test", dataset.test)):
+        if len(split) < 2:
+            raise UserError(f"the {name} split of {config.dataset} must hold at least 2 samples, got {len(split)}")
+    return dataset
 
 
 def _first(split: Split, count: int | None, setting: str) -> Split:

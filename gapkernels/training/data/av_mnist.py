@@ -11,7 +11,6 @@ there with TIDIGITS and ESC-50); LeCun et al., MNIST; Z. Jackson et al., Free Sp
 from __future__ import annotations
 
 import gzip
-import itertools
 import math
 import re
 import wave
@@ -23,18 +22,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gapkernels.errors import UserError
+from gapkernels.reading import check_inflation
 from gapkernels.training.config import AVMNISTData
-from gapkernels.training.data.dataset import Dataset, ImageSpec, Split, TextSpec
+from gapkernels.training.data.dataset import Dataset, ImageSpec, Split, TextSpec, fingerprint_of
 from gapkernels.training.data.digits import DIGIT_NAMES
-from gapkernels.training.data.files import find_first, read_file, require_folder
+from gapkernels.training.data.files import class_numbers, cut, find_first, read_file, require_folder
 from gapkernels.training.data.principal_components import principal_components, reduce_to
 from gapkernels.training.data.tokenizer import Tokenizer
 from gapkernels.training.data.transforms import Lookup
-from gapkernels.training.errors import UserError
 from gapkernels.training.npz import open_npz
 
 _MNIST_FOLDERS = ("mnist/", "MNIST/raw/", "")
 _IDX_UINT8 = 0x08
+_SIDE = 28
 
 _SAMPLE_RATE = 8000
 _SECONDS = 1.0  # longer recordings lose their end: 99 % are shorter
@@ -108,6 +109,7 @@ def load(config: AVMNISTData, data_dir: Path | None) -> Dataset:
             "text": TextSpec(vocabulary_size=tokenizer.size, length=tokenizer.length),
         },
         class_names=DIGIT_NAMES,
+        fingerprint=fingerprint_of(*train_images, *test_images, *recordings),
     )
 
 
@@ -121,6 +123,13 @@ def _read_mnist(folder: Path, part: str) -> tuple[Tensor, Tensor]:
         return read_file(path, lambda path: _read_idx(path, axes), f"an idx file of {axes} axes of bytes")
 
     images, labels = read("images", 3), read("labels", 1)
+    if list(images.shape[1:]) != [_SIDE, _SIDE]:
+        size = "x".join(map(str, images.shape[1:]))
+        raise UserError(f"MNIST in {folder}: {part} images must be of {_SIDE}x{_SIDE} pixels, found {size}")
+    wrong = (labels >= len(DIGIT_NAMES)).nonzero().flatten().tolist()
+    if wrong:
+        found = int(labels[wrong[0]])
+        raise UserError(f"MNIST in {folder}: {part} labels must be digits, found {found} in row {wrong[0]}")
     if len(images) != len(labels):
         raise UserError(f"MNIST in {folder}: {len(images)} {part} images and {len(labels)} labels")
     return images.unsqueeze(1).float() / 255, labels.long()
@@ -128,14 +137,20 @@ def _read_mnist(folder: Path, part: str) -> tuple[Tensor, Tensor]:
 
 def _read_idx(path: Path, axes: int) -> Tensor:
     """Read an idx file: two zero bytes, the type, the number of axes, each axis' length (big endian), the data."""
-    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    if content[:4] != bytes([0, 0, _IDX_UINT8, axes]):
-        raise ValueError(f"it begins with {content[:4].hex()}")
-    start = 4 + 4 * axes
-    shape = np.frombuffer(content[4:start], dtype=">u4").tolist()
-    if len(content) != start + math.prod(shape):
-        raise ValueError(f"{math.prod(shape)} bytes announced, {len(content) - start} found")
-    return torch.from_numpy(np.frombuffer(content, dtype=np.uint8, offset=start).reshape(shape).copy())
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        start = file.read(4)
+        if start != bytes([0, 0, _IDX_UINT8, axes]):
+            raise ValueError(f"it begins with {start.hex()}")
+        lengths = file.read(4 * axes)
+        if len(lengths) < 4 * axes:
+            raise ValueError("it ends within its header")
+        shape = np.frombuffer(lengths, dtype=">u4").tolist()
+        check_inflation(math.prod(shape), path.stat().st_size)
+        content = file.read(math.prod(shape) + 1)
+    if len(content) != math.prod(shape):
+        more = "more" if len(content) > math.prod(shape) else len(content)
+        raise ValueError(f"{math.prod(shape)} bytes announced, {more} found")
+    return torch.from_numpy(np.frombuffer(content, dtype=np.uint8).reshape(shape).copy())
 
 
 def _read_recordings(folder: Path) -> _Recordings:
@@ -156,16 +171,17 @@ def _read_recordings(folder: Path) -> _Recordings:
 
 def _read_npz(path: Path) -> _Recordings:
     with open_npz(path) as file:
-        audio, offsets = file["audio"], file["offsets"].tolist()
-        labels, is_test, rate = file["labels"], file["is_test"], int(file["sample_rate"])
-    if not len(offsets) - 1 == len(labels) == len(is_test) or offsets[-1] != len(audio):
-        raise ValueError(f"{len(labels)} labels, {len(offsets)} offsets and {len(audio)} samples do not fit together")
-    clips = [audio[start:stop] for start, stop in itertools.pairwise(offsets)]
-    return _Recordings(
-        torch.stack([_to_wave(clip, rate) for clip in clips]),
-        torch.from_numpy(labels.astype(np.int64)),
-        torch.from_numpy(is_test.astype(bool)),
-    )
+        audio, offsets, is_test, rate = (file[name] for name in ("audio", "offsets", "is_test", "sample_rate"))
+        labels = class_numbers(file["labels"], len(DIGIT_NAMES))
+    if audio.dtype != np.int16:
+        raise ValueError(f"`audio` must hold 16-bit samples, found {audio.dtype}")
+    if is_test.dtype != bool or is_test.shape != (len(labels),):
+        raise ValueError(f"`is_test` must hold {len(labels)} truth values, found {is_test.dtype} {list(is_test.shape)}")
+    if rate.shape != () or rate.dtype.kind not in "iu":
+        raise ValueError(f"`sample_rate` must be one whole number, found {rate.dtype} {list(rate.shape)}")
+    clips = cut(audio, offsets, len(labels), "samples")
+    waves = torch.stack([_to_wave(clip, int(rate)) for clip in clips])
+    return _Recordings(waves, labels, torch.from_numpy(is_test))
 
 
 def _read_wav_folder(path: Path) -> _Recordings:

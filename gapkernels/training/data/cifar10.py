@@ -5,7 +5,6 @@ Source: A. Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 
 
 from __future__ import annotations
 
-import itertools
 import pickle
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from gapkernels.training.config import CIFAR10Data
-from gapkernels.training.data.dataset import Dataset, ImageSpec, Split, TextSpec
-from gapkernels.training.data.files import decode_images, find_first, read_file, require_folder
+from gapkernels.training.data.dataset import Dataset, ImageSpec, Split, TextSpec, fingerprint_of
+from gapkernels.training.data.files import class_numbers, cut, decode_images, find_first, read_file, require_folder
 from gapkernels.training.data.tokenizer import Tokenizer
 from gapkernels.training.data.transforms import Normalize, RandomCropFlip
 from gapkernels.training.npz import open_npz
@@ -70,40 +69,37 @@ def load(config: CIFAR10Data, data_dir: Path | None) -> Dataset:
 
     normalize = Normalize(_MEAN, _STD)
     augment = nn.Sequential(RandomCropFlip(config.crop_padding), normalize) if config.augment else normalize
+    train, test = split("train", augment), split("test", normalize)
     return Dataset(
-        train=split("train", augment),
-        test=split("test", normalize),
+        train=train,
+        test=test,
         specs={
             "image": ImageSpec(channels=3, height=_SIDE, width=_SIDE),
             "text": TextSpec(vocabulary_size=tokenizer.size, length=tokenizer.length),
         },
         class_names=CLASS_NAMES,
+        fingerprint=fingerprint_of(train.modalities["image"], train.labels, test.modalities["image"], test.labels),
     )
 
 
 def _read_jpeg_file(path: Path) -> _Images:
     with open_npz(path) as file:
-        stream, offsets, labels = file["jpeg"].tobytes(), file["offsets"].tolist(), file["labels"]
-    if len(offsets) != len(labels) + 1 or offsets[-1] != len(stream):
-        raise ValueError(f"{len(labels)} labels, {len(offsets)} offsets and {len(stream)} bytes do not fit together")
-    pixels = decode_images([stream[start:stop] for start, stop in itertools.pairwise(offsets)], _SIDE)
-    return _Images(pixels, _checked_labels(labels))
+        stream, offsets, labels = file["jpeg"], file["offsets"], class_numbers(file["labels"], len(CLASS_NAMES))
+    if stream.dtype != np.uint8:
+        raise ValueError(f"`jpeg` must hold bytes, found {stream.dtype}")
+    parts = cut(stream, offsets, len(labels), "bytes")
+    return _Images(decode_images([part.tobytes() for part in parts], _SIDE), labels)
 
 
 def _read_batch(path: Path) -> _Images:
     with path.open("rb") as file:
         content: dict[bytes, Any] = _ArrayUnpickler(file, encoding="bytes").load()
-    pixels = np.asarray(content[b"data"], dtype=np.uint8).reshape(-1, 3, _SIDE, _SIDE)
-    labels = np.asarray(content[b"labels"])
+    pixels, labels = np.asarray(content[b"data"]), class_numbers(np.asarray(content[b"labels"]), len(CLASS_NAMES))
+    if pixels.dtype != np.uint8 or pixels.ndim != 2 or pixels.shape[1] != 3 * _SIDE * _SIDE:
+        raise ValueError(f"images must be bytes [N, {3 * _SIDE * _SIDE}], found {pixels.dtype} {list(pixels.shape)}")
     if len(pixels) != len(labels):
         raise ValueError(f"{len(pixels)} images and {len(labels)} labels")
-    return _Images(torch.from_numpy(pixels), _checked_labels(labels))
-
-
-def _checked_labels(labels: np.ndarray) -> Tensor:
-    if labels.ndim != 1 or (len(labels) and not 0 <= labels.min() <= labels.max() < len(CLASS_NAMES)):
-        raise ValueError("labels must be numbers from 0 to 9")
-    return torch.from_numpy(labels.astype(np.int64))
+    return _Images(torch.from_numpy(pixels.copy()).view(-1, 3, _SIDE, _SIDE), labels)
 
 
 class _ArrayUnpickler(pickle.Unpickler):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
-
-NO_CLASS = -1  # label of a sample that belongs to no class, or to several
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Split:
 
     Args:
         modalities: stored samples by modality, each [N, ...].
-        labels: class of each sample, int64 [N]; `NO_CLASS` keeps a sample out of clustering and classification.
+        labels: class of each sample, int64 [N]; `NO_CLASS`, -1, keeps a sample out of clustering and classification.
         ids: what a sample says, int64 [N]: in retrieval any sample with the query's id is a right answer.
         transforms: what turns a batch of stored samples into the input of the encoder, for modalities where these
             differ. Inputs are: images float32 [n, C, H, W], token numbers int64 [n, L], features float32 [n, D].
@@ -104,13 +103,31 @@ class Dataset:
         test: samples held out for every reported metric.
         specs: shape of the inputs by modality.
         class_names: name of each class, in the order of the labels.
+        fingerprint: of everything that was read, see `fingerprint_of`.
     """
 
     train: Split
     test: Split
     specs: Mapping[str, InputSpec]
     class_names: tuple[str, ...]
+    fingerprint: str
 
     def to(self, device: torch.device) -> Dataset:
         """Move both splits to a device."""
         return replace(self, train=self.train.to(device), test=self.test.to(device))
+
+
+def fingerprint_of(*arrays: Tensor | None) -> str:
+    """Return a checksum of what a data set was read from; a run is continued on the same data only.
+
+    Args:
+        arrays: as they are in the files, before anything that another computer would round differently.
+    """
+    digest = hashlib.sha256()
+    for values in arrays:
+        if values is None:
+            digest.update(b"absent;")
+            continue
+        digest.update(f"{values.dtype} {list(values.shape)};".encode())
+        digest.update(values.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

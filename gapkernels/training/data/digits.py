@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gapkernels.training.config import DigitHalvesData, DigitsData
-from gapkernels.training.data.dataset import Dataset, ImageSpec, Split, TextSpec
+from gapkernels.training.data.dataset import Dataset, ImageSpec, Split, TextSpec, fingerprint_of
 from gapkernels.training.data.principal_components import principal_components, reduce_to
 from gapkernels.training.data.tokenizer import Tokenizer
 
@@ -39,7 +39,7 @@ def load(config: DigitsData, data_dir: Path | None) -> Dataset:
     """
     pixels, labels = _read()
     std, mean = torch.std_mean(pixels[:_TRAIN_SAMPLES])
-    return _named({"image": (pixels - mean) / std}, labels, _TRAIN_SAMPLES)
+    return _named({"image": (pixels - mean) / std}, pixels, labels, _TRAIN_SAMPLES)
 
 
 def load_halves(config: DigitHalvesData, data_dir: Path | None) -> Dataset:
@@ -62,7 +62,7 @@ def load_halves(config: DigitHalvesData, data_dir: Path | None) -> Dataset:
         reduced = reduce_to(half, principal_components(training, config.image_energy))
         std, mean = torch.std_mean(reduced[:_TRAIN_SAMPLES_OF_HALVES])
         halves[name] = (reduced - mean) / std
-    return _named(halves, labels, _TRAIN_SAMPLES_OF_HALVES)
+    return _named(halves, pixels, labels, _TRAIN_SAMPLES_OF_HALVES)
 
 
 def _read() -> tuple[Tensor, Tensor]:
@@ -73,8 +73,8 @@ def _read() -> tuple[Tensor, Tensor]:
     return torch.from_numpy(bundle.images).float().unsqueeze(1) / _LARGEST_PIXEL, torch.from_numpy(bundle.target).long()
 
 
-def _named(images: dict[str, Tensor], labels: Tensor, train_samples: int) -> Dataset:
-    """Return the data set of images, one [N, 1, H, W] by modality, and of the digits' names."""
+def _named(images: dict[str, Tensor], pixels: Tensor, labels: Tensor, train_samples: int) -> Dataset:
+    """Return the data set of images, one [N, 1, H, W] by modality, and of the digits' names; `pixels` are as read."""
     tokenizer = Tokenizer.from_captions(DIGIT_NAMES, level="character")
     everything = Split({**images, "text": tokenizer.encode(DIGIT_NAMES)[labels]}, labels=labels, ids=labels)
     specs = {name: ImageSpec(1, values.shape[2], values.shape[3]) for name, values in images.items()}
@@ -83,4 +83,5 @@ def _named(images: dict[str, Tensor], labels: Tensor, train_samples: int) -> Dat
         test=everything.take(torch.arange(train_samples, len(labels))),
         specs={**specs, "text": TextSpec(vocabulary_size=tokenizer.size, length=tokenizer.length)},
         class_names=DIGIT_NAMES,
+        fingerprint=fingerprint_of(pixels, labels),
     )

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from gapkernels.errors import UserError
 from gapkernels.training.config import FeaturesData
-from gapkernels.training.data.dataset import NO_CLASS, Dataset, Split, VectorSpec
+from gapkernels.training.data.dataset import Dataset, Split, VectorSpec, fingerprint_of
 from gapkernels.training.data.files import require_folder
-from gapkernels.training.embeddings import Embeddings, read_features
-from gapkernels.training.errors import UserError
+from gapkernels.training.embeddings import NO_CLASS, Embeddings, read_features
 
 _SPLIT_SEED = 0
 
@@ -30,30 +32,46 @@ def load(config: FeaturesData, data_dir: Path | None) -> Dataset:
         UserError: if a file is missing or damaged, or the files do not fit together.
     """
     folder = require_folder(data_dir, "features")
-    train = _split_of(read_features(folder / config.train_file))
-    if config.test_file is None:
-        train, test = _divide(train, config.test_fraction)
-    else:
-        test = _split_of(read_features(folder / config.test_file))
+    files = [read_features(folder / name) for name in (config.train_file, config.test_file) if name is not None]
+    classes = torch.cat(
+        [file.labels for file in files if file.labels is not None] or [torch.empty(0, dtype=torch.int64)]
+    )
+    # Numbered anew: what the file calls its classes may be any number, and a name for each below it would be too many.
+    numbers = classes[classes != NO_CLASS].unique()
+    train, *tests = (_split_of(file, numbers) for file in files)
+    train, test = (train, tests[0]) if tests else _divide(train, config.test_fraction)
     widths, test_widths = _widths(train), _widths(test)
     if widths != test_widths:
         raise UserError(f"the training file holds features {widths}, the test file {test_widths}")
-    classes = int(torch.cat([train.labels, test.labels]).max()) + 1
     return Dataset(
         train=train,
         test=test,
         specs={name: VectorSpec(width) for name, width in widths.items()},
-        class_names=tuple(map(str, range(classes))),
+        class_names=tuple(map(str, numbers.tolist())),
+        fingerprint=fingerprint_of(*(values for file in files for values in _arrays(file))),
     )
 
 
-def _split_of(features: Embeddings) -> Split:
+def _arrays(features: Embeddings) -> list[Tensor | None]:
+    return [*(features.modalities[name] for name in sorted(features.modalities)), *_sample_numbers(features)]
+
+
+def _sample_numbers(features: Embeddings) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    assert not isinstance(features.ids, Mapping)  # only embeddings have ids by modality
+    return features.labels, features.ids, features.groups
+
+
+def _split_of(features: Embeddings, classes: Tensor) -> Split:
+    """Return the samples of a file, their labels as places in `classes` (the class numbers there are, ascending)."""
     samples = len(next(iter(features.modalities.values())))
+    labels, ids, groups = _sample_numbers(features)
+    if labels is not None:
+        labels = torch.where(labels == NO_CLASS, NO_CLASS, torch.searchsorted(classes, labels))
     return Split(
         modalities={name: values.float() for name, values in features.modalities.items()},
-        labels=torch.full((samples,), NO_CLASS) if features.labels is None else features.labels.long(),
-        ids=torch.arange(samples) if features.ids is None else features.ids.long(),
-        groups=features.groups,
+        labels=torch.full((samples,), NO_CLASS) if labels is None else labels,
+        ids=torch.arange(samples) if ids is None else ids,
+        groups=groups,
     )
 
 

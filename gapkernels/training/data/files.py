@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gapkernels.training.errors import UserError
+from gapkernels.errors import UserError, printable
 
 Content = TypeVar("Content")
 
@@ -61,8 +62,45 @@ def read_file(path: Path, read: Callable[[Path], Content], expected: str) -> Con
     try:
         return read(path)
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = printable(" ".join(str(error).split())) or type(error).__name__
         raise UserError(f"cannot read {path}, expected {expected} ({reason})") from error
+
+
+def class_numbers(values: np.ndarray, classes: int) -> Tensor:
+    """Return labels as int64 [N].
+
+    Raises:
+        ValueError: if they are no whole numbers below the number of classes.
+    """
+    if values.ndim != 1 or values.dtype.kind not in "iu":
+        raise ValueError(f"labels must be whole numbers [N], found {values.dtype} {list(values.shape)}")
+    wrong = (values < 0) | (values >= classes)
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise ValueError(f"labels must be numbers from 0 to {classes - 1}, found {values[row]} in row {row}")
+    return torch.from_numpy(values.astype(np.int64))
+
+
+def cut(joined: np.ndarray, offsets: np.ndarray, count: int, what: str) -> list[np.ndarray]:
+    """Return the parts of an array that holds many, one after another.
+
+    Args:
+        joined: [T].
+        offsets: where each part begins and the last one ends, [count + 1], from 0 to T.
+        count: number of parts.
+        what: values of the array, for the message.
+
+    Raises:
+        ValueError: if these do not fit together.
+    """
+    if joined.ndim != 1 or offsets.ndim != 1 or offsets.dtype.kind not in "iu":
+        raise ValueError(f"offsets must be whole numbers [N + 1], found {offsets.dtype} {list(offsets.shape)}")
+    places = offsets.tolist()
+    if len(places) != count + 1 or places[-1] != len(joined):
+        raise ValueError(f"{count} labels, {len(places)} offsets and {len(joined)} {what} do not fit together")
+    if places[0] != 0 or any(start >= stop for start, stop in itertools.pairwise(places)):
+        raise ValueError("offsets must rise from 0")
+    return [joined[start:stop] for start, stop in itertools.pairwise(places)]
 
 
 def decode_images(encoded: Sequence[bytes | Path], size: int) -> Tensor:
@@ -90,9 +128,9 @@ def decode_images(encoded: Sequence[bytes | Path], size: int) -> Tensor:
                 rgb = image.convert("RGB")
             if rgb.size != (size, size):
                 rgb = ImageOps.fit(rgb, (size, size), Image.Resampling.BICUBIC)
-        except OSError as error:
+        except Exception as error:  # the decoders of the formats raise whatever they like
             where = "an image" if isinstance(entry, bytes) else f"the image {entry}"
-            raise UserError(f"cannot decode {where} ({' '.join(str(error).split())})") from error
+            raise UserError(f"cannot decode {where} ({printable(' '.join(str(error).split()))})") from error
         pixels[number] = np.asarray(rgb).transpose(2, 0, 1)
 
     with ThreadPoolExecutor(cpu_count()) as pool:

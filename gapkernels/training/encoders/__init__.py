@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gapkernels.errors import UserError, printable
 from gapkernels.training.config import EncoderConfig, Model
 from gapkernels.training.data import ImageSpec, InputSpec, TextSpec, VectorSpec
 from gapkernels.training.encoders.base import Encoder
@@ -14,7 +15,6 @@ from gapkernels.training.encoders.features import MLP
 from gapkernels.training.encoders.image import FastCNN, ImageCNN, ResNet, SpectrogramCNN, ViT
 from gapkernels.training.encoders.open_clip import OpenCLIPImage, OpenCLIPText
 from gapkernels.training.encoders.text import TextTransformer
-from gapkernels.training.errors import UserError
 
 # The encoder of each kind in the configuration, and what it reads.
 _ENCODERS: dict[str, tuple[Any, type]] = {
@@ -50,7 +50,10 @@ class MultimodalModel(nn.Module):
                 f"the data set has {', '.join(sorted(specs))}"
             )
         encoders = {name: _build_encoder(name, config.encoders[name], specs[name]) for name in config.encoders}
-        self.encoders = nn.ModuleDict(encoders)
+        try:
+            self.encoders = nn.ModuleDict(encoders)
+        except KeyError as error:  # a name with a dot, or that of a method of the module
+            raise UserError(f"model.encoders: no modality can be called so ({printable(error.args[0])})") from error
         self.heads = nn.ModuleDict(
             {name: nn.Linear(encoder.output_width, config.embed_dim, bias=False) for name, encoder in encoders.items()}
         )

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gapkernels.errors import UserError
 from gapkernels.training.config import FastCNNConfig, ImageCNNConfig, ResNetConfig, SpectrogramCNNConfig, ViTConfig
 from gapkernels.training.data import ImageSpec
 from gapkernels.training.encoders.base import Encoder
-from gapkernels.training.errors import UserError
 
 _GROUPS = 8
 _STAGE_STRIDES = (1, 2, 2, 2)

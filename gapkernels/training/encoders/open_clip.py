@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gapkernels.errors import UserError
 from gapkernels.training.config import OpenCLIPConfig
 from gapkernels.training.data import ImageSpec, TextSpec
 from gapkernels.training.encoders.base import Encoder
-from gapkernels.training.errors import UserError
 
 
 class OpenCLIPImage(Encoder):

@@ -1,9 +1,9 @@
 """Where the CUDA kernels were measured faster than Triton's: there, and only there, ``backend="auto"`` takes them.
 
-    python -m gapkernels.backends.cuda.measured benchmarks/results/variants/FILE.json     renews the record
+    python -m gapkernels.backends.cuda.speed_record benchmarks/results/FILE.json     renews the record
 
-The record is ``measured.json``: by architecture and type of the embeddings the smallest batch and the smallest width
-from which on the kernels won every problem, and the result file that says so. It is empty until there is one.
+The record is ``speed_record.json``: by architecture and type of the embeddings the smallest batch and the smallest
+width from which on the kernels won every problem, and the result file that says so. It is empty until there is one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-RECORD = Path(__file__).with_name("measured.json")
+RECORD = Path(__file__).with_name("speed_record.json")
 ARCHITECTURE = "sm_90"
 """What the kernels are compiled for; nothing else can have been measured."""
 
@@ -59,14 +59,14 @@ def derive(rows: Sequence[Mapping[str, Any]], source: str) -> dict[str, Region]:
     nothing but won problems the one with most of them is taken.
 
     Args:
-        rows: of a result file of ``benchmarks.variants``; only its default setting counts, which users get.
+        rows: of a result file of the benchmarks; those under settings of the environment, which are named beside the
+            implementation, do not count.
         source: where that file is.
     """
     times: dict[tuple[Any, ...], dict[str, Mapping[str, Any]]] = {}
     for row in rows:
-        if row["setting"] == "default":
-            problem = tuple(row[name] for name in ("dtype", "samples", "width", "loss", "modalities", "backward"))
-            times.setdefault(problem, {})[row["implementation"]] = row
+        problem = tuple(row[name] for name in ("dtype", "samples", "width", "loss", "modalities", "backward"))
+        times.setdefault(problem, {})[row["implementation"]] = row
     won: dict[str, dict[tuple[int, int], bool]] = {}
     for (dtype, samples, width, *_), by_backend in times.items():
         ours, triton = by_backend.get("gapkernels-cuda"), by_backend.get("gapkernels-triton")
@@ -90,8 +90,9 @@ def derive(rows: Sequence[Mapping[str, Any]], source: str) -> dict[str, Region]:
 def main(arguments: Sequence[str]) -> None:
     """Replace the record by what a result file says."""
     if len(arguments) != 1:
-        sys.exit("usage: python -m gapkernels.backends.cuda.measured FILE, a result file of benchmarks.variants")
-    found = derive(json.loads(Path(arguments[0]).read_text(encoding="utf-8"))["rows"], Path(arguments[0]).as_posix())
+        sys.exit("usage: python -m gapkernels.backends.cuda.speed_record FILE, a result file of the benchmarks")
+    content = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
+    found = derive([entry["extra_info"] for entry in content["benchmarks"]], Path(arguments[0]).as_posix())
     record = {ARCHITECTURE: {dtype: entry._asdict() for dtype, entry in found.items()}} if found else {}
     RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print("\n".join(described(found)) or "nowhere faster than Triton: auto stays with Triton")

@@ -1,0 +1,248 @@
+"""The functions of the CPU backend, one by one, against dense formulas in float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from gapkernels import gap_loss
+from gapkernels.backends import cpu, native_build
+from gapkernels.backends.contract import NO_DIAGONAL, Matrix, Operand, PreparedSums, SoftmaxSums
+from gapkernels.backends.cpu import build
+from gapkernels.spec import LossSpec
+
+if (reason := cpu.unusable_because()) is not None:
+    pytest.skip(reason, allow_module_level=True)
+
+LOG2_E = math.log2(math.e)
+TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+EDGES = [
+    (1, 1, 1),
+    (2, 3, 7),
+    (16, 16, 64),
+    (63, 65, 33),
+    (64, 64, 100),
+    (127, 129, 32),
+    (130, 257, 512),
+    (300, 1100, 40),
+]
+"""Rows, columns and width: around the edges of vectors, panels of 64, tiles of 128 and blocks of 1024."""
+
+
+@pytest.fixture(scope="module")
+def backend() -> object:
+    return cpu.create()
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def strided(x: Tensor) -> Tensor:
+    """The same numbers as a view into a larger storage, its rows at odd addresses."""
+    storage = torch.full((x.shape[0] + 1, x.shape[1] + 3), torch.nan, dtype=x.dtype)
+    view = storage[1:, 1 : 1 + x.shape[1]]
+    view.copy_(x)
+    return view
+
+
+def vectors(rows: int, width: int, dtype: torch.dtype, seed: int) -> Tensor:
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def used(operand: Operand, width: int) -> Tensor:
+    """The vectors that an operand stands for, float64."""
+    rows = operand.rows[:, :width].double()
+    return rows if operand.factor is None else rows * operand.factor.double()[:, None]
+
+
+def exponents(matrix: Matrix) -> Tensor:
+    """x_ij in float64, −∞ on the diagonal."""
+    scale = matrix.scale.double() * LOG2_E
+    x = scale * matrix.rows.double() @ matrix.cols.double().T
+    if matrix.biased:
+        assert matrix.row_factor is not None
+        assert matrix.col_factor is not None
+        x = x + matrix.row_factor.double()[:, None] + matrix.col_factor.double()[None, :]
+    else:
+        if matrix.row_factor is not None:
+            x = x * matrix.row_factor.double()[:, None]
+        if matrix.col_factor is not None:
+            x = x * matrix.col_factor.double()[None, :]
+    i, j = torch.arange(x.shape[0])[:, None], torch.arange(x.shape[1])[None, :]
+    return torch.where(j == i + matrix.diagonal, -math.inf, x)
+
+
+def pair(backend, rows: int, cols: int, width: int, dtype: torch.dtype, scale: float, diagonal: int = 0) -> Matrix:
+    spec = LossSpec()
+    left = backend.operand(strided(vectors(rows, width, dtype, 1)), spec)
+    right = backend.operand(strided(vectors(cols, width, dtype, 2)), spec)
+    return Matrix(*left, *right, torch.tensor(scale), None, diagonal)
+
+
+def log2_sums(x: Tensor, dim: int) -> Tensor:
+    return torch.logsumexp(x * math.log(2), dim) / math.log(2)
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    return ((actual.double() - expected).norm() / expected.norm().clamp_min(1e-300)).item()
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("shape", EDGES, ids=str)
+@pytest.mark.parametrize("norm", [1.0, 1e-30, 1e30, 0.0])
+def test_operands_stand_for_unit_vectors(backend, threads, shape, dtype, norm) -> None:
+    rows, _, width = shape
+    if dtype == torch.float16 and norm not in (0.0, 1.0):
+        pytest.skip("outside float16")
+    x = strided((vectors(rows, width, torch.float64, 3) * norm).to(dtype))
+    expected = torch.nn.functional.normalize(x.double(), dim=1)
+    operand = backend.operand(x, LossSpec())
+    rounding = 1e-14 if dtype == torch.float64 else 1e-6
+    assert (used(operand, width) - expected).abs().max() <= rounding
+    assert operand.rows[:, width:].abs().sum() == 0
+    everything, _ = backend.row_statistics([x, x], LossSpec())
+    assert torch.equal(everything[0].rows, operand.rows)
+    assert torch.equal(everything[0].factor, operand.factor)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("shape", EDGES, ids=str)
+@pytest.mark.parametrize("diagonal", [0, 5, -3, NO_DIAGONAL])
+@pytest.mark.parametrize("scale", [1.0, 100.0, 1e4])
+def test_log_sums(backend, threads, shape, dtype, diagonal, scale) -> None:
+    rows, cols, width = shape
+    matrix = pair(backend, rows, cols, width, dtype, scale, diagonal)
+    x = exponents(matrix)
+    sums = backend.log_sums([matrix, matrix])
+    # An exponent is rounded to float32, and so is the sum.
+    tolerance = 1e-11 * scale if dtype == torch.float64 else 1e-5 + 2e-6 * scale
+    for m in range(2):
+        torch.testing.assert_close(sums.rows[m], log2_sums(x, 1), rtol=0, atol=tolerance)
+        torch.testing.assert_close(sums.cols[m], log2_sums(x, 0), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("rows", [2, 63, 128, 130, 1000, 2100])
+def test_centroids(backend, threads, rows, dtype) -> None:
+    """Sums and products of the symmetric matrix, of centroids as they are stored."""
+    width, spec = 96, LossSpec(nce=False)
+    embeddings = [strided(vectors(rows, width, dtype, seed)) for seed in (1, 2)]
+    _, statistics = backend.row_statistics(embeddings, spec)
+    t = torch.tensor(2.0, dtype=torch.float64)
+    c = backend.centroids(embeddings, statistics.sums, t, rows, spec)
+    matrix = Matrix(c.rows, c.bias, c.rows, c.bias, c.scale, None, 0, True, True)
+    x = exponents(matrix)
+    sums = backend.log_sums([matrix])
+    exact = dtype == torch.float64
+    torch.testing.assert_close(sums.rows[0], log2_sums(x, 1), rtol=0, atol=1e-11 if exact else 2e-5)
+    largest = sums.rows.max()
+    zero = torch.zeros((), dtype=torch.float64)
+    prepared = PreparedSums(zero, zero, zero, largest, None)
+    start = 2.0**-7  # products are added; they are small, and next to a large number their digits would be lost
+    products = torch.full(c.rows.shape, start, dtype=torch.float64 if exact else torch.float32)
+    backend.add_products(matrix, None, prepared, products, None, None)
+    expected = torch.exp2(x - largest) @ c.rows.double()
+    # bf16 embeddings take bf16 products.
+    assert error(products.double() - start, expected) <= {torch.float64: 1e-12, torch.bfloat16: 4e-3}.get(dtype, 1e-5)
+
+
+@pytest.mark.parametrize("spread", [0.0, 300.0], ids=["one exponential", "two exponentials"])
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("shape", [*EDGES, (2100, 1500, 64)], ids=str)
+def test_products(backend, threads, shape, dtype, spread) -> None:
+    rows, cols, width = shape
+    matrix = pair(backend, rows, cols, width, dtype, 14.3, diagonal=1)
+    x = exponents(matrix)
+    row = x.amax(1).clamp_min(-1e3) + 3.0
+    col = x.amax(0).clamp_min(-1e3) + 2.0
+    row[::2] += spread
+    reference = torch.tensor(0.7, dtype=torch.float64)
+    prepared = PreparedSums(row[None] - reference, col[None] - reference, reference, reference, None)
+    exact = dtype == torch.float64
+    accumulator = torch.float64 if exact else torch.float32
+    row_products = torch.zeros(matrix.rows.shape, dtype=accumulator)
+    col_products = torch.zeros(matrix.cols.shape, dtype=accumulator)
+    moment = backend.moment_buffer(matrix)
+    sums = SoftmaxSums(prepared.rows[0], prepared.cols[0], torch.zeros(rows, dtype=torch.float64))
+    backend.add_products(matrix, sums, prepared, row_products, col_products, moment)
+    soft = torch.exp2(x - row[:, None]) + torch.exp2(x - col[None, :])
+    assert matrix.row_factor is not None
+    assert matrix.col_factor is not None
+    h = soft * matrix.row_factor.double()[:, None] * matrix.col_factor.double()[None, :]
+    tolerance = {torch.float64: 1e-12, torch.bfloat16: 4e-3}.get(dtype, 2e-5)
+    assert error(row_products, h @ matrix.cols.double()) <= tolerance
+    assert error(col_products, h.T @ matrix.rows.double()) <= tolerance
+    terms = soft * (x - reference).clamp_min(-1e30)
+    assert abs(moment.sum() - terms.sum()) <= (1e-11 if exact else 1e-5) * terms.abs().sum().clamp_min(1e-30)
+    alone = torch.zeros_like(row_products)
+    backend.add_products(matrix, sums, prepared, alone, None, None)
+    assert torch.equal(alone, row_products)
+    alone = torch.zeros_like(col_products)
+    backend.add_products(matrix, sums, prepared, None, alone, None)
+    assert torch.equal(alone, col_products)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_the_same_bits_each_time(backend, threads, dtype) -> None:
+    embeddings = [vectors(700, 96, dtype, seed).requires_grad_() for seed in (1, 2, 3)]
+
+    def run() -> list[Tensor]:
+        loss = gap_loss(*embeddings, logit_scale=torch.tensor(20.0), backend="cpu")
+        return [loss, *torch.autograd.grad(loss, embeddings)]
+
+    for first, second in zip(run(), run(), strict=True):
+        assert torch.equal(first, second)
+
+
+def test_errors_name_what_is_wrong(backend) -> None:
+    matrix = pair(backend, 4, 4, 8, torch.float32, 1.0)
+    with pytest.raises(ValueError, match="agree in type"):
+        backend.log_sums([matrix._replace(row_factor=torch.ones(4, dtype=torch.float64))])
+    prepared = PreparedSums(*[torch.zeros((), dtype=torch.float64)] * 4, None)
+    with pytest.raises(ValueError, match="float64 was expected"):
+        backend.add_products(matrix, SoftmaxSums(torch.zeros(4), torch.zeros(4), torch.zeros(4)), prepared, *[None] * 3)
+
+
+# ---- build ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_failed_compilation_is_remembered(tmp_path, monkeypatch, capsys) -> None:
+    target, calls = tmp_path / "name_key" / "name.so", []
+
+    def compile_into(folder):
+        calls.append(folder)
+        if len(calls) == 1:
+            raise native_build.BuildError("no compiler")
+        (folder / "name.so").write_text("library")
+        return folder / "name.so"
+
+    for _ in range(2):
+        with pytest.raises(native_build.BuildError, match="no compiler"):
+            native_build.build(target, compile_into, "a test")
+    assert len(calls) == 1
+    assert native_build.build(target, compile_into, "a test", again=True) == target
+    assert native_build.build(target, compile_into, "a test") == target
+    assert len(calls) == 2
+
+
+def test_auto_compiles_only_where_it_may(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv(native_build.VARIABLE, "0")
+    monkeypatch.setattr(build, "is_loaded", lambda: False)
+    cpu.ready.cache_clear()
+    assert not cpu.ready()
+    cpu.ready.cache_clear()
+
+
+def test_unusable_on_other_devices_and_types() -> None:
+    assert "cuda" in str(cpu.unusable_because(torch.device("cuda")))
+    assert "int64" in str(cpu.unusable_because(torch.device("cpu"), torch.int64))
