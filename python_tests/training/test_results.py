@@ -61,17 +61,6 @@ def test_the_summary_holds_every_value(finished: Path) -> None:
     assert summary["environment"]["gapkernels"]
 
 
-def test_runs_of_different_versions_are_not_averaged(finished: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "mixed"
-    shutil.copytree(finished, folder)
-    path = run_folder(folder, "gap", 1) / RESULT
-    result = json.loads(path.read_text())
-    del result["metrics"]["undivided"]
-    path.write_text(json.dumps(result))
-    with pytest.raises(UserError, match=r"gap/seed-1 and .*gap/seed-0 hold different metrics.*report --rescore"):
-        summarise(load_experiment(folder))
-
-
 def test_unfinished_runs_are_left_out(finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(finished, folder)
