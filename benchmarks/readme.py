@@ -78,7 +78,8 @@ def demo_block() -> str:
     device = content["environment"]["devices"][-1]["description"]
     return (
         f"What `make train` shows (mean ± standard deviation over {seeds} seeds, {minutes:.1f} minutes on "
-        f"{device}; [all figures](benchmarks/results/training/digit-halves.json)):\n\n{tables.markdown(table_rows(summary))}"
+        f"{device}; [all figures](benchmarks/results/training/digit-halves.json)):\n\n"
+        f"{tables.markdown(table_rows(summary))}"
     )
 
 

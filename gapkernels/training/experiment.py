@@ -22,7 +22,7 @@ from gapkernels.training.evaluation import score
 from gapkernels.training.layout import CONFIG, EMBEDDINGS, ENVIRONMENT, RESULT, is_finished, run_folder
 from gapkernels.training.locks import is_lock, only_process
 from gapkernels.training.loop import Trainer
-from gapkernels.training.results import load_experiment, load_run
+from gapkernels.training.results import load_run, load_runs
 
 Existing = Literal["continue", "require", "overwrite"]
 
@@ -91,9 +91,9 @@ def rescore_experiment(folder: Path) -> None:
     Raises:
         UserError: if the folder holds no run, or embeddings are missing or damaged.
     """
-    experiment = load_experiment(folder)
-    anchor, modalities = experiment.config.model.anchor, experiment.config.model.encoders
-    for run in experiment.runs:
+    config, runs = load_runs(folder)
+    anchor, modalities = config.model.anchor, config.model.encoders
+    for run in runs:
         found = read_embeddings(run.folder / EMBEDDINGS)
         ordered = replace(found, modalities={name: found.modalities[name] for name in modalities})
         result = json.loads((run.folder / RESULT).read_text(encoding="utf-8"))

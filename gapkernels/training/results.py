@@ -146,6 +146,24 @@ def load_experiment(folder: Path) -> Experiment:
     """Read a run folder.
 
     Raises:
+        UserError: if it holds no finished run, its runs have different metrics, or a file of it is damaged.
+    """
+    config, runs = load_runs(folder)
+    for run in runs:
+        different = set(run.metrics) ^ set(runs[0].metrics)
+        if different:
+            raise UserError(
+                f"{run.folder / RESULT} and {runs[0].folder / RESULT} must hold the same metrics; only one of them has "
+                f"{shown(min(different))}; measure all anew with: gapkernels report --rescore {folder}"
+            )
+    environment = read_json(folder / ENVIRONMENT, Environment)
+    return Experiment(folder, config, environment.model_dump(), runs)
+
+
+def load_runs(folder: Path) -> tuple[Config, list[RunResult]]:
+    """Read the configuration and the finished runs of a run folder, sorted by method and seed.
+
+    Raises:
         UserError: if it holds no finished run, or a file of it is damaged.
     """
     if not (folder / CONFIG).is_file():
@@ -157,15 +175,7 @@ def load_experiment(folder: Path) -> Experiment:
         runs += sorted((load_run(path, config) for path in found), key=lambda run: run.seed)
     if not runs:
         raise UserError(f"{folder} holds no finished run yet")
-    for run in runs:
-        different = set(run.metrics) ^ set(runs[0].metrics)
-        if different:
-            raise UserError(
-                f"{run.folder / RESULT} and {runs[0].folder / RESULT} must hold the same metrics; only one of them has "
-                f"{shown(min(different))}"
-            )
-    environment = read_json(folder / ENVIRONMENT, Environment)
-    return Experiment(folder, config, environment.model_dump(), runs)
+    return config, runs
 
 
 def load_run(folder: Path, config: Config | None = None) -> RunResult:
