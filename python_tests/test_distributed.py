@@ -1,6 +1,8 @@
 """Several processes: the loss and its gradients equal those of one process on the concatenated batch."""
 
+import copy
 import functools
+import io
 import itertools
 import os
 import socket
@@ -129,3 +131,80 @@ def test_reference_refuses_a_group():
         patch.setattr(torch.distributed, "get_world_size", lambda group: 2)
         with pytest.raises(ValueError, match='not supported by backend="reference"'):
             gap_loss(x, y, group=TwoProcesses(), backend="reference")
+
+
+def _refusals_in_each_process(rank: int, size: int, port: int) -> None:
+    """What differs between processes is named on every one of them; what hung or was silently wrong before."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    before = GapLoss()  # group=None, as dist.group.WORLD is at this time
+    dist.init_process_group("gloo", rank=rank, world_size=size)
+    try:
+        x, y = random_embeddings(6, 4)
+        differs = "every process of `group` must call the loss with the same"
+        for name, embeddings, options, message in [
+            ("dimension", random_embeddings(6, 4 + rank), {}, r"dimension D: rank 0 has 4, rank 1 has 5"),
+            ("modalities", random_embeddings(6, 4, 2 + rank), {}, r"number of embeddings: rank 0 has 2, rank 1 has 3"),
+            (
+                "dtype",
+                random_embeddings(6, 4, dtype=(torch.float32, torch.float64)[rank]),
+                {},
+                r"dtype: rank 0 has float32",
+            ),
+            (
+                "pairs",
+                random_embeddings(6, 4, 3),
+                {"pairs": ("anchor", "all")[rank]},
+                r"all_pairs: rank 0 has 0, rank 1",
+            ),
+            ("anchor", [x, y], {"anchor": rank}, r"anchor: rank 0 has 0, rank 1 has 1"),
+            ("normalize", [x, y], {"normalize": bool(rank)}, r"normalize: rank 0 has 0, rank 1 has 1"),
+            ("t", [x, y], {"uniformity_t": 2.0 + rank}, r"uniformity_t: rank 0 has 2, rank 1 has 3"),
+            ("temperature", [x, y], {"temperature": 0.5 / (1 + rank)}, r"logit scale: rank 0 has 2, rank 1 has 4"),
+            ("weight", [x, y], {"cu_weight": 1.0 - rank / 2}, r"cu_weight: rank 0 has 1, rank 1 has 0.5"),
+            ("term", [x, y], {"cu_weight": 1.0 - rank}, r"CU: rank 0 has 1, rank 1 has 0"),
+            (
+                "grad",
+                [x.clone().requires_grad_(rank == 0), y.clone().requires_grad_()],
+                {},
+                r"require grad.*rank 0 has \[0",
+            ),
+        ]:
+            with pytest.raises(ValueError, match=f"{differs} .*{message}"):
+                gap_loss(*embeddings, group="world", **options)
+            assert name
+        with pytest.raises(ValueError, match="every process of `group` must hold the same number of rows, got 1 to 2"):
+            gap_loss(*random_embeddings(1 + rank, 4), group="world", cu_weight=0.0)
+
+        outside = dist.new_group([0])
+        if rank == 1:
+            with pytest.raises(ValueError, match="must have this process as a member: rank 1 is not in it"):
+                gap_loss(x, y, group=outside)
+        with pytest.raises(ValueError, match="must be a process group, 'world' or None, got 'all'"):
+            gap_loss(x, y, group="all")
+
+        expected = gap_loss(x, y, group=dist.group.WORLD).item()
+        assert gap_loss(x, y, group="world").item() == expected
+        module = GapLoss(group=dist.group.WORLD, learn_temperature=True)
+        stream = io.BytesIO()
+        torch.save(module, stream)
+        stream.seek(0)
+        for copied in (
+            copy.deepcopy(module),
+            torch.optim.swa_utils.AveragedModel(module),
+            torch.load(stream, weights_only=False),
+        ):
+            assert copied(x, y).item() == pytest.approx(expected, rel=1e-6)
+        with pytest.warns(UserWarning, match=r'built with group=None before.*pass group="world"'):
+            before(x, y)
+        alone = gap_loss(x, y)
+        assert torch.isfinite(alone)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_processes_that_disagree_are_told():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(_refusals_in_each_process, args=(2, port), nprocs=2)
