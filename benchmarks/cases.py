@@ -104,11 +104,13 @@ CPU: dict[str, list[Grid]] = {
     ],
     "width": [Grid((OURS, "authors", "matmul"), width=powers_of_two(6, 10))],
     "types": [
+        Grid((OURS, "matmul", COMPILED), samples=(256, 1024, 4096), dtype=("bfloat16",)),
         Grid((OURS,), samples=(8192,), dtype=("float32", "bfloat16", "float16")),
-        Grid(("authors", "matmul"), dtype=("bfloat16",)),
+        Grid((OURS,), samples=(16384,), dtype=("bfloat16",)),
+        Grid(("authors",), dtype=("bfloat16",)),
     ],
     "modalities": [Grid((OURS, "authors"), modalities=(3, 4))],
-    "large": [Grid((OURS,), width=(256,), samples=(65536,), slow=True)],
+    "large": [Grid((OURS,), width=(256,), samples=(65536,), dtype=("float32", "bfloat16"), slow=True)],
 }
 
 # Time is dear on a GPU and may end anywhere: what matters most comes first, and that is what the project has set itself
