@@ -17,16 +17,18 @@ DOCUMENTS = [
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_python_blocks_run(document):
+def test_python_blocks_run(document, tmp_path, monkeypatch):
     blocks = re.findall(r"^```python\n(.*?)^```", document.read_text(), flags=re.MULTILINE | re.DOTALL)
     if document.name == "README.md":
         assert blocks
+    monkeypatch.chdir(tmp_path)
     image, text, audio = (torch.randn(16, 8, device=DEVICE, requires_grad=True) for _ in range(3))
     scale = torch.tensor(10.0, device=DEVICE, requires_grad=True)
     namespace = {"torch": torch, "image": image, "text": text, "audio": audio, "scale": scale}
     absent = set()
     for block in blocks:
-        others = re.findall(r"^(?:import|from) (lightning|sentence_transformers)\b", block, flags=re.MULTILINE)
+        optional = r"^(?:import|from) (lightning|sentence_transformers|transformers)\b"
+        others = re.findall(optional, block, flags=re.MULTILINE)
         missing = {name for name in others if importlib.util.find_spec(name) is None}
         if not missing:
             exec(compile(block, document.name, "exec"), namespace)

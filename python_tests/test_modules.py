@@ -69,9 +69,9 @@ def test_docstring_examples():
     import doctest
 
     from gapkernels import backends, functional, modules
-    from gapkernels.integrations import modgap, open_clip
+    from gapkernels.integrations import modgap, open_clip, sentence_transformers
 
-    for module in (functional, modules, backends, modgap, open_clip):
+    for module in (functional, modules, backends, modgap, open_clip, sentence_transformers):
         result = doctest.testmod(module, extraglobs={**vars(gapkernels), "torch": torch})
         assert result.attempted > 0
         assert result.failed == 0

@@ -31,8 +31,8 @@ def replaced_class(module: str, name: str) -> type[nn.Module]:
     else:
         return found if isinstance(found, type) and issubclass(found, nn.Module) else nn.Module
     warnings.warn(
-        f"{package} is installed but cannot be imported ({type(failure).__name__}: {failure}); the {name} of gapkernels "
-        f"computes the same, but is no subclass of {package}'s",
+        f"{package} is installed but cannot be imported ({type(failure).__name__}: {failure}); the {name} of "
+        f"gapkernels computes the same, but is no subclass of {package}'s",
         stacklevel=3,
     )
     return nn.Module

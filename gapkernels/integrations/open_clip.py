@@ -228,7 +228,9 @@ class ClipLoss(replaced_class("open_clip.loss", "ClipLoss")):  # type: ignore[mi
         if self.world_size == 1:
             return features
         if self.gather_with_grad:
-            return torch.cat(torch.distributed.nn.all_gather(features))
+            from torch.distributed.nn.functional import all_gather  # fails to import where torch has no processes
+
+            return torch.cat(all_gather(features))
         parts = [torch.empty_like(features) for _ in range(self.world_size)]
         dist.all_gather(parts, features.detach().contiguous())
         if not self.local_loss:
@@ -288,8 +290,9 @@ def apply_to_open_clip(
             importlib.import_module(name)
     except ImportError as error:
         raise RuntimeError(f"open_clip cannot be imported ({error}): {_INSTALL}") from error
-    options = {"atp_weight": atp_weight, "cu_weight": cu_weight, "uniformity_t": uniformity_t, "backend": backend}
-    without_effect = ", ".join(f"{name}={options[name]}" for name in ("atp_weight", "cu_weight") if is_on(options[name]))  # type: ignore[arg-type]
+    weights = {"atp_weight": atp_weight, "cu_weight": cu_weight}
+    options = {**weights, "uniformity_t": uniformity_t, "backend": backend}
+    without_effect = ", ".join(f"{name}={weight}" for name, weight in weights.items() if is_on(weight))
     modules = [module for name, module in list(sys.modules.items()) if name.split(".")[0] in _PACKAGES]
     for name, original in list(_losses_of_open_clip()):
         if name == "ClipLoss":
@@ -335,7 +338,7 @@ def _restored() -> nn.Module:
     """A loss without its attributes, for copies and pickles: of the class that is in open_clip's place here."""
     present = getattr(sys.modules.get("open_clip.loss"), "ClipLoss", None)
     cls = present if isinstance(present, type) and "replaces" in present.__dict__ else ClipLoss
-    return cls.__new__(cls)
+    return object.__new__(cls)
 
 
 def _refusing(original: type[nn.Module], weights: str) -> type[nn.Module]:
@@ -345,7 +348,12 @@ def _refusing(original: type[nn.Module], weights: str) -> type[nn.Module]:
             "out to train it as it is, or train ClipLoss (no CoCa model, no --siglip, no --distill-model)"
         )
 
-    body = {"__init__": refuse, "replaces": original, "__doc__": original.__doc__, "__module__": original.__module__}
+    body: dict[str, Any] = {
+        "__init__": refuse,
+        "replaces": original,
+        "__doc__": original.__doc__,
+        "__module__": original.__module__,
+    }
     return type(original.__name__, (original,), body)
 
 

@@ -12,7 +12,7 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.nn
+import torch.distributed.nn.functional
 import torch.multiprocessing as mp
 from oracle import random_embeddings
 
@@ -105,7 +105,9 @@ def _in_each_process(rank, size, port, rows):
             for loss in (
                 ClipLoss(local_loss=True, **here, **weights),
                 ClipLoss(local_loss=True, **here),
-                lambda x, y, scale: gap_loss(x, y, nce_weight=0.0, normalize=False, group="world", **weights) + 0 * scale,
+                lambda x, y, scale: (
+                    gap_loss(x, y, nce_weight=0.0, normalize=False, group="world", **weights) + 0 * scale
+                ),
             )
         ]
         for whole, nce, rest in zip(*parts, strict=True):
@@ -261,7 +263,9 @@ def test_weights_that_would_do_nothing_are_refused(pretended, capsys):
     for name in ("CoCaLoss", "SigLipLoss"):
         place = getattr(pretended["open_clip"], name)
         assert issubclass(place, getattr(theirs, name))
-        with pytest.raises(open_clip.WeightsWithoutEffectError, match=rf"cu_weight=0.5: open_clip's {name} has no such"):
+        with pytest.raises(
+            open_clip.WeightsWithoutEffectError, match=rf"cu_weight=0.5: open_clip's {name} has no such"
+        ):
             place()
     pretended["open_clip_train.main"].main = lambda arguments: pretended["open_clip.factory"].CoCaLoss()
     with pytest.raises(SystemExit) as stopped:
@@ -346,7 +350,7 @@ def test_open_clips_other_losses_go_on_when_its_own_is_replaced(installed):
     torch.testing.assert_close(values(), before, rtol=0, atol=0)
     open_clip.patch(atp_weight=1.0)
     for name in set(names) - {"ClipLoss"}:
-        with pytest.raises(open_clip.WeightsWithoutEffectError, match="atp_weight=1.0"):
+        with pytest.raises(open_clip.WeightsWithoutEffectError, match="atp_weight=1"):
             getattr(installed.loss, name)()
 
 

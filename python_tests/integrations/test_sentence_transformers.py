@@ -1,13 +1,17 @@
 """The in-batch-negatives loss: values and gradients of its definition, and the library's own where it is installed."""
 
 import importlib.util
+import warnings
 
 import pytest
 import torch
 import torch.distributed as dist
 from oracle import DEVICE, random_embeddings
 
-from gapkernels.integrations.sentence_transformers import MultipleNegativesSymmetricRankingLoss
+from gapkernels.integrations.sentence_transformers import (
+    MultipleNegativesRankingLoss,
+    MultipleNegativesSymmetricRankingLoss,
+)
 
 library = pytest.mark.skipif(
     importlib.util.find_spec("sentence_transformers") is None, reason="sentence-transformers is not installed"
@@ -77,6 +81,60 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="two columns, anchors and positives, got 3"):
         MultipleNegativesSymmetricRankingLoss(Encoder())([*columns(), columns()[0]])
 
+    for options, message in (
+        (
+            {},
+            r"`directions` must be .* got \('query_to_doc',\) and 'joint'; train .*losses.MultipleNegativesRankingLoss",
+        ),
+        (BOTH | {"partition_mode": "joint"}, r"got \('query_to_doc', 'doc_to_query'\) and 'joint'"),
+        (BOTH | {"hardness_mode": "all_negatives"}, "`hardness_mode` must be None, got 'all_negatives'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            MultipleNegativesRankingLoss(Encoder(), **options)
+
+
+BOTH = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
+
+
+@pytest.mark.parametrize("name", ["the class of two options", "the symmetric class"])
+def test_options_are_read_at_every_call(name):
+    model = torch.nn.Identity()
+    symmetric = name == "the symmetric class"
+    loss = MultipleNegativesSymmetricRankingLoss(model) if symmetric else MultipleNegativesRankingLoss(model, **BOTH)
+    x, y = (e.double() for e in random_embeddings(20, 12))
+    torch.testing.assert_close(loss.compute_loss_from_embeddings([x, y]), definition(x, y, 20.0))
+    loss.scale = 50.0
+    torch.testing.assert_close(loss.compute_loss_from_embeddings([x, y]), definition(x, y, 50.0))
+    assert loss.temperature == 1 / 50
+    loss.atp_weight = 0.5
+    u, v = (torch.nn.functional.normalize(e, dim=1) for e in (x, y))
+    expected = definition(x, y, 50.0) + 0.5 * (u - v).square().sum(dim=1).mean()
+    torch.testing.assert_close(loss.compute_loss_from_embeddings([x, y]), expected)
+    config = loss.get_config_dict()
+    assert (config["scale"], config["atp_weight"], config["similarity_fct"]) == (50.0, 0.5, "cos_sim")
+    loss.directions = ("query_to_doc",)
+    with pytest.raises(ValueError, match="`directions` must be"):
+        loss.compute_loss_from_embeddings([x, y])
+
+
+def test_a_last_batch_of_one_pair():
+    """InfoNCE is zero, as the library's is; the uniformity, over pairs of samples, does not exist."""
+    x, y = (torch.nn.functional.normalize(e.double(), dim=1) for e in random_embeddings(1, 12))
+    loss = MultipleNegativesSymmetricRankingLoss(torch.nn.Identity(), atp_weight=0.5, cu_weight=1.0)
+    expected = 0.5 * (x - y).square().sum().item()
+    with pytest.warns(UserWarning, match="one sample: the centroid uniformity") as caught:
+        assert loss.compute_loss_from_embeddings([x, y]).item() == pytest.approx(expected)
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert loss.compute_loss_from_embeddings([x, y]).item() == pytest.approx(expected)
+
+
+def test_model_cards_find_the_paper_and_no_loss_inside_the_loss():
+    loss = MultipleNegativesSymmetricRankingLoss(torch.nn.Identity())
+    assert "Closing the Modality Gap Aligns Group-Wise Semantics" in loss.citation
+    assert not hasattr(loss, "loss")  # the library tags a model card with it
+
 
 def test_one_process_gathers_from_nobody_else():
     loss = MultipleNegativesSymmetricRankingLoss(Encoder(), gather_across_devices=True)
@@ -130,3 +188,39 @@ def test_values_and_gradients_are_the_librarys(name):
     torch.testing.assert_close(*values)
     ours, theirs = (torch.autograd.grad(value, embeddings) for value in values)
     torch.testing.assert_close(ours, theirs)
+
+
+@library
+def test_it_is_the_librarys_class_on_its_model_card():
+    from sentence_transformers.base.model_card import get_losses
+    from sentence_transformers.sentence_transformer import losses
+    from sentence_transformers.sentence_transformer.model_card import SentenceTransformerModelCardData
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        symmetric = MultipleNegativesSymmetricRankingLoss(torch.nn.Identity())
+    assert isinstance(symmetric, losses.MultipleNegativesSymmetricRankingLoss)
+    ours, theirs = (
+        module.MultipleNegativesRankingLoss(torch.nn.Identity(), **BOTH)
+        for module in (importlib.import_module("gapkernels.integrations.sentence_transformers"), losses)
+    )
+    assert isinstance(ours, losses.MultipleNegativesRankingLoss)
+    assert theirs.get_config_dict().items() <= ours.get_config_dict().items()
+    assert ours.citation.startswith(theirs.citation)
+    card = SentenceTransformerModelCardData()
+    card.set_losses(get_losses(ours))
+    assert [tag for tag in card.tags if tag.startswith("loss:")] == ["loss:MultipleNegativesRankingLoss"]
+    assert "2601.18525" in card.citations["MultipleNegativesRankingLoss"]
+
+
+@library
+def test_matryoshka_loss_around_it():
+    from sentence_transformers.sentence_transformer import losses
+
+    def trained(cls):
+        model = Encoder()
+        model.get_embedding_dimension = lambda: 8
+        loss = losses.MatryoshkaLoss(model, cls(model, **BOTH), [8, 4])(columns(), None)
+        return loss, *gradients(model, loss)
+
+    torch.testing.assert_close(trained(MultipleNegativesRankingLoss), trained(losses.MultipleNegativesRankingLoss))
