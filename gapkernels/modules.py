@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 import torch.distributed as dist
@@ -177,6 +177,16 @@ class GapLoss(nn.Module):
     @group.setter
     def group(self, group: ProcessGroup | str | None) -> None:
         self._group = _Group(group)
+
+    if TYPE_CHECKING:  # nn.Module's own takes anything and returns Any
+
+        @overload
+        def __call__(self, *embeddings: Tensor, return_terms: Literal[False] = ...) -> Tensor: ...
+        @overload
+        def __call__(self, *embeddings: Tensor, return_terms: Literal[True]) -> functional.GapLossTerms: ...
+        @overload
+        def __call__(self, *embeddings: Tensor, return_terms: bool) -> Tensor | functional.GapLossTerms: ...
+        def __call__(self, *embeddings: Tensor, return_terms: bool = False) -> Tensor | functional.GapLossTerms: ...
 
     def forward(self, *embeddings: Tensor, return_terms: bool = False) -> Tensor | functional.GapLossTerms:
         """The loss of two or more ``[N, D]`` embeddings, or all its terms."""

@@ -102,9 +102,12 @@ def degenerate(kind: str, n: int = 50, dim: int = 16) -> list[torch.Tensor]:
     ],
 )
 def test_degenerate_inputs(backend, kind, scale):
-    # float32 exponents of size s are rounded to s·2^-24: the error that collapsed rows, whose gradient is a difference
-    # of nearly equal numbers, cannot avoid
-    assert_matches_oracle(degenerate(kind), scale, backend)
+    # The gradient of collapsed rows is a difference of nearly equal numbers, and is zero: what is left is the rounding of
+    # both in float32, which a backend that subtracts the positives after the products has twice.
+    tolerance = TOLERANCE[torch.float32]
+    if kind == "collapsed":
+        tolerance = tolerance._replace(gradient=2 * tolerance.gradient)
+    assert_matches_oracle(degenerate(kind), scale, backend, tolerance)
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.01, 0.1])

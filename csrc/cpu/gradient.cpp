@@ -36,7 +36,7 @@ template <class A>
 struct Weights {
     const A *row, *col;  // u_i, v_j, or L_i, L_j where they take two exponentials
     const A* row_factor;
-    A middle;
+    A reference;
 };
 
 // Where a tile of H goes.
@@ -52,7 +52,7 @@ template <bool biased, bool one_exponential, bool moment, class T, class A>
 double gradient_tile(const A* s, int64_t height, int64_t width, const Exponents<A>& x, int64_t row, int64_t col,
                      const Weights<A>& w, Destination<T> out) {
     using V = Vec<A>;
-    const V scale = V::all(x.scale), middle = V::all(w.middle), lowest = V::all(A(-1e30));
+    const V scale = V::all(x.scale), reference = V::all(-w.reference), lowest = V::all(A(-1e30));
     double result = 0;
     for_stripes<A>(width, [&](auto vectors, int64_t j) {
         constexpr int n = decltype(vectors)::value;
@@ -65,15 +65,17 @@ double gradient_tile(const A* s, int64_t height, int64_t width, const Exponents<
             sum[v] = V::zero();
         }
         const auto entry = [&](int64_t i, int v) {
-            const V y = exponent<biased>(V::load(s + i * panel_width + j + v * V::size), V::all(x.row[row + i]), scale,
-                                         factor[v], shift[v]);
+            const V product = V::load(s + i * panel_width + j + v * V::size), row_factor = V::all(x.row[row + i]);
+            const V y = exponent<biased>(product, row_factor, scale, factor[v], shift[v]);
             if constexpr (biased) {
                 return exp2(y);
             } else {
                 V t;
                 if constexpr (one_exponential) {
                     t = exp2(y) * (V::all(w.row[row + i]) + share[v]);
-                    if constexpr (moment) sum[v] = fma(t, max_or_nan(y + middle, lowest), sum[v]);
+                    if constexpr (moment) {  // from the product: y is rounded where the middle of the log sums lies
+                        sum[v] = fma(t, max_or_nan(fma(product * row_factor, factor[v], reference), lowest), sum[v]);
+                    }
                 } else {
                     t = exp2(y - V::all(w.row[row + i])) + exp2(y - share[v]);
                     if constexpr (moment) sum[v] = fma(t, max_or_nan(y, lowest), sum[v]);
@@ -186,7 +188,7 @@ class Gradient {
         }
         exponents_ = fold_factors<A>(matrix_, products_.reference + middle, per_row_[0], per_col_[0], per_col_[1], n_,
                                      cols_, padded_cols_);
-        weights_ = {per_row_[1], per_col_[2], per_row_[2], static_cast<A>(middle)};
+        weights_ = {per_row_[1], per_col_[2], per_row_[2], static_cast<A>(products_.reference)};
         if (matrix_.biased) return;
         const A* factor = static_cast<const A*>(matrix_.row_factor);
         const auto weight = [&](double log) {

@@ -161,6 +161,17 @@ void divide(const double* x, double divisor, double* out, int64_t dim) {
     }
 }
 
+// Of squares that stay in range, as those of any narrower type do, and of others by a power of two.
+double norm_of(const double* v, int64_t dim) {
+    const double norm = std::sqrt(dot(v, v, dim));
+    if (norm > 0x1p-500 && norm < INFINITY) return norm;
+    double largest = 0;
+    for (int64_t k = 0; k < dim; ++k) largest = std::max(largest, std::abs(v[k]));
+    if (!(largest > 0 && largest < INFINITY) || norm != norm) return norm;
+    const double power = std::exp2(-std::floor(std::log2(largest)));
+    return std::sqrt(sum_of(dim, [=](int64_t k) { return (v[k] * power) * (v[k] * power); })) / power;
+}
+
 // One row of every modality, as the loss uses it.
 class Row {
   public:
@@ -176,7 +187,7 @@ class Row {
         for (int m = 0; m < modalities_; ++m) {
             double* v = vector(m);
             load_row(embeddings_[m], i, v);
-            norms_[m] = std::sqrt(dot(v, v, dim_));
+            norms_[m] = norm_of(v, dim_);
             double* u = direction(m);
             divide(v, std::max(norms_[m], norm_eps), u, dim_);
         }
@@ -288,7 +299,7 @@ bool inverse_norms(const Rows& rows, Numbers factors) {
         std::vector<double> row(rows.dim);
         for (int64_t i = begin; i < end; ++i) {
             load_row(rows, i, row.data());
-            const double norm = std::sqrt(dot(row.data(), row.data(), rows.dim));
+            const double norm = norm_of(row.data(), rows.dim);
             factors.set(i, factor_of(norm));
             if (norm > 0 && !is_moderate(norm)) moderate[chunk] = 0;
         }
@@ -302,7 +313,7 @@ void copy_rows(const Rows& in, const Rows& out, const Numbers* factors) {
         for (int64_t i = begin; i < end; ++i) {
             load_row(in, i, row.data());
             if (factors) {
-                const double norm = std::sqrt(dot(row.data(), row.data(), in.dim));
+                const double norm = norm_of(row.data(), in.dim);
                 const double power = norm > 0 && norm < INFINITY ? std::exp2(-std::floor(std::log2(norm))) : 1;
                 for (double& x : row) x *= power;
                 factors->set(i, norm == 0 ? 1 : 1 / (std::max(norm, norm_eps) * power));

@@ -36,12 +36,13 @@ inline Vec<float> exp2(Vec<float> x) {
     const __m256 y = max_or_nan(x, Vec<float>::all(-127.0f)).v;
     const __m256 whole = _mm256_round_ps(y, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
     const __m256 f = _mm256_sub_ps(y, whole);
-    __m256 p = _mm256_set1_ps(0x1.ec3209a9a553bp-10f);
-    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(0x1.26900cd9c4261p-7f));
-    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(0x1.c954464970dabp-5f));
-    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(0x1.ebd5a8d9c5fe0p-3f));
-    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(0x1.62e4f5a908831p-1f));
-    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(0x1.fffffd7c4cf39p-1f));
+    __m256 p = _mm256_set1_ps(0x1.c541749fdd4ebp-13f);
+    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(0x1.46d64ce3b0e1bp-10f));
+    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(0x1.3d0b920f2a9bbp-7f));
+    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(0x1.c68911341e77ep-5f));
+    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(0x1.ebfd57972e649p-3f));
+    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(0x1.62e42b5e6787cp-1f));
+    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(1.0f));  // 2^0 is one exactly: equal centroids
     const __m256i bits = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(whole), _mm256_set1_epi32(127)), 23);
     return {_mm256_mul_ps(p, _mm256_castsi256_ps(bits))};  // not a number stays one: p is
 }

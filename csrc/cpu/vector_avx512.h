@@ -29,12 +29,13 @@ inline Vec<float> max_or_nan(Vec<float> x, Vec<float> bound) { return {_mm512_ma
 
 inline Vec<float> exp2(Vec<float> x) {
     const __m512 f = _mm512_reduce_ps(x.v, 0x09);  // x − ⌊x⌋, zero for −∞
-    __m512 p = _mm512_set1_ps(0x1.ec3209a9a553bp-10f);
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0x1.26900cd9c4261p-7f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0x1.c954464970dabp-5f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0x1.ebd5a8d9c5fe0p-3f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0x1.62e4f5a908831p-1f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0x1.fffffd7c4cf39p-1f));
+    __m512 p = _mm512_set1_ps(0x1.c541749fdd4ebp-13f);
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0x1.46d64ce3b0e1bp-10f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0x1.3d0b920f2a9bbp-7f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0x1.c68911341e77ep-5f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0x1.ebfd57972e649p-3f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0x1.62e42b5e6787cp-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));  // 2^0 is one exactly: equal centroids
     return {_mm512_scalef_ps(p, x.v)};  // p·2^⌊x⌋
 }
 

@@ -166,7 +166,7 @@ def library() -> Path:
     from torch.utils import cpp_extension
 
     digest = hashlib.sha256()
-    for file in sorted(source_folder().glob("*")):
+    for file in sorted(path for path in source_folder().iterdir() if path.is_file()):
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     versions = (torch.version.cuda or "").split(".")[0], _cutlass_version(), platform.machine()
     digest.update(repr((nvcc_flags(), BINDING_FLAGS, versions)).encode())
