@@ -139,9 +139,15 @@ Workspace::Workspace(size_t bytes) : memory_(nullptr), size_(0) {
         if (memory_ == nullptr) throw std::bad_alloc();
     }
     next_ = memory_;
+#ifdef __SANITIZE_ADDRESS__
+    ASAN_POISON_MEMORY_REGION(memory_, size_);
+#endif
 }
 
 Workspace::~Workspace() {
+#ifdef __SANITIZE_ADDRESS__
+    ASAN_UNPOISON_MEMORY_REGION(memory_, size_);
+#endif
     if (size_ <= largest_kept) {
         const std::lock_guard<std::mutex> lock(mutex);
         Block* smallest = std::min_element(std::begin(kept), std::end(kept),

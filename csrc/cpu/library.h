@@ -5,6 +5,10 @@
 #include <cstdint>
 #include <functional>
 
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
+
 // A number in bfloat16, by its bits.
 struct Bf16 {
     uint16_t bits;
@@ -29,7 +33,7 @@ void product(int64_t m, int64_t n, int64_t k, const double* a, int64_t lda, cons
              int64_t ldc, bool add);
 
 // Memory for the length of a call, aligned to cache lines; not initialised. What a call took is kept for the next one
-// unless it is large.
+// unless it is large. Under the address sanitizer only what was taken may be touched.
 class Workspace {
   public:
     explicit Workspace(size_t bytes);
@@ -41,15 +45,23 @@ class Workspace {
     T* take(int64_t count) {
         T* result = reinterpret_cast<T*>(next_);
         next_ += bytes<T>(count);
+#ifdef __SANITIZE_ADDRESS__
+        ASAN_UNPOISON_MEMORY_REGION(result, static_cast<size_t>(count) * sizeof(T));
+#endif
         return result;
     }
 
     template <class T>
     static size_t bytes(int64_t count) {
-        return (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
+        return (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64 + guard;
     }
 
   private:
+#ifdef __SANITIZE_ADDRESS__
+    static constexpr size_t guard = 64;
+#else
+    static constexpr size_t guard = 0;
+#endif
     char* memory_;
     char* next_;
     size_t size_;

@@ -52,8 +52,9 @@ def select(name: str, like: Tensor, spec: LossSpec) -> Backend:
     """The backend of a name for embeddings like these; ``"auto"`` takes the fastest that is known to be.
 
     That is Triton on a GPU it runs on, the CUDA kernels where a recorded measurement says so
-    (``gapkernels.backends.cuda.speed_record``) and they have been compiled, else the tiled backend. It never
-    starts a compilation by nvcc.
+    (``gapkernels.backends.cuda.speed_record``) and they have been compiled; on a CPU the C++ kernels, which the first
+    call compiles (GAPKERNELS_BUILD=0 forbids that); else, and for centroids of any length, the tiled backend. It
+    never starts a compilation by nvcc.
 
     Args:
         name: of ``NAMES`` but ``"reference"``, or ``"auto"``.
@@ -124,11 +125,11 @@ def _cpu_status() -> Status:
     reason = cpu_backend.unusable_because()
     if reason is not None:
         return Status("cpu", False, reason)
-    compiled = cpu_backend.is_compiled()
-    how = "" if compiled else f", not compiled yet (about 15 s: {cpu_backend.BUILD_COMMAND}, or first use)"
-    from gapkernels.backends.cpu.build import instruction_set
+    from gapkernels.backends.cpu import build
 
-    return Status("cpu", True, f"fused C++ kernels for {instruction_set()}{how}; auto's choice on a CPU")
+    command = cpu_backend.BUILD_COMMAND
+    how = "" if cpu_backend.is_compiled() else f", not compiled yet ({build.COMPILE_TIME}: {command}, or first use)"
+    return Status("cpu", True, f"fused C++ kernels for {build.instruction_set()}{how}; auto's choice on a CPU")
 
 
 def _triton_status() -> Status:

@@ -1,6 +1,10 @@
 """Compiles ``csrc/cpu`` for this machine's processor.
 
 python -m gapkernels.backends.cpu.build        ahead of time, instead of at the first use
+
+GAPKERNELS_CPU_ISA=AVX2 (or AVX-512, AVX512-BF16) takes a smaller instruction set than the processor's richest, to test
+or to measure its code. GAPKERNELS_CXX_FLAGS adds flags for the compiler, a sanitizer's for instance. Each choice has a
+library of its own; both are read when the kernels are loaded, once in a process.
 """
 
 from __future__ import annotations
@@ -9,6 +13,7 @@ import functools
 import importlib.machinery
 import importlib.util
 import os
+import shlex
 import shutil
 import sys
 import sysconfig
@@ -22,6 +27,9 @@ from gapkernels.backends import native_build
 from gapkernels.backends.native_build import BuildError
 
 NAME = "gapkernels_cpu"
+ISA_VARIABLE = "GAPKERNELS_CPU_ISA"
+FLAGS_VARIABLE = "GAPKERNELS_CXX_FLAGS"
+COMPILE_TIME = "about 20 s of one core"
 
 FLAGS = (
     "-std=c++20",
@@ -46,12 +54,32 @@ INSTRUCTION_SETS = {
 }
 
 
-def instruction_set() -> str | None:
-    """The richest of ``INSTRUCTION_SETS`` that the processor and torch have; None if there is none."""
+def instruction_sets() -> list[str]:
+    """Those of ``INSTRUCTION_SETS`` that the processor and torch have, the richest first."""
     capability = torch.backends.cpu.get_cpu_capability()
     if capability == "AVX512":
-        return "AVX512-BF16" if cpu.has("avx512_bf16") else "AVX-512"
-    return "AVX2" if capability == "AVX2" else None
+        return list(INSTRUCTION_SETS) if cpu.has("avx512_bf16") else ["AVX-512", "AVX2"]
+    return ["AVX2"] if capability == "AVX2" else []
+
+
+def instruction_set() -> str | None:
+    """What the kernels are compiled for: GAPKERNELS_CPU_ISA, or the richest there is; None if there is none.
+
+    Raises:
+        ValueError: GAPKERNELS_CPU_ISA names what this machine does not have.
+    """
+    present, chosen = instruction_sets(), os.environ.get(ISA_VARIABLE)
+    if not chosen:
+        return present[0] if present else None
+    if chosen not in present:
+        accepted = ", ".join(present) or "nothing: it has neither AVX2 nor AVX-512"
+        raise ValueError(f"{ISA_VARIABLE}={chosen}: this machine accepts {accepted}")
+    return chosen
+
+
+def extra_flags() -> list[str]:
+    """The flags of GAPKERNELS_CXX_FLAGS, for the compiler and for the linker."""
+    return shlex.split(os.environ.get(FLAGS_VARIABLE, ""))
 
 
 def compiler() -> str | None:
@@ -85,7 +113,7 @@ def library() -> Path:
     """Where the compiled kernels are, or will be."""
     files = (native_build.source_folder() / "cpu").glob("*")
     versions = torch.__version__, sysconfig.get_config_var("SOABI")
-    return native_build.library_path(NAME, files, (FLAGS, instruction_set(), versions))
+    return native_build.library_path(NAME, files, (FLAGS, instruction_set(), extra_flags(), versions))
 
 
 def build(again: bool = False) -> Path:
@@ -97,7 +125,7 @@ def build(again: bool = False) -> Path:
     Raises:
         BuildError: a tool is missing or the compilation failed; the library goes on with other backends.
     """
-    what = f"the CPU kernels for {instruction_set()} (about 15 s)"
+    what = f"the CPU kernels for {instruction_set()} ({COMPILE_TIME})"
     try:
         return native_build.build(library(), _compile, what, again)
     except BuildError as error:
@@ -117,12 +145,24 @@ def _compile(folder: Path) -> Path:
     include = [f"-isystem{torch_folder / 'include'}", f"-isystem{sysconfig.get_paths()['include']}"]
     commands = {}
     for source in sources():
-        command = [program, *FLAGS, *INSTRUCTION_SETS[chosen], *include, "-c", str(source), "-o", f"{source.stem}.o"]
+        flags = [*FLAGS, *INSTRUCTION_SETS[chosen], *extra_flags()]
+        command = [program, *flags, *include, "-c", str(source), "-o", f"{source.stem}.o"]
         commands[f"{source.stem}.o"] = ([str(source)], command)
     objects = list(commands)
     # libgomp is left to be found in torch: linked by name, a second one with a second pool of threads might be loaded.
     lib = torch_folder / "lib"
-    link = [program, "-shared", *objects, f"-L{lib}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{lib}", "-o", f"{NAME}.so"]
+    link = [
+        program,
+        "-shared",
+        *extra_flags(),
+        *objects,
+        f"-L{lib}",
+        "-ltorch_cpu",
+        "-lc10",
+        f"-Wl,-rpath,{lib}",
+        "-o",
+        f"{NAME}.so",
+    ]
     commands[f"{NAME}.so"] = (objects, link)
     native_build.run_ninja(folder, commands)
     return folder / f"{NAME}.so"
@@ -155,5 +195,5 @@ def is_loaded() -> bool:
 if __name__ == "__main__":
     try:
         print(build(again=True))
-    except BuildError as error:
+    except (BuildError, ValueError) as error:
         sys.exit(str(error))
