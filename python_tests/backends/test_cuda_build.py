@@ -28,7 +28,7 @@ def test_library_is_named_after_what_it_depends_on(cache, monkeypatch, tmp_path)
     assert first.is_relative_to(cache)
     copied = tmp_path / "csrc"
     copied.mkdir()
-    for file in build.source_folder().iterdir():
+    for file in filter(Path.is_file, build.source_folder().iterdir()):
         (copied / file.name).write_bytes(file.read_bytes())
     monkeypatch.setattr(build, "source_folder", lambda: copied)
     assert build.library() == first  # where they lie does not matter
