@@ -71,8 +71,8 @@ class ProcessGroupWorld(World):
         """
         names = [*description, *STEP_SCALARS]
         device = scalars[0].device
-        numbers = torch.tensor(list(description.values()), dtype=torch.float64)
-        own = torch.cat([numbers.to(device), *(s.detach().double().reshape(-1) for s in scalars)])
+        numbers = torch.tensor(list(description.values()), dtype=torch.float64, device=device)
+        own = torch.cat([numbers, *(s.detach().double().reshape(-1) for s in scalars)])
         everyone = self.gather_rows(own[None])
         key = (self._group.group_name, *description.items())
         if device.type != "cpu" and key in self._agreed:

@@ -141,7 +141,7 @@ def gap_loss(
         >>> bool(terms.loss == gap_loss(image, text, logit_scale=10.0))
         True
     """
-    tensors = _check_embeddings(embeddings)
+    tensors = _check_embeddings(embeddings, may_be_empty=group is not None)
     device = tensors[0].device
     terms = nce_weight, atp_weight, cu_weight, uniformity_t
     settings = (anchor, pairs, *terms, normalize, normalize_centroids, len(tensors), device)
@@ -326,7 +326,8 @@ def _are_plain(settings: tuple[object, ...]) -> bool:
 _PLAIN = {bool, int, float, str, torch.device}
 
 
-def _check_embeddings(embeddings: tuple[Tensor, ...]) -> list[Tensor]:
+def _check_embeddings(embeddings: tuple[Tensor, ...], may_be_empty: bool) -> list[Tensor]:
+    """``may_be_empty``: no rows are an error that all processes of a group must hear of, which the plan sees to."""
     if len(embeddings) > 1 and _are_alike(embeddings):
         return list(embeddings)
     if len(embeddings) < 2:
@@ -334,9 +335,12 @@ def _check_embeddings(embeddings: tuple[Tensor, ...]) -> list[Tensor]:
     for index, e in enumerate(embeddings):
         if not isinstance(e, Tensor):
             raise TypeError(f"embedding {index} must be a torch.Tensor, got {type(e).__name__}")
+        _refuse_dtensor(
+            f"embedding {index}", e, "its local rows (to_local()) with group= its mesh's group (get_group())"
+        )
         if not e.is_floating_point() or e.dtype.itemsize < 2:
             raise TypeError(f"embedding {index} must be float16, bfloat16, float32 or float64, got {_name(e.dtype)}")
-        if e.dim() != 2 or 0 in e.shape:
+        if e.dim() != 2 or e.shape[1] == 0 or (e.shape[0] == 0 and not may_be_empty):
             raise ValueError(f"embedding {index} must have shape [N, D] with N, D ≥ 1, got {list(e.shape)}")
     first = embeddings[0]
     for index, e in enumerate(embeddings):
@@ -425,6 +429,7 @@ def _check_scalar(name: str, value: float | Tensor, positive: bool = True) -> fl
                 f"`{name}` must be a number or a floating tensor of one element, got {_name(value.dtype)} of shape "
                 f"{list(value.shape)}"
             )
+        _refuse_dtensor(f"`{name}`", value, "its full_tensor()")
         if positive and _is_readable(value):
             number = value.item()
             if number <= 0 or number == math.inf:  # not a number passes: a training that diverged says so in its loss
@@ -432,6 +437,11 @@ def _check_scalar(name: str, value: float | Tensor, positive: bool = True) -> fl
                 raise ValueError(f"{which} must be {'positive' if number <= 0 else 'finite'}, got {number}")
         return value
     return _check_number(name, value, positive=positive)
+
+
+def _refuse_dtensor(name: str, tensor: Tensor, instead: str) -> None:
+    if type(tensor).__name__ == "DTensor":
+        raise TypeError(f"{name} must be an ordinary tensor, got a DTensor; pass {instead}")
 
 
 def _is_readable(tensor: Tensor) -> bool:

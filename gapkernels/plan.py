@@ -68,6 +68,8 @@ def forward(
     """
     if world.size > 1:
         world.agree(_description(embeddings, spec, needs_grad or []), scalars)
+    if embeddings[0].shape[0] == 0:
+        raise ValueError(f"embedding 0 must have shape [N, D] with N, D ≥ 1, got {list(embeddings[0].shape)}")
     embeddings = _readable(embeddings)
     rows = embeddings[0].shape[0]
     operands, statistics = backend.row_statistics(embeddings, spec)

@@ -10,6 +10,7 @@ import socket
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.tensor
 import torch.multiprocessing as mp
 from oracle import random_embeddings
 
@@ -173,8 +174,19 @@ def _refusals_in_each_process(rank: int, size: int, port: int) -> None:
             with pytest.raises(ValueError, match=f"{differs} .*{message}"):
                 gap_loss(*embeddings, group="world", **options)
             assert name
-        with pytest.raises(ValueError, match="every process of `group` must hold the same number of rows, got 1 to 2"):
-            gap_loss(*random_embeddings(1 + rank, 4), group="world", cu_weight=0.0)
+        for rows in (1 + rank, 3 * rank):  # an empty process too
+            with pytest.raises(
+                ValueError, match=r"every process of `group` must hold the same number of rows, got \d to"
+            ):
+                gap_loss(x[:rows], y[:rows], group="world", cu_weight=0.0)
+        with pytest.raises(ValueError, match=r"must have shape \[N, D\] with N, D ≥ 1, got \[0, 4\]"):
+            gap_loss(x[:0], y[:0], group="world", cu_weight=0.0)
+        mesh = dist.device_mesh.init_device_mesh("cpu", (size,))
+        sharded = dist.tensor.distribute_tensor(x, mesh, [dist.tensor.Shard(0)])
+        with pytest.raises(
+            TypeError, match=r"embedding 0 must be an ordinary tensor, got a DTensor; pass its local rows"
+        ):
+            gap_loss(sharded, sharded)
 
         outside = dist.new_group([0])
         if rank == 1:

@@ -102,8 +102,8 @@ def degenerate(kind: str, n: int = 50, dim: int = 16) -> list[torch.Tensor]:
     ],
 )
 def test_degenerate_inputs(backend, kind, scale):
-    # The gradient of collapsed rows is a difference of nearly equal numbers, and is zero: what is left is the rounding of
-    # both in float32, which a backend that subtracts the positives after the products has twice.
+    # The gradient of collapsed rows is a difference of nearly equal numbers, and is zero: what is left is the rounding
+    # of both in float32, which a backend that subtracts the positives after the products has twice.
     tolerance = TOLERANCE[torch.float32]
     if kind == "collapsed":
         tolerance = tolerance._replace(gradient=2 * tolerance.gradient)

@@ -9,14 +9,14 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from gapkernels.backends.triton import tuning
+from gapkernels.backends.triton.architectures import ARCHITECTURES
 from gapkernels.backends.triton.device import INTERPRETED
 
 if INTERPRETED:
     pytest.skip("kernels are interpreted in this process (TRITON_INTERPRET=1)", allow_module_level=True)
 
-from backends.triton_launches import SHARED_MEMORY_LIMIT, TARGETS, compile_for, evaluate, recorded
+from backends.triton_launches import compile_for, evaluate, recorded
 
-MATRIX_INSTRUCTION = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
 MATRIX_KERNELS = ("tile_sums_kernel", "log_sums_kernel", "gradient_tiles_kernel", "both_products_kernel")
 
 
@@ -35,14 +35,16 @@ def distinct_launches(arch, all_candidates=False, **evaluation):
 def check(launch, arch, tensor_cores=True):
     compiled = compile_for(launch, arch)
     assert compiled.spilled == 0, f"{launch.name} {launch.constants}: {compiled.spilled} bytes spilled"
-    assert compiled.shared <= SHARED_MEMORY_LIMIT[arch], f"{launch.name}: {compiled.shared} bytes shared"
+    assert compiled.shared <= ARCHITECTURES[arch].shared_memory, f"{launch.name}: {compiled.shared} bytes shared"
     if launch.name in MATRIX_KERNELS and tensor_cores:
-        assert MATRIX_INSTRUCTION[arch] in compiled.assembly, f"{launch.name} uses no {MATRIX_INSTRUCTION[arch]}"
+        assert ARCHITECTURES[arch].matrix_instruction in compiled.assembly, (
+            f"{launch.name} uses no {ARCHITECTURES[arch].matrix_instruction}"
+        )
     if launch.name in MATRIX_KERNELS and not tensor_cores:
         assert "tf32" not in compiled.assembly, f"{launch.name} rounds float32 operands"
 
 
-@pytest.mark.parametrize("arch", list(TARGETS))
+@pytest.mark.parametrize("arch", list(ARCHITECTURES))
 def test_sixteen_bits(arch):
     """All configurations of the table in bf16."""
     launches = distinct_launches(arch, all_candidates=True, dim=512)
@@ -51,14 +53,14 @@ def test_sixteen_bits(arch):
         check(launch, arch)
 
 
-@pytest.mark.parametrize("arch", list(TARGETS))
+@pytest.mark.parametrize("arch", list(ARCHITECTURES))
 def test_float16(arch):
     for launch in distinct_launches(arch, dim=512, dtype=torch.float16):
         if launch.name in MATRIX_KERNELS:
             check(launch, arch)
 
 
-@pytest.mark.parametrize("arch", list(TARGETS))
+@pytest.mark.parametrize("arch", list(ARCHITECTURES))
 def test_true_float32(arch):
     """With torch's float32 matmul precision at "highest" no operand may be rounded to tf32."""
     assert torch.get_float32_matmul_precision() == "highest"

@@ -9,12 +9,13 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from gapkernels.backends.triton.architectures import ARCHITECTURES
 from gapkernels.backends.triton.device import INTERPRETED
 
 if INTERPRETED:
     pytest.skip("kernels are interpreted in this process (TRITON_INTERPRET=1)", allow_module_level=True)
 
-from backends.triton_launches import TARGETS, evaluate, recorded
+from backends.triton_launches import evaluate, recorded
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
@@ -77,7 +78,7 @@ class Bound:
 
 @functools.cache
 def binder_of(kernel):
-    return create_function_from_signature(kernel.signature, kernel.params, make_backend(TARGETS["sm_90"]))
+    return create_function_from_signature(kernel.signature, kernel.params, make_backend(ARCHITECTURES["sm_90"].target))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

@@ -14,7 +14,6 @@ from unittest import mock
 import torch
 import triton
 from oracle import random_embeddings
-from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
@@ -32,17 +31,9 @@ from gapkernels.backends.triton import (
     tile_sums,
     tuning,
 )
+from gapkernels.backends.triton.architectures import ARCHITECTURES
 from gapkernels.distributed import World
 from gapkernels.spec import LossSpec
-
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-SHARED_MEMORY_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
-"""Bytes that one program may use, from the vendors' documentation."""
 
 ASK_FOR_PROCESSORS = (device, tile_sums, log_sums, row_gradients, row_statistics)
 
@@ -84,11 +75,11 @@ def recorded(arch: str = "sm_90", all_candidates: bool = False) -> Iterator[list
     """Record launches as on a GPU of this architecture; nothing runs.
 
     Args:
-        arch: of ``TARGETS``.
+        arch: of ``ARCHITECTURES``.
         all_candidates: record every configuration of the tuning table instead of the default.
     """
     launches: list[Launch] = []
-    target = make_backend(TARGETS[arch])
+    target = make_backend(ARCHITECTURES[arch].target)
 
     def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         binder = create_function_from_signature(kernel.signature, kernel.params, target)
@@ -145,7 +136,7 @@ def evaluate(
 def compile_for(launch: Launch, arch: str) -> Compiled:
     """Compile what one launch asks for."""
     source = ASTSource(launch.kernel, launch.signature, launch.constants, launch.attributes)
-    compiled = triton.compile(source, target=TARGETS[arch], options=launch.options.__dict__)
+    compiled = triton.compile(source, target=ARCHITECTURES[arch].target, options=launch.options.__dict__)
     shared = compiled.metadata.shared
     if arch.startswith("gfx"):
         assembly = compiled.asm["amdgcn"]

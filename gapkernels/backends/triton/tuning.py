@@ -14,76 +14,15 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from gapkernels.backends.triton.architectures import Config, nearest
 from gapkernels.backends.triton.device import INTERPRETED, architecture, next_power_of_2
 
-
-class Config(NamedTuple):
-    """How one kernel is tiled and scheduled.
-
-    Attributes:
-        tile_m, tile_n: the tile of the matrix.
-        tile_k: elements of the shared dimension per step.
-        num_warps, num_stages: warps per program, depth of the software pipeline.
-        programs_per_processor: of a persistent kernel; more than one lets one program's exponentials run under
-            another's products.
-        group: row tiles walked together.
-        tma: read operands through the tensor copy engine where their alignment allows it.
-    """
-
-    tile_m: int
-    tile_n: int
-    tile_k: int
-    num_warps: int
-    num_stages: int
-    programs_per_processor: int = 1
-    group: int = 8
-    tma: bool = False
-
-
 INTERPRETER = Config(32, 64, 64, 4, 1, group=2)
-
-# Sixteen-bit operands. Two programs of 128×128 per processor on sm_90: the accumulators of both fit the registers, and
-# while one is in its exponentials the other keeps the tensor cores busy. sm_100 accumulates in tensor memory.
-_SIXTEEN_BIT = {
-    "sm_80": [Config(128, 128, 64, 8, 3), Config(128, 256, 32, 8, 3)],
-    "sm_90": [Config(128, 128, 64, 4, 3, programs_per_processor=2), Config(128, 256, 64, 8, 3)],
-    "sm_100": [Config(128, 128, 64, 8, 3, programs_per_processor=2)],
-    "gfx942": [Config(128, 128, 64, 8, 2, programs_per_processor=2)],
-}
-# Descriptors for the copy engine are made on the host, which Triton does for an argument of its own only: kernels that
-# take tuples of matrices have none.
-_SIXTEEN_BIT_GRADIENTS = {
-    "sm_80": [Config(128, 128, 64, 8, 3)],
-    "sm_90": [
-        Config(128, 128, 64, 4, 3),
-        Config(128, 128, 64, 4, 3, tma=True),
-        Config(128, 256, 64, 8, 3, tma=True),
-    ],
-    "sm_100": [Config(128, 128, 64, 8, 3), Config(128, 128, 64, 8, 3, tma=True)],
-    "gfx942": [Config(128, 128, 64, 8, 2)],
-}
-_SIXTEEN_BIT_PRODUCTS = {
-    "sm_80": [Config(128, 256, 32, 8, 3), Config(128, 128, 64, 8, 3)],
-    "sm_90": [
-        Config(128, 256, 64, 8, 4, tma=True),
-        Config(128, 256, 64, 8, 3, tma=True),
-        Config(128, 128, 64, 8, 4, tma=True),
-        Config(128, 128, 64, 8, 3),
-    ],
-    "sm_100": [
-        Config(128, 256, 64, 8, 4, tma=True),
-        Config(128, 256, 64, 8, 3, tma=True),
-        Config(128, 128, 64, 8, 4, tma=True),
-        Config(128, 128, 64, 8, 3),
-    ],
-    "gfx942": [Config(128, 128, 64, 8, 2)],
-}
 # True float32 products run on the ordinary units, where a large tile only costs registers.
 _FLOAT32 = [Config(64, 64, 32, 4, 3, programs_per_processor=4)]
 _FLOAT32_TENSOR = [Config(128, 128, 32, 8, 3), Config(128, 64, 32, 4, 3, programs_per_processor=2)]
@@ -98,38 +37,22 @@ def candidates(kernel: str, arch: str, dtype: torch.dtype, dim: int) -> tuple[Co
 
 @functools.cache
 def _candidates(kernel: str, arch: str, dtype: torch.dtype, dim: int, true_float32: bool) -> tuple[Config, ...]:
-    float32 = _FLOAT32 if true_float32 else _FLOAT32_TENSOR
-    table = float32 if dtype == torch.float32 else _SIXTEEN_BIT[nearest(arch)]
+    if dtype == torch.float32:
+        table = _FLOAT32 if true_float32 else _FLOAT32_TENSOR
+    else:
+        row = nearest(arch)
+        table = {"gradient_tiles": row.gradients, "both_products": row.products}.get(kernel, row.sums)
+        if kernel == "both_products":
+            # A tile twice as wide reads H half as often; at D ≤ 256 there would be too few of them.
+            table = [c for c in table if c.tile_n <= max(128, dim // 2)]
     if kernel == "log_sums":  # runs rarely; the running maxima and sums leave no room for wide tiles
-        rows, warps = (32, 4) if dtype == torch.float32 else (128, 8)
-        parts = 4 if dtype != torch.float32 and nearest(arch) == "sm_100" else 2
+        rows, warps, parts = (32, 4, 2) if dtype == torch.float32 else (128, 8, nearest(arch).log_sums_parts)
         table = [c._replace(tile_m=rows, tile_n=c.tile_n // parts, num_warps=warps) for c in table[:1]]
-    if kernel == "gradient_tiles" and dtype != torch.float32:
-        table = _SIXTEEN_BIT_GRADIENTS[nearest(arch)]
-    if kernel == "both_products" and dtype != torch.float32:
-        # A tile twice as wide reads H half as often; at D ≤ 256 there would be too few of them.
-        table = [c for c in _SIXTEEN_BIT_PRODUCTS[nearest(arch)] if c.tile_n <= max(128, dim // 2)]
     if kernel == "both_products":  # steps go along the block of the gradient, not along rows
         return tuple(table)
     # A step of the K loop longer than a row would be padding.
     shortest = max(16, next_power_of_2(dim))
     return tuple(dict.fromkeys(c._replace(tile_k=min(c.tile_k, shortest)) for c in table))
-
-
-def nearest(arch: str) -> str:
-    """The key of the table for an architecture it does not list: the latest older one of its kind."""
-    if arch in _SIXTEEN_BIT:
-        return arch
-    if arch.startswith("gfx"):
-        return "gfx942"
-    number = int(arch.removeprefix("sm_"))
-    if number >= 120:
-        return "sm_80"  # desktop parts: neither wgmma nor tensor memory, and 99 KiB of shared memory
-    return max((a for a in _SIXTEEN_BIT if a.startswith("sm_") and int(a[3:]) <= number), default="sm_80", key=_number)
-
-
-def _number(arch: str) -> int:
-    return int(arch.removeprefix("sm_"))
 
 
 def choose(
