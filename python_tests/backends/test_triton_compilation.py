@@ -33,13 +33,12 @@ def distinct_launches(arch, all_candidates=False, **evaluation):
 
 
 def check(launch, arch, tensor_cores=True):
+    row = ARCHITECTURES[arch]
     compiled = compile_for(launch, arch)
     assert compiled.spilled == 0, f"{launch.name} {launch.constants}: {compiled.spilled} bytes spilled"
-    assert compiled.shared <= ARCHITECTURES[arch].shared_memory, f"{launch.name}: {compiled.shared} bytes shared"
+    assert compiled.shared <= row.shared_memory, f"{launch.name}: {compiled.shared} bytes shared"
     if launch.name in MATRIX_KERNELS and tensor_cores:
-        assert ARCHITECTURES[arch].matrix_instruction in compiled.assembly, (
-            f"{launch.name} uses no {ARCHITECTURES[arch].matrix_instruction}"
-        )
+        assert row.matrix_instruction in compiled.assembly, f"{launch.name} uses no {row.matrix_instruction}"
     if launch.name in MATRIX_KERNELS and not tensor_cores:
         assert "tf32" not in compiled.assembly, f"{launch.name} rounds float32 operands"
 
