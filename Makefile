@@ -16,6 +16,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	@$(BIN)/python -m gapkernels.backends.cpu.build || echo 'make: going on without backend="cpu" (see above)'
 	@touch $(STAMP)
 
 train: install  ## train CLIP and the gap loss on halves of real digits; table and report in runs/digit-halves
