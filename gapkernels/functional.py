@@ -114,9 +114,11 @@ def gap_loss(
         normalize: divide rows by their norm first. False takes them as they are.
         normalize_centroids: put centroids back on the unit sphere, as the paper's code does and its formula does not.
         backend: ``"cuda"`` (tensor-core kernels for Hopper, bfloat16 and float16, compiled at first use), ``"triton"``
-            (fused kernels for NVIDIA and AMD GPUs; no float64), ``"torch"`` (tiled, any device), ``"reference"``
-            (dense, O(N²) memory), or ``"auto"``: the first of ``"triton"`` and ``"torch"`` that can be used, and
-            ``"cuda"`` where it has been compiled and a recorded measurement shows it faster.
+            (fused kernels for NVIDIA and AMD GPUs; no float64), ``"cpu"`` (fused C++ kernels, compiled at first use),
+            ``"torch"`` (tiled, any device), ``"reference"`` (dense, O(N²) memory), or ``"auto"``: the first of
+            ``"triton"``, ``"cpu"`` and ``"torch"`` that can be used, and ``"cuda"`` where it has been compiled and a
+            recorded measurement shows it faster. Raw centroids (neither rows nor centroids normalised) go to
+            ``"torch"``, which multiplies in float64 those that lie far apart.
         return_terms: return all parts instead of the loss alone; costs no extra N² work.
         group: the ``torch.distributed`` process group that holds the batch, each process an equal number of rows;
             ``"world"`` means all processes there are at the time of the call.
