@@ -139,7 +139,8 @@ def _compile(folder: Path) -> Path:
     if reason is not None:
         raise BuildError(reason)
     chosen, program = instruction_set(), compiler()
-    assert chosen is not None
+    if chosen is None:
+        raise BuildError(f"they need AVX2 or AVX-512, and torch reports {torch.backends.cpu.get_cpu_capability()}")
     assert program is not None
     torch_folder = Path(torch.__file__).parent
     include = [f"-isystem{torch_folder / 'include'}", f"-isystem{sysconfig.get_paths()['include']}"]
