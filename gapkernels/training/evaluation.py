@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -105,6 +106,12 @@ def evaluate_file(path: Path, anchor: str | None, data_dir: Path | None, device:
         anchor = anchor or default_anchor
     if anchor is not None and anchor not in found.modalities:
         raise UserError(f"unknown anchor {anchor!r}; modalities: {', '.join(found.modalities)}")
+    if found.labels is not None and (unlabelled := int((found.labels == NO_CLASS).sum())):
+        print(
+            f"{unlabelled} of {len(found.labels)} samples have label {NO_CLASS}, no class: clustering and classification "
+            "leave them out",
+            file=sys.stderr,
+        )
     try:
         return score(found, anchor)
     except (TypeError, ValueError) as error:

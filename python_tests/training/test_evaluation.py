@@ -45,3 +45,13 @@ def test_auto_takes_bfloat16_where_the_processor_multiplies_in_it(monkeypatch: p
         assert computes_in_bfloat16("bf16", CPU)
         assert not computes_in_bfloat16("fp32", CPU)
     assert not computes_in_bfloat16("auto", torch.device("mps"))
+
+
+def test_samples_without_a_class_are_counted_aloud(tmp_path, capsys):
+    """Label −1 keeps a sample out of clustering, which must not pass unnoticed where −1 was meant as a class."""
+    path = tmp_path / "embeddings.npz"
+    values = {name: np.random.default_rng(seed).normal(size=(12, 4)) for seed, name in enumerate(("image", "text"))}
+    np.savez(path, **values, labels=np.array([0, 1, -1] * 4))
+    metrics = evaluate_file(path, None, None, torch.device("cpu"))
+    assert 0 <= metrics["v_measure"] <= 1
+    assert "4 of 12 samples have label -1, no class" in capsys.readouterr().err
