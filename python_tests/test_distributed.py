@@ -61,7 +61,7 @@ def _in_each_process(rank: int, size: int, port: int, rows: int) -> None:
         for backend, dtype, options in grid:
             # errors of float32 exponents grow with the scale
             rounding = torch.finfo(dtype).eps * max(16, options.get("logit_scale", 10.0))
-            if (
+            if backend == "cpu":  # rows of float32 are not divided by their norms there: sums are rounded at their size
                 backend == "cpu"
             ):  # whose float32 rows are not divided by their norms first: sums are rounded at their size
                 rounding *= 4

@@ -108,8 +108,8 @@ def evaluate_file(path: Path, anchor: str | None, data_dir: Path | None, device:
         raise UserError(f"unknown anchor {anchor!r}; modalities: {', '.join(found.modalities)}")
     if found.labels is not None and (unlabelled := int((found.labels == NO_CLASS).sum())):
         print(
-            f"{unlabelled} of {len(found.labels)} samples have label {NO_CLASS}, no class: clustering and classification "
-            "leave them out",
+            f"{unlabelled} of {len(found.labels)} samples have label {NO_CLASS}, no class: clustering and "
+            "classification leave them out",
             file=sys.stderr,
         )
     try:
