@@ -61,9 +61,7 @@ def _in_each_process(rank: int, size: int, port: int, rows: int) -> None:
         for backend, dtype, options in grid:
             # errors of float32 exponents grow with the scale
             rounding = torch.finfo(dtype).eps * max(16, options.get("logit_scale", 10.0))
-            if backend == "cpu":  # rows of float32 are not divided by their norms there: sums are rounded at their size
-                backend == "cpu"
-            ):  # whose float32 rows are not divided by their norms first: sums are rounded at their size
+            if backend == "cpu":  # whose float32 rows are not unit vectors: sums are rounded at their size
                 rounding *= 4
             close = functools.partial(torch.testing.assert_close, rtol=10 * rounding, atol=rounding)
             _compare_with_one_process(size, rows, own, dtype, {"backend": backend, **options}, close)
