@@ -34,7 +34,8 @@ def result_files() -> list[Path]:
 def latest_of_each_device(paths: Sequence[Path]) -> list[Results]:
     """The newest results of every device; first the one that the README shows in full.
 
-    That is the newest of a GPU, or, without one, the one with the most rows.
+    That is the newest of a GPU, or, without one, the one that measured the most of our backends; of several the one with
+    the most rows.
     """
     newest: dict[str, Results] = {}
     for results in sorted(map(load, paths), key=lambda results: (results.date, results.name)):
@@ -42,8 +43,9 @@ def latest_of_each_device(paths: Sequence[Path]) -> list[Results]:
     return sorted(newest.values(), key=_prominence, reverse=True)
 
 
-def _prominence(results: Results) -> tuple[bool, str, int, str]:
-    return results.is_gpu, results.date if results.is_gpu else "", len(results.rows), results.name
+def _prominence(results: Results) -> tuple[bool, str, int, int, str]:
+    ours = {row.implementation for row in results.rows if row.implementation.startswith("gapkernels-")}
+    return results.is_gpu, results.date if results.is_gpu else "", len(ours), len(results.rows), results.name
 
 
 def block(devices: Sequence[Results]) -> str:
