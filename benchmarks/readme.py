@@ -34,8 +34,8 @@ def result_files() -> list[Path]:
 def latest_of_each_device(paths: Sequence[Path]) -> list[Results]:
     """The newest results of every device; first the one that the README shows in full.
 
-    That is the newest of a GPU, or, without one, the one that measured the most of our backends; of several the one with
-    the most rows.
+    That is the newest of a GPU, or, without one, the one that measured the most of our backends, and of several the
+    one with the most rows.
     """
     newest: dict[str, Results] = {}
     for results in sorted(map(load, paths), key=lambda results: (results.date, results.name)):
