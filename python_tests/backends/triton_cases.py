@@ -238,7 +238,7 @@ def test_distributed(size, tmp_path):
             torch.cat([torch.from_numpy(r[2][m]) for r in by_rank]), e.grad, rtol=1e-4, atol=1e-6
         )
     for _, value, _, scale_gradient in by_rank:
-        assert abs(value - loss.item()) < 1e-5 * abs(loss.item())
+        assert abs(value - loss.item()) < 1e-6  # the sum of terms of size one, which cancel
         assert abs(scale_gradient - scale.grad.item()) < 1e-5
 
 
