@@ -162,7 +162,8 @@ def _memory_problems(results: Results) -> list[Problem]:
     ours = {row.problem for row in results.rows if row.ours and row.backward}
     authors = {row.problem for row in results.rows if row.implementation == "authors" and row.backward}
     largest = [
-        max(group, key=lambda p: (p.samples, p.width), default=None) for group in (ours & authors, ours - authors)
+        max(group, key=lambda p: (p.samples, p.width, p.loss, p.dtype, p.modalities), default=None)
+        for group in (ours & authors, ours - authors)
     ]
     return [problem for problem in largest if problem is not None]
 
