@@ -155,6 +155,7 @@ def backward(
         col_products = {k: _accumulator(cols[k]) for k in cols if embedding_needs_grad[k]}
         whole = [(k, own[k].factor) for k in col_products]  # modalities that are finished last, all rows at once
         row_products: dict[int, Tensor | None] = {}
+        received: set[int] = set()  # modalities all of whose column products have been written
         largest = _largest_products(embeddings, pairs, spec, world)
         row_blocks = _blocks(rows, backend.gradient_block)
         for m, group in groupby(enumerate(pairs), key=lambda item: item[1][0]):
@@ -166,6 +167,7 @@ def backward(
                 else:
                     operand = backend.operand(part(embeddings[m], row), spec)
                     products = _accumulator(operand) if embedding_needs_grad[m] else None
+                first_rows = m not in own  # pairs in which m has the columns come before those in which it has the rows
                 for p, k in members:
                     if products is None and k not in col_products and not scale_needs_grad:
                         continue
@@ -181,7 +183,11 @@ def backward(
                             products,
                             part(col_products[k], col) if k in col_products else None,
                             moment,
+                            first_rows,
+                            k not in received,
                         )
+                        first_rows = False
+                    received.add(k)
                 if m in own or products is None:
                     continue
                 if len(row_blocks) == 1:
@@ -248,9 +254,9 @@ def _rows_of(operand: Operand, row: slice) -> Operand:
     return Operand(part(operand.rows, row), None if operand.factor is None else part(operand.factor, row))
 
 
-def _accumulator(operand: Operand) -> Tensor:
-    """Zeros for the products of an operand's rows, float32 or wider."""
-    return torch.zeros_like(operand.rows, dtype=compute_dtype(operand.rows.dtype))
+def _accumulator(operand: Operand | Centroids) -> Tensor:
+    """Room for the products of an operand's rows, float32 or wider: the first ones overwrite it."""
+    return torch.empty_like(operand.rows, dtype=compute_dtype(operand.rows.dtype))
 
 
 # ---- centroids ----------------------------------------------------------------------------------------------------
@@ -304,7 +310,9 @@ def _centroid_products(evaluation: Evaluation, backend: Backend, world: World) -
     uniformity_t = evaluation.scalars.uniformity_t
     own = backend.centroids(embeddings, evaluation.saved.sums, uniformity_t, evaluation.total_rows, spec)
     c = _gathered_centroids(own, world)
-    total = torch.zeros_like(c.rows, dtype=compute_dtype(c.rows.dtype))
+    total = _accumulator(c)
+    if world.size > 1:
+        total.zero_()  # this process's part of the triangle does not touch all rows
     for shard_row, shard_col in _triangle(world, own.rows.shape[0]):
         matrix = _centroid_matrix(c, shard_row, shard_col)
         row_total, col_total = part(total, shard_row), part(total, shard_col)
@@ -314,7 +322,11 @@ def _centroid_products(evaluation: Evaluation, backend: Backend, world: World) -
                     continue
                 block = matrix.block(row, col)
                 cols = None if block.symmetric else part(col_total, col)
-                backend.add_products(block, None, evaluation.prepared, part(row_total, row), cols, None)
+                first_cols = world.size == 1 and row.start == 0
+                first_rows = first_cols and col.start == 0
+                backend.add_products(
+                    block, None, evaluation.prepared, part(row_total, row), cols, None, first_rows, first_cols
+                )
     products = world.sum_own_rows(total)
     blocks = len(_blocks(products.shape[0], backend.gradient_block))
     return products.to(torch.bfloat16) if blocks > 1 and embeddings[0].dtype == torch.bfloat16 else products

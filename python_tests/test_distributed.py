@@ -54,6 +54,7 @@ def _backends() -> list[str]:
 def _in_each_process(rank: int, size: int, port: int, rows: int) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN: what no process writes shows
     dist.init_process_group("gloo", rank=rank, world_size=size)
     try:
         own = slice(rank * rows, (rank + 1) * rows)

@@ -443,6 +443,8 @@ PyObject* py_add_products(PyObject* const* args) {
     accumulator(args[3], block.rows, products.rows, products.row_stride);
     accumulator(args[4], block.cols, products.cols, products.col_stride);
     products.moment = args[5] == Py_None ? nullptr : doubles_of(args[5]);
+    products.first_rows = truth(args[6]);
+    products.first_cols = truth(args[7]);
     {
         NoGil no_gil;
         add_products(block, products);
@@ -562,7 +564,7 @@ PyMethodDef methods[] = {
     FUNCTION(log_sums, 1),
     FUNCTION(terms, 8),
     FUNCTION(softmax_sums, 3),
-    FUNCTION(add_products, 6),
+    FUNCTION(add_products, 8),
     FUNCTION(moment_buffer, 1),
     FUNCTION(row_gradients, 7),
     FUNCTION(scale_gradient, 2),

@@ -15,7 +15,8 @@
 //             colsᵀ_J  = rowsᵀ·H[:, J], then added    a thread owns columns J and columns of D
 //
 // Tasks are fixed by the shape and each number has one owner: the same bits for any number of threads. A symmetric
-// matrix has tiles on and above its diagonal only; those above are multiplied both ways into the rows.
+// matrix has tiles on and above its diagonal only; those above are multiplied both ways into the rows. The first product
+// that a number receives overwrites it where the caller says so: no memory is filled with zeros first.
 //
 // 6·n·N·D operations (half if symmetric), n·N exponentials; 12 MiB for H in bf16, 8 in float32, and O(N·D) for packing.
 
@@ -287,18 +288,21 @@ class Gradient {
         const int64_t first = matrix_.symmetric ? std::max<int64_t>((row + i) / square * square - col, 0) : 0;
         const int64_t k_end = packed ? round_up(width, col_multiple) : width;
         if (first >= k_end) return;
+        // A row's first products: of the first columns, or of a symmetric matrix those of its square on the diagonal,
+        // unless rows above it have come before.
+        const bool add = !(products_.first_rows && (matrix_.symmetric ? row == 0 && i / square * square >= col : col == 0));
         A* out = static_cast<A*>(products_.rows) + (row + i) * products_.row_stride;
         for (; d < d_end; d += panel_width) {
             const int64_t n = std::min(panel_width, dim_ - d);
             const T* h = h_rows_ + i * row_ld_;
             if constexpr (packed) {
                 const T* right = cols_interleaved_ + d * k_end + first * panel_width;
-                product(m, n, k_end - first, h + first, row_ld_, right, panel_width, out + d, products_.row_stride, true);
+                product(m, n, k_end - first, h + first, row_ld_, right, panel_width, out + d, products_.row_stride, add);
             } else {
                 for (int64_t k = first; k < k_end; k += depth) {
                     product(m, n, std::min(depth, k_end - k), h + k, row_ld_,
                             operands_.cols + (col + k) * operands_.col_stride + d, operands_.col_stride, out + d,
-                            products_.row_stride, true);
+                            products_.row_stride, add || k > first);
                 }
             }
         }
@@ -307,6 +311,8 @@ class Gradient {
     // Step 2, columns [j, j + 128) of the block: cols += (rowsᵀ·H)ᵀ.
     void multiply_cols(int64_t row, int64_t height, int64_t col, int64_t width, int64_t j, int64_t d, A* scratch) const {
         const int64_t m = std::min(dims_at_once, dim_ - d);
+        const bool add = !(matrix_.symmetric ? products_.first_rows && row == 0 && col + j >= block_rows
+                                             : products_.first_cols && row == 0);
         // The square on the diagonal of a symmetric matrix is whole: it has been multiplied.
         const int64_t k_end =
             matrix_.symmetric ? std::min(height, (col + j) / square * square - row) : packed ? round_up(height, 2) : height;
@@ -325,7 +331,7 @@ class Gradient {
                             scratch, panel_width, k > 0);
                 }
             }
-            add_transposed(scratch, panel_width, m, n, out + (col + j) * stride + d, stride);
+            add_transposed(scratch, panel_width, m, n, out + (col + j) * stride + d, stride, add);
         }
     }
 
@@ -342,10 +348,19 @@ class Gradient {
     double* moments_;
 };
 
+void fill_with_zeros(void* products, int64_t stride, const Rows& like) {
+    const int64_t size = like.type == Type::f64 ? sizeof(double) : sizeof(float);
+    for (int64_t i = 0; i < like.count; ++i) std::memset(static_cast<char*>(products) + i * stride * size, 0, like.dim * size);
+}
+
 }  // namespace
 
 void add_products(const Matrix& block, const Products& products) {
-    if (block.rows.count == 0 || block.cols.count == 0) return;
+    if (block.rows.count == 0 || block.cols.count == 0) {
+        if (products.rows && products.first_rows) fill_with_zeros(products.rows, products.row_stride, block.rows);
+        if (products.cols && products.first_cols) fill_with_zeros(products.cols, products.col_stride, block.cols);
+        return;
+    }
     with_operands(block, false, [&](const auto& operands, bool parallel) {
         Gradient(block, operands, products, parallel).add();
     });

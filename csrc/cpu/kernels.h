@@ -109,6 +109,7 @@ struct Products {
     double reference;               // for centroids that of their entries
     void *rows, *cols;              // accumulators, in the type of factors; null if not needed
     int64_t row_stride, col_stride;
+    bool first_rows, first_cols;    // whether accumulators are overwritten; those of a symmetric matrix are its rows'
     double* moment;                 // null if not needed
 };
 void add_products(const Matrix& block, const Products& products);

@@ -119,9 +119,9 @@ inline void transpose_rows(const double* in, int64_t stride, int64_t rows, int64
     }
 }
 
-// out[c][r] += in[r][c], r < rows, c < cols.
+// out[c][r] = in[r][c], or added to it; r < rows, c < cols.
 inline void add_transposed(const float* in, int64_t in_stride, int64_t rows, int64_t cols, float* out,
-                           int64_t out_stride) {
+                           int64_t out_stride, bool add) {
     alignas(64) uint32_t block[16 * 16];
     for (int64_t r = 0; r < rows; r += 16) {
         const int64_t height = std::min<int64_t>(16, rows - r);
@@ -132,7 +132,9 @@ inline void add_transposed(const float* in, int64_t in_stride, int64_t rows, int
             for (int64_t j = 0; j < width; ++j) {
                 float* to = out + (c + j) * out_stride + r;
                 const float* from = reinterpret_cast<const float*>(block) + j * 16;
-                if (height == 16) {
+                if (!add) {
+                    std::copy(from, from + height, to);
+                } else if (height == 16) {
                     for (int k = 0; k < 16; k += Vec<float>::size) {
                         (Vec<float>::load(to + k) + Vec<float>::load(from + k)).store(to + k);
                     }
@@ -144,8 +146,11 @@ inline void add_transposed(const float* in, int64_t in_stride, int64_t rows, int
     }
 }
 inline void add_transposed(const double* in, int64_t in_stride, int64_t rows, int64_t cols, double* out,
-                           int64_t out_stride) {
+                           int64_t out_stride, bool add) {
     for (int64_t c = 0; c < cols; ++c) {
-        for (int64_t r = 0; r < rows; ++r) out[c * out_stride + r] += in[r * in_stride + c];
+        for (int64_t r = 0; r < rows; ++r) {
+            double& to = out[c * out_stride + r];
+            to = add ? to + in[r * in_stride + c] : in[r * in_stride + c];
+        }
     }
 }

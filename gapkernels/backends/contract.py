@@ -335,6 +335,8 @@ class Backend(Protocol):
         row_products: Tensor | None,
         col_products: Tensor | None,
         moment: Tensor | None,
+        first_rows: bool = False,
+        first_cols: bool = False,
     ) -> None:
         """Add ``H·cols`` to ``row_products`` and ``Hᵀ·rows`` to ``col_products``, in place.
 
@@ -346,6 +348,8 @@ class Backend(Protocol):
             row_products, col_products: ``[R, D']``, ``[C, D']`` float32 or wider; None if not needed.
             moment: from ``moment_buffer``, to which the block's part of Σ_ij H_ij·x_ij is added, for
                 ``scale_gradient``; None if not needed.
+            first_rows, first_cols: these products are the first that ``row_products``, or ``col_products``, receives:
+                it may hold anything, and is overwritten as a whole.
         """
 
     def moment_buffer(self, like: Matrix) -> Tensor:

@@ -153,6 +153,9 @@ def test_centroids(backend, threads, rows, dtype) -> None:
     products = torch.full(c.rows.shape, start, dtype=torch.float64 if exact else torch.float32)
     backend.add_products(matrix, None, prepared, products, None, None)
     expected = torch.exp2(x - largest) @ c.rows.double()
+    first = torch.full_like(products, torch.nan)
+    backend.add_products(matrix, None, prepared, first, None, None, True)
+    assert error(first.double(), products.double() - start) <= (1e-12 if exact else 1e-6)
     # bf16 embeddings take bf16 products.
     assert error(products.double() - start, expected) <= {torch.float64: 1e-12, torch.bfloat16: 4e-3}.get(dtype, 1e-5)
 
@@ -191,6 +194,25 @@ def test_products(backend, threads, shape, dtype, spread) -> None:
     alone = torch.zeros_like(col_products)
     backend.add_products(matrix, sums, prepared, None, alone, None)
     assert torch.equal(alone, col_products)
+    for first_rows, first_cols in ((True, True), (True, False), (False, True)):
+        both = [
+            torch.full_like(products, torch.nan if first else 0.0)
+            for products, first in ((row_products, first_rows), (col_products, first_cols))
+        ]
+        backend.add_products(matrix, sums, prepared, *both, None, first_rows, first_cols)
+        assert torch.equal(both[0], row_products)
+        assert torch.equal(both[1], col_products)
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(0, 5), (5, 0)])
+def test_products_of_nothing_are_zero(backend, rows, cols) -> None:
+    matrix = Matrix(torch.ones(rows, 3), None, torch.ones(cols, 3), None, torch.tensor(1.0), None, NO_DIAGONAL)
+    zero = torch.zeros((), dtype=torch.float64)
+    sums = SoftmaxSums(torch.zeros(rows).double(), torch.zeros(cols).double(), torch.zeros(rows).double())
+    prepared = PreparedSums(sums.row[None], sums.col[None], zero, zero, None)
+    totals = [torch.full((side, 3), torch.nan) for side in (rows, cols)]
+    backend.add_products(matrix, sums, prepared, *totals, None, True, True)
+    assert all((total == 0).all() for total in totals)
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)

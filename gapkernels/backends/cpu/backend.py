@@ -78,8 +78,10 @@ class CpuBackend:
         row_products: Tensor | None,
         col_products: Tensor | None,
         moment: Tensor | None,
+        first_rows: bool = False,
+        first_cols: bool = False,
     ) -> None:
-        self._kernels.add_products(block, sums, prepared, row_products, col_products, moment)
+        self._kernels.add_products(block, sums, prepared, row_products, col_products, moment, first_rows, first_cols)
 
     def moment_buffer(self, like: Matrix) -> Tensor:
         return self._kernels.moment_buffer(like)

@@ -121,9 +121,11 @@ class TiledBackend:
         row_products: Tensor | None,
         col_products: Tensor | None,
         moment: Tensor | None,
+        first_rows: bool = False,
+        first_cols: bool = False,
     ) -> None:
         reference = prepared.centroid_reference if sums is None else prepared.reference
-        tiles.add_products(block, sums, reference, row_products, col_products, moment)
+        tiles.add_products(block, sums, reference, row_products, col_products, moment, first_rows, first_cols)
 
     def moment_buffer(self, like: Matrix) -> Tensor:
         return like.rows.new_zeros((), dtype=statistics_dtype(like.rows.device))

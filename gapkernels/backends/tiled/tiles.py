@@ -59,6 +59,8 @@ def add_products(
     row_products: Tensor | None,
     col_products: Tensor | None,
     moment: Tensor | None,
+    first_rows: bool,
+    first_cols: bool,
 ) -> None:
     """Both products in one walk; see ``gapkernels.backends.contract.Backend.add_products``."""
     shift: Tensor | None = reference
@@ -77,19 +79,23 @@ def add_products(
     entries_to_gradient = _gradient_rule(sums, factors, matrix.rows.dtype)
     products = _products(matrix)
     if matrix.symmetric:
-        col_products = row_products
+        col_products, first_cols = row_products, first_rows
     if moment is not None and row_products is None:
-        row_products = torch.zeros_like(matrix.rows)
-    before = None if moment is None or row_products is None else _inner_product(matrix.rows, row_products)
+        row_products, first_rows = torch.empty_like(matrix.rows), True
+    before: Tensor | float = 0.0
+    if moment is not None and row_products is not None and not first_rows:
+        before = _inner_product(matrix.rows, row_products)
     for tile in _tiles(matrix, shift):
         gradient = entries_to_gradient(tile)
         if sums is not None and tile.diagonal_rows is not None:
             gradient.diagonal(tile.diagonal_offset).copy_(-sums.negative_mass[tile.diagonal_rows])
         if row_products is not None:
-            products.add(row_products[tile.row], gradient, matrix.cols[tile.col])
+            first = first_rows and tile.col.start == 0
+            products.add(row_products[tile.row], gradient, matrix.cols[tile.col], first)
         if col_products is not None and tile.counts_for_cols:
-            products.add(col_products[tile.col], gradient.T, matrix.rows[tile.row])
-    if moment is not None and before is not None and row_products is not None:
+            first = first_cols and tile.row.start == 0
+            products.add(col_products[tile.col], gradient.T, matrix.rows[tile.row], first)
+    if moment is not None and row_products is not None:
         moment += _inner_product(matrix.rows, row_products) - before  # Σ_ij H_ij⟨rows_i, cols_j⟩
 
 
@@ -147,8 +153,8 @@ class _TorchProducts:
             self._exponents = rows.new_empty(shape)
         return torch.addmm(bias, rows, cols.T, out=self._exponents)
 
-    def add(self, total: Tensor, left: Tensor, right: Tensor) -> None:
-        total.addmm_(left, right)
+    def add(self, total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
+        total.addmm_(left, right, beta=0 if first else 1)  # with zero nothing is read
 
 
 class _OneDnnProducts:
@@ -157,8 +163,11 @@ class _OneDnnProducts:
     def exponents(self, rows: Tensor, cols: Tensor, bias: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(rows, cols, bias, "none", [], "")
 
-    def add(self, total: Tensor, left: Tensor, right: Tensor) -> None:
-        total.copy_(torch.ops.mkldnn._linear_pointwise.binary(left, total, right.T, None, "add"))
+    def add(self, total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
+        if first:
+            total.copy_(torch.ops.mkldnn._linear_pointwise(left, right.T, None, "none", [], ""))
+        else:
+            total.copy_(torch.ops.mkldnn._linear_pointwise.binary(left, total, right.T, None, "add"))
 
 
 def onednn_is_faster() -> bool:

@@ -145,6 +145,8 @@ class TritonBackend:
         row_products: Tensor | None,
         col_products: Tensor | None,
         moment: Tensor | None,
+        first_rows: bool = False,
+        first_cols: bool = False,
     ) -> None:
         (num_rows, _), num_cols = block.rows.shape, block.cols.shape[0]
         sides = (-(-side // LARGEST_TILE) * LARGEST_TILE for side in (num_rows, num_cols))
@@ -154,7 +156,8 @@ class TritonBackend:
         else:
             scale = gradient_tiles.gradient_scale(block.rows.dtype)
             self.gradient_tiles(block, sums.row, sums.col, prepared.reference, scale, moment, h)
-        products.add_products(row_products, col_products, h[:num_rows, :num_cols], block.cols, block.rows, False)
+        h = h[:num_rows, :num_cols]
+        products.add_products(row_products, col_products, h, block.cols, block.rows, first_rows, first_cols)
 
     def moment_buffer(self, like: Matrix) -> Tensor:
         sides = (min(BLOCK, operand.shape[0]) for operand in (like.rows, like.cols))
