@@ -29,11 +29,11 @@ from gapkernels.spec import LossSpec
 
 _SPEC_SCHEMA = "int anchor, bool all_pairs, bool nce, bool atp, bool cu, bool normalize, bool normalize_centroids"
 _INPUT_SCHEMA = "Tensor[] embeddings, Tensor logit_scale, Tensor weights, Tensor uniformity_t"
-_library = torch.library.Library("gapkernels", "DEF")
-_library.define(
+library = torch.library.Library("gapkernels", "DEF")
+library.define(
     f"loss({_INPUT_SCHEMA}, {_SPEC_SCHEMA}, str backend, str group, int world_size) -> (Tensor, Tensor, Tensor[])"
 )
-_library.define(
+library.define(
     f"loss_backward(Tensor? grad_loss, Tensor? grad_terms, {_INPUT_SCHEMA}, Tensor[] saved, {_SPEC_SCHEMA}, "
     "str backend, str group, bool[] needs_grad) -> (Tensor[], Tensor)"
 )
@@ -65,7 +65,7 @@ def _is_traced(embeddings: list[Tensor]) -> bool:
     )
 
 
-def _no_autocast(embeddings: list[Tensor]) -> AbstractContextManager[Any]:
+def no_autocast(embeddings: list[Tensor]) -> AbstractContextManager[Any]:
     """The evaluation chooses its own types; autocast would round the operands of the products inside it."""
     device = embeddings[0].device.type
     if not torch.is_autocast_enabled(device):
@@ -73,7 +73,7 @@ def _no_autocast(embeddings: list[Tensor]) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False)
 
 
-def _on_device(embeddings: list[Tensor]) -> AbstractContextManager[Any]:
+def on_device(embeddings: list[Tensor]) -> AbstractContextManager[Any]:
     """Make the device of the embeddings the one that kernels are launched on."""
     device = embeddings[0].device
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
@@ -86,7 +86,7 @@ def _evaluate(
     embeddings: list[Tensor], scalars: Scalars, spec: LossSpec, backend: str, group: str, needs_grad: list[bool]
 ) -> Forward:
     implementation = backends.select(backend, embeddings[0], spec)
-    with _no_autocast(embeddings), _on_device(embeddings):
+    with no_autocast(embeddings), on_device(embeddings):
         return plan.forward(embeddings, scalars, spec, implementation, world_of(group), needs_grad)
 
 
@@ -110,7 +110,7 @@ def _gradients(
         upstream = of_terms if upstream is None else upstream + of_terms
     assert upstream is not None, "nothing to differentiate"
     implementation = backends.select(backend, embeddings[0], spec)
-    with _no_autocast(embeddings), _on_device(embeddings):
+    with no_autocast(embeddings), on_device(embeddings):
         return plan.backward(upstream, embeddings, scalars, saved, spec, implementation, world_of(group), needs_grad)
 
 
@@ -121,7 +121,7 @@ def _weight_gradient(grad_loss: Tensor | None, terms: Tensor, weights: Tensor) -
     return terms[:3].to(weights.dtype) * grad_loss.to(weights.dtype)
 
 
-def _no_second_derivative(*_: Any) -> None:
+def no_second_derivative(*_: Any) -> None:
     raise RuntimeError(
         "the fused loss has first derivatives only, and a second derivative was asked for (create_graph=True); "
         'compute it with backend="reference", which is plain autograd and needs O(N²) memory'
@@ -189,7 +189,7 @@ class _LossBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> None:
-        _no_second_derivative()
+        no_second_derivative()
 
 
 # ---- operators ----------------------------------------------------------------------------------------------------
@@ -304,9 +304,9 @@ def _differentiate(ctx: Any, grad_loss: Tensor | None, grad_terms: Tensor | None
     return gradients, scale_gradient if scale_needs_grad else None, weight_gradient, None, *no_gradients
 
 
-_library.impl("loss", _forward_operator, "CompositeExplicitAutograd")
-_library.impl("loss_backward", _backward_operator, "CompositeExplicitAutograd")
-torch.library.register_fake("gapkernels::loss", _forward_fake, lib=_library)
-torch.library.register_fake("gapkernels::loss_backward", _backward_fake, lib=_library)
-torch.library.register_autograd("gapkernels::loss", _differentiate, setup_context=_setup_context, lib=_library)
-torch.library.register_autograd("gapkernels::loss_backward", _no_second_derivative, lib=_library)
+library.impl("loss", _forward_operator, "CompositeExplicitAutograd")
+library.impl("loss_backward", _backward_operator, "CompositeExplicitAutograd")
+torch.library.register_fake("gapkernels::loss", _forward_fake, lib=library)
+torch.library.register_fake("gapkernels::loss_backward", _backward_fake, lib=library)
+torch.library.register_autograd("gapkernels::loss", _differentiate, setup_context=_setup_context, lib=library)
+torch.library.register_autograd("gapkernels::loss_backward", no_second_derivative, lib=library)

@@ -70,7 +70,7 @@ def forward(
         world.agree(_description(embeddings, spec, needs_grad or []), scalars)
     if embeddings[0].shape[0] == 0:
         raise ValueError(f"embedding 0 must have shape [N, D] with N, D ≥ 1, got {list(embeddings[0].shape)}")
-    embeddings = _readable(embeddings)
+    embeddings = readable(embeddings)
     rows = embeddings[0].shape[0]
     operands, statistics = backend.row_statistics(embeddings, spec)
     statistics = statistics._replace(sums=world.sum(statistics.sums))
@@ -89,7 +89,7 @@ def forward(
         if len(matrices) > num_pairs:
             centroid_log_sums = sums.rows[num_pairs]
         if num_pairs:
-            pair_sums = LogSums(sums.rows[:num_pairs], _log_sum_over_processes(sums.cols[:num_pairs], world))
+            pair_sums = LogSums(sums.rows[:num_pairs], log_sum_over_processes(sums.cols[:num_pairs], world))
     cosines = statistics.cosines
     all_cosines = cosines if world.size == 1 else world.gather_rows(cosines.T.contiguous()).T.contiguous()
     first_row = world.rank * rows
@@ -123,7 +123,7 @@ def backward(
         ``(gradients of the embeddings, gradient of the scale)``, each shaped and typed like its input, None where not
         needed.
     """
-    embeddings = _readable(embeddings)
+    embeddings = readable(embeddings)
     *embedding_needs_grad, scale_needs_grad = needs_grad
     rows = embeddings[0].shape[0]
     total_rows = rows * world.size
@@ -152,12 +152,12 @@ def backward(
     else:
         own = {k: backend.operand(embeddings[k], spec) for k in sorted({k for _, k in pairs})}
         cols = {k: _gathered(embeddings[k], o, spec, backend, world) for k, o in own.items()}
-        col_products = {k: _accumulator(cols[k]) for k in cols if embedding_needs_grad[k]}
+        col_products = {k: accumulator(cols[k]) for k in cols if embedding_needs_grad[k]}
         whole = [(k, own[k].factor) for k in col_products]  # modalities that are finished last, all rows at once
         row_products: dict[int, Tensor | None] = {}
         received: set[int] = set()  # modalities all of whose column products have been written
-        largest = _largest_products(embeddings, pairs, spec, world)
-        row_blocks = _blocks(rows, backend.gradient_block)
+        largest = largest_products(embeddings, pairs, spec, world)
+        row_blocks = blocks_of(rows, backend.gradient_block)
         for m, group in groupby(enumerate(pairs), key=lambda item: item[1][0]):
             members = [(p, k) for p, (_, k) in group]
             for row in row_blocks:
@@ -166,7 +166,7 @@ def backward(
                     products = part(_own_rows(col_products[m], world), row) if m in col_products else None
                 else:
                     operand = backend.operand(part(embeddings[m], row), spec)
-                    products = _accumulator(operand) if embedding_needs_grad[m] else None
+                    products = accumulator(operand) if embedding_needs_grad[m] else None
                 first_rows = m not in own  # pairs in which m has the columns come before those in which it has the rows
                 for p, k in members:
                     if products is None and k not in col_products and not scale_needs_grad:
@@ -175,7 +175,7 @@ def backward(
                     if scale_needs_grad and moment is None:
                         moment = backend.moment_buffer(matrix)
                     row_sums, negative_mass = part(prepared.rows[p], row), part(saved.negative_mass[p], row)
-                    for col in _blocks(total_rows, backend.gradient_block):
+                    for col in blocks_of(total_rows, backend.gradient_block):
                         backend.add_products(
                             matrix.block(slice(0, row.stop - row.start), col),
                             SoftmaxSums(row_sums, part(prepared.cols[p], col), negative_mass),
@@ -225,7 +225,7 @@ def _pair_matrices(
     """The matrix of each pair, its columns from all processes."""
     pairs = spec.nce_pairs(len(embeddings))
     cols = {k: _gathered(embeddings[k], operands[k], spec, backend, world) for k in sorted({k for _, k in pairs})}
-    largest = _largest_products(embeddings, pairs, spec, world)
+    largest = largest_products(embeddings, pairs, spec, world)
     diagonal = world.rank * embeddings[0].shape[0]
     return [
         Matrix(*operands[m], *cols[k], scalars.logit_scale, bound, diagonal)
@@ -238,7 +238,7 @@ def _gathered(embedding: Tensor, own: Operand, spec: LossSpec, backend: Backend,
     return own if world.size == 1 else backend.operand(world.gather_rows(embedding), spec)
 
 
-def _largest_products(
+def largest_products(
     embeddings: list[Tensor], pairs: Pairs, spec: LossSpec, world: World
 ) -> list[Tensor] | list[None]:
     """Per pair, the largest norm of a row times the largest of a column: no inner product exceeds it."""
@@ -254,7 +254,7 @@ def _rows_of(operand: Operand, row: slice) -> Operand:
     return Operand(part(operand.rows, row), None if operand.factor is None else part(operand.factor, row))
 
 
-def _accumulator(operand: Operand | Centroids) -> Tensor:
+def accumulator(operand: Operand | Centroids) -> Tensor:
     """Room for the products of an operand's rows, float32 or wider: the first ones overwrite it."""
     return torch.empty_like(operand.rows, dtype=compute_dtype(operand.rows.dtype))
 
@@ -297,7 +297,7 @@ def _centroid_log_sums(own: Centroids, backend: Backend, world: World) -> Tensor
         log_sum[row] = torch.logaddexp2(log_sum[row], sums.rows[0])
         if not matrix.symmetric:
             log_sum[col] = torch.logaddexp2(log_sum[col], sums.cols[0])
-    return _log_sum_over_processes(log_sum, world)
+    return log_sum_over_processes(log_sum, world)
 
 
 def _centroid_products(evaluation: Evaluation, backend: Backend, world: World) -> Tensor:
@@ -310,14 +310,14 @@ def _centroid_products(evaluation: Evaluation, backend: Backend, world: World) -
     uniformity_t = evaluation.scalars.uniformity_t
     own = backend.centroids(embeddings, evaluation.saved.sums, uniformity_t, evaluation.total_rows, spec)
     c = _gathered_centroids(own, world)
-    total = _accumulator(c)
+    total = accumulator(c)
     if world.size > 1:
         total.zero_()  # this process's part of the triangle does not touch all rows
     for shard_row, shard_col in _triangle(world, own.rows.shape[0]):
         matrix = _centroid_matrix(c, shard_row, shard_col)
         row_total, col_total = part(total, shard_row), part(total, shard_col)
-        for row in _blocks(row_total.shape[0], backend.gradient_block):
-            for col in _blocks(col_total.shape[0], backend.gradient_block):
+        for row in blocks_of(row_total.shape[0], backend.gradient_block):
+            for col in blocks_of(col_total.shape[0], backend.gradient_block):
                 if matrix.symmetric and col.start < row.start:
                     continue
                 block = matrix.block(row, col)
@@ -328,19 +328,19 @@ def _centroid_products(evaluation: Evaluation, backend: Backend, world: World) -
                     block, None, evaluation.prepared, part(row_total, row), cols, None, first_rows, first_cols
                 )
     products = world.sum_own_rows(total)
-    blocks = len(_blocks(products.shape[0], backend.gradient_block))
+    blocks = len(blocks_of(products.shape[0], backend.gradient_block))
     return products.to(torch.bfloat16) if blocks > 1 and embeddings[0].dtype == torch.bfloat16 else products
 
 
 # ---- blocks and processes -----------------------------------------------------------------------------------------
 
 
-def _readable(embeddings: list[Tensor]) -> list[Tensor]:
+def readable(embeddings: list[Tensor]) -> list[Tensor]:
     """Embeddings as backends read them: any stride between rows, unit stride along them."""
     return [e if e.stride(1) == 1 or e.shape[1] == 1 else e.contiguous() for e in embeddings]
 
 
-def _blocks(length: int, side: int | None) -> list[slice]:
+def blocks_of(length: int, side: int | None) -> list[slice]:
     side = side or length
     return [slice(start, min(start + side, length)) for start in range(0, length, side)]
 
@@ -365,7 +365,7 @@ def _own_rows(x: Tensor, world: World) -> Tensor:
     return x[world.rank * rows : (world.rank + 1) * rows]
 
 
-def _log_sum_over_processes(log_sum: Tensor, world: World) -> Tensor:
+def log_sum_over_processes(log_sum: Tensor, world: World) -> Tensor:
     """log2 Σ 2^log_sum over the processes, elementwise."""
     if world.size == 1:
         return log_sum

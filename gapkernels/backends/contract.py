@@ -14,12 +14,15 @@ All logarithms are to base 2.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from gapkernels.spec import LossSpec
+
+LOG2_E = math.log2(math.e)
 
 NORM_EPS = 1e-12
 """Smallest norm a row is divided by, as in ``torch.nn.functional.normalize``."""
@@ -107,6 +110,9 @@ class Centroids(NamedTuple):
 class Matrix(NamedTuple):
     """A matrix of exponentials, or a block of one.
 
+    An entry counts neither for its row nor for its column where their ids are equal, and not for the one whose limit
+    its exponent exceeds.
+
     Attributes:
         rows: ``[n, D']``.
         row_factor: ``[n]``, factors of a pair's rows (None stands for ones), or the biases of centroids.
@@ -118,6 +124,10 @@ class Matrix(NamedTuple):
         diagonal: column of the diagonal entry of row 0; row i's is at ``diagonal + i``.
         biased: whether the factors are biases: the matrix of centroids.
         symmetric: rows and columns are the same, and each entry above the diagonal stands for two.
+        row_ids: ``[n]`` int64; None together with ``col_ids`` where all entries off the diagonal count.
+        col_ids: ``[N]`` int64.
+        row_limit: ``[n]`` in the statistics type, the largest exponent that counts for a row; None for no limit.
+        col_limit: ``[N]``, likewise for a column.
     """
 
     rows: Tensor
@@ -129,6 +139,15 @@ class Matrix(NamedTuple):
     diagonal: int = 0
     biased: bool = False
     symmetric: bool = False
+    row_ids: Tensor | None = None
+    col_ids: Tensor | None = None
+    row_limit: Tensor | None = None
+    col_limit: Tensor | None = None
+
+    @property
+    def masked(self) -> bool:
+        """Whether entries off the diagonal may be left out."""
+        return self.row_ids is not None or self.row_limit is not None or self.col_limit is not None
 
     def block(self, row: slice, col: slice) -> Matrix:
         """The part that covers these rows and columns; of a symmetric matrix one on the diagonal stays symmetric."""
@@ -141,6 +160,10 @@ class Matrix(NamedTuple):
             col_factor=None if self.col_factor is None else part(self.col_factor, col),
             diagonal=NO_DIAGONAL if self.diagonal == NO_DIAGONAL else self.diagonal + row.start - col.start,
             symmetric=self.symmetric and row == col,
+            row_ids=None if self.row_ids is None else part(self.row_ids, row),
+            col_ids=None if self.col_ids is None else part(self.col_ids, col),
+            row_limit=None if self.row_limit is None else part(self.row_limit, row),
+            col_limit=None if self.col_limit is None else part(self.col_limit, col),
         )
 
 
@@ -213,7 +236,9 @@ class Forward(NamedTuple):
 class SoftmaxSums(NamedTuple):
     """What turns the exponentials of a block of a pair into the gradient of its symmetric cross-entropy.
 
-        H_ij = 2^h·row_factor_i·col_factor_j·(e_ij / 2^row_i + e_ij / 2^col_j)      off the diagonal
+        H_ij = 2^h·row_factor_i·col_factor_j·(row_weight_i·e_ij / 2^row_i + col_weight_j·e_ij / 2^col_j)
+
+    off the diagonal, where each of the two counts only if the entry does for its row or its column.
 
     H multiplies rows and columns of the block as they are stored. The backend chooses h such that no entry underflows
     in its type; its ``row_gradients`` takes 2^h out again and puts in the weight of the pair. A backend whose entries
@@ -223,11 +248,43 @@ class SoftmaxSums(NamedTuple):
         row: ``[R]`` log sums, positive included, as ``Backend.softmax_sums`` prepared them.
         col: ``[C]``, likewise.
         negative_mass: ``[R]`` in the statistics type, see ``Saved``.
+        row_weight: ``[R]`` in the statistics type, of any sign; None stands for ones, together with ``col_weight``.
+        col_weight: ``[C]``, likewise.
     """
 
     row: Tensor
     col: Tensor
     negative_mass: Tensor
+    row_weight: Tensor | None = None
+    col_weight: Tensor | None = None
+
+
+class SigmoidWeights(NamedTuple):
+    """What turns a block of a pair into the gradient of its sums of softplus.
+
+        H_ij = 2^h·row_factor_i·col_factor_j·row_weight_i·e_ij·2^bias / (1 + e_ij·2^bias)      off the diagonal
+
+    Attributes:
+        bias: 0-dim in the statistics type, the bias of the logits, to base 2.
+        row_weight: ``[R]`` in the statistics type, of any sign.
+        negative_mass: ``[R]``, minus what stands on the diagonal; see ``SoftmaxSums``.
+    """
+
+    bias: Tensor
+    row_weight: Tensor
+    negative_mass: Tensor
+
+
+class SoftplusSums(NamedTuple):
+    """Sums along the rows of a pair's matrix, in the statistics type, its diagonal left out.
+
+    Attributes:
+        softplus: ``[n]``, Σ_j ln(1 + e_ij·2^bias).
+        sigmoid: ``[n]``, Σ_j e_ij·2^bias / (1 + e_ij·2^bias), the derivative with respect to the natural bias.
+    """
+
+    softplus: Tensor
+    sigmoid: Tensor
 
 
 class PreparedSums(NamedTuple):
@@ -297,6 +354,9 @@ class Backend(Protocol):
         If there is a symmetric one, the centroids', it comes last and may have operands of another type.
         """
 
+    def softplus_sums(self, matrix: Matrix, bias: Tensor) -> SoftplusSums:
+        """Row sums of one matrix of a pair, without limits; ``bias`` as in ``SigmoidWeights``."""
+
     def terms(
         self,
         embeddings: list[Tensor],
@@ -330,7 +390,7 @@ class Backend(Protocol):
     def add_products(
         self,
         block: Matrix,
-        sums: SoftmaxSums | None,
+        sums: SoftmaxSums | SigmoidWeights | None,
         prepared: PreparedSums,
         row_products: Tensor | None,
         col_products: Tensor | None,
@@ -342,7 +402,7 @@ class Backend(Protocol):
 
         Args:
             block: the entries; without its diagonal.
-            sums: of a pair, see ``SoftmaxSums``. Without them, for centroids, ``H_ij = 2^(x_ij −
+            sums: of a pair, see ``SoftmaxSums`` and ``SigmoidWeights``. Without them, for centroids, ``H_ij = 2^(x_ij −
                 centroid_reference)``, and of a symmetric block the rows receive all.
             prepared: the references.
             row_products, col_products: ``[R, D']``, ``[C, D']`` float32 or wider; None if not needed.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gapkernels.backends.contract import (
+    LOG2_E,
     SUM_SCALARS,
     Centroids,
     Evaluation,
@@ -24,14 +25,15 @@ from gapkernels.backends.contract import (
     RowStatistics,
     Saved,
     Scalars,
+    SigmoidWeights,
     SoftmaxSums,
+    SoftplusSums,
     compute_dtype,
     statistics_dtype,
 )
 from gapkernels.backends.tiled import row_arithmetic, tiles
 from gapkernels.spec import LossSpec, unordered_pairs
 
-LOG2_E = math.log2(math.e)
 LN_2 = math.log(2)
 
 
@@ -54,6 +56,9 @@ class TiledBackend:
     def log_sums(self, matrices: list[Matrix]) -> LogSums:
         sums = [tiles.log_sums(matrix) for matrix in matrices]
         return LogSums(torch.stack([s.row for s in sums]), torch.stack([s.col for s in sums]))
+
+    def softplus_sums(self, matrix: Matrix, bias: Tensor) -> SoftplusSums:
+        return tiles.softplus_sums(matrix, bias)
 
     def terms(
         self,
@@ -116,7 +121,7 @@ class TiledBackend:
     def add_products(
         self,
         block: Matrix,
-        sums: SoftmaxSums | None,
+        sums: SoftmaxSums | SigmoidWeights | None,
         prepared: PreparedSums,
         row_products: Tensor | None,
         col_products: Tensor | None,

@@ -6,13 +6,13 @@ matrix products it costs nothing, and the operands of the products are then corr
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from gapkernels.backends.contract import (
+    LOG2_E,
     NORM_EPS,
     SUM_SCALARS,
     Centroids,
@@ -24,7 +24,6 @@ from gapkernels.backends.contract import (
 )
 from gapkernels.spec import LossSpec, unordered_pairs
 
-LOG2_E = math.log2(math.e)
 ELEMENTS_AT_ONCE = 2**17  # per modality: 1 MiB in float64, so that a handful of temporaries stays in the cache
 LARGEST_FLOAT32_EXPONENT = 32.0
 """Exponents of raw centroids up to this size keep an error of a few 1e-6 when they are sums of float32 products."""

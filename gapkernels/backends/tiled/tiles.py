@@ -13,6 +13,7 @@ of the products at D = 512.
 
 One exponential serves the row sum and the column sum because both use the same constant reference exponent. Sums
 which that reference would push out of the type's range are recomputed with a running maximum for every row and column.
+Sums of softplus need no reference: no term of theirs exceeds its logit.
 """
 
 from __future__ import annotations
@@ -22,15 +23,24 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from gapkernels.backends.contract import NO_DIAGONAL, Matrix, SoftmaxSums, statistics_dtype
+from gapkernels.backends.contract import (
+    LOG2_E,
+    NO_DIAGONAL,
+    Matrix,
+    SigmoidWeights,
+    SoftmaxSums,
+    SoftplusSums,
+    statistics_dtype,
+)
 from gapkernels.cpu import is_amd
 
 # A float32 tile of 1024×1024 is 4 MiB: two of them stay in the caches of current cores, and the products are large
 # enough to run at full speed (measured: 512 loses 5 %, 2048 gains nothing).
 TILE = 1024
-LOG2_E = math.log2(math.e)
+LN_2 = math.log(2)
 
 
 class _Sums(NamedTuple):
@@ -52,9 +62,19 @@ def log_sums(matrix: Matrix) -> _Sums:
     return _sum_with_running_maximum(matrix)
 
 
+def softplus_sums(matrix: Matrix, bias: Tensor) -> SoftplusSums:
+    """See ``gapkernels.backends.contract.Backend.softplus_sums``."""
+    sums = SoftplusSums(_statistic(matrix.rows), _statistic(matrix.rows))
+    for tile in _tiles(matrix, -bias):
+        logits = tile.exponents.mul_(LN_2)
+        sums.softplus[tile.row] += F.softplus(logits, threshold=40).sum(dim=1)
+        sums.sigmoid[tile.row] += logits.sigmoid_().sum(dim=1)
+    return sums
+
+
 def add_products(
     matrix: Matrix,
-    sums: SoftmaxSums | None,
+    sums: SoftmaxSums | SigmoidWeights | None,
     reference: Tensor,
     row_products: Tensor | None,
     col_products: Tensor | None,
@@ -65,14 +85,19 @@ def add_products(
     """Both products in one walk; see ``gapkernels.backends.contract.Backend.add_products``."""
     shift: Tensor | None = reference
     factors = None
-    if sums is not None:
+    if isinstance(sums, SigmoidWeights):
+        shift = -sums.bias
+    elif sums is not None:
         # With the forward pass's own reference exponent rows of H sum up to what its sums say, rounding included.
         constant = _constant_shift(matrix)
         below = constant - reference
         smallest = torch.minimum(sums.row.min(), sums.col.min()) - below
         if _known_true(smallest >= math.log2(_smallest_exact_sum(matrix))):
             shift, dtype = constant, matrix.rows.dtype
-            factors = torch.exp2(below - sums.row).to(dtype), torch.exp2(below - sums.col).to(dtype)
+            row_factor, col_factor = torch.exp2(below - sums.row), torch.exp2(below - sums.col)
+            if sums.row_weight is not None and sums.col_weight is not None:
+                row_factor, col_factor = row_factor * sums.row_weight, col_factor * sums.col_weight
+            factors = row_factor.to(dtype), col_factor.to(dtype)
         else:
             shift = None
             sums = sums._replace(row=sums.row + reference, col=sums.col + reference)
@@ -199,6 +224,8 @@ class _Tile(NamedTuple):
         diagonal_rows: the rows whose diagonal entry lies in this tile; None if there are none.
         diagonal_offset: where ``torch.diagonal`` finds them.
         counts_for_cols: False for a tile on the diagonal of a symmetric matrix, which holds every pair twice.
+        beyond_row, beyond_col: ``[rows, cols]``, entries that exceed the limit of their row or of their column; None
+            without one.
     """
 
     row: slice
@@ -207,6 +234,8 @@ class _Tile(NamedTuple):
     diagonal_rows: slice | None
     diagonal_offset: int
     counts_for_cols: bool
+    beyond_row: Tensor | None
+    beyond_col: Tensor | None
 
 
 def _tiles(matrix: Matrix, shift: Tensor | None) -> Iterator[_Tile]:
@@ -215,6 +244,7 @@ def _tiles(matrix: Matrix, shift: Tensor | None) -> Iterator[_Tile]:
     rows, cols = matrix.rows, matrix.cols
     scale = (matrix.scale.to(statistics_dtype(rows.device)) * LOG2_E).to(rows.dtype)
     row_bias, col_bias = matrix.row_factor, matrix.col_factor
+    row_limit, col_limit = (_relative(limit, shift, rows.dtype) for limit in (matrix.row_limit, matrix.col_limit))
     if col_bias is None:
         col_bias = rows.new_zeros(cols.shape[0])
     if shift is not None:
@@ -234,7 +264,22 @@ def _tiles(matrix: Matrix, shift: Tensor | None) -> Iterator[_Tile]:
                 if first < last:
                     diagonal_rows = slice(first, last)
                     exponents.diagonal(offset).fill_(-math.inf)
-            yield _Tile(row, col, exponents, diagonal_rows, offset, not (matrix.symmetric and i == j))
+            if matrix.row_ids is not None and matrix.col_ids is not None:
+                exponents.masked_fill_(matrix.row_ids[row, None] == matrix.col_ids[None, col], -math.inf)
+            beyond_row = None if row_limit is None else exponents > row_limit[row, None]
+            beyond_col = None if col_limit is None else exponents > col_limit[None, col]
+            counts_for_cols = not (matrix.symmetric and i == j)
+            yield _Tile(row, col, exponents, diagonal_rows, offset, counts_for_cols, beyond_row, beyond_col)
+
+
+def _relative(limit: Tensor | None, shift: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if limit is None:
+        return None
+    return (limit if shift is None else limit - shift).to(dtype)
+
+
+def _within(entries: Tensor, beyond: Tensor | None, fill: float = 0.0) -> Tensor:
+    return entries if beyond is None else entries.masked_fill(beyond, fill)
 
 
 def _blocks(length: int) -> list[slice]:
@@ -252,9 +297,9 @@ def _sum_with_constant_shift(matrix: Matrix, shift: Tensor) -> _Sums:
     col_sum = row_sum if matrix.symmetric else _statistic(matrix.cols)
     for tile in _tiles(matrix, shift):
         entries = tile.exponents.exp2_()
-        row_sum[tile.row] += entries.sum(dim=1)
+        row_sum[tile.row] += _within(entries, tile.beyond_row).sum(dim=1)
         if tile.counts_for_cols:
-            col_sum[tile.col] += entries.sum(dim=0)
+            col_sum[tile.col] += _within(entries, tile.beyond_col).sum(dim=0)
     return _Sums(row_sum, col_sum)
 
 
@@ -263,9 +308,9 @@ def _sum_with_running_maximum(matrix: Matrix) -> _Sums:
     row_sum = _RunningLogSum(matrix.rows)
     col_sum = row_sum if matrix.symmetric else _RunningLogSum(matrix.cols)
     for tile in _tiles(matrix, None):
-        row_sum.add(tile.row, tile.exponents, dim=1)
+        row_sum.add(tile.row, _within(tile.exponents, tile.beyond_row, -math.inf), dim=1)
         if tile.counts_for_cols:
-            col_sum.add(tile.col, tile.exponents, dim=0)
+            col_sum.add(tile.col, _within(tile.exponents, tile.beyond_col, -math.inf), dim=0)
     return _Sums(row_sum.log2(), col_sum.log2())
 
 
@@ -290,18 +335,34 @@ class _RunningLogSum:
 
 
 def _gradient_rule(
-    sums: SoftmaxSums | None, factors: tuple[Tensor, Tensor] | None, dtype: torch.dtype
+    sums: SoftmaxSums | SigmoidWeights | None, factors: tuple[Tensor, Tensor] | None, dtype: torch.dtype
 ) -> Callable[[_Tile], Tensor]:
     """How the exponents of a tile become its part of H, in place where possible."""
     if sums is None:
         return lambda tile: tile.exponents.exp2_()
+    if isinstance(sums, SigmoidWeights):
+        weight = sums.row_weight.to(dtype)
+        return lambda tile: tile.exponents.mul_(LN_2).sigmoid_().mul_(weight[tile.row, None])
     if factors is not None:
         row_factor, col_factor = factors
-        return lambda tile: tile.exponents.exp2_().mul_(row_factor[tile.row, None] + col_factor[None, tile.col])
+
+        def with_one_exponential(tile: _Tile) -> Tensor:
+            entries = tile.exponents.exp2_()
+            if tile.beyond_row is None and tile.beyond_col is None:
+                return entries.mul_(row_factor[tile.row, None] + col_factor[None, tile.col])
+            by_row = _within(entries, tile.beyond_row) * row_factor[tile.row, None]
+            return by_row.add_(_within(entries, tile.beyond_col) * col_factor[None, tile.col])
+
+        return with_one_exponential
     row_log_sum, col_log_sum = sums.row.to(dtype), sums.col.to(dtype)
+    row_weight, col_weight = sums.row_weight, sums.col_weight
 
     def with_two_exponentials(tile: _Tile) -> Tensor:
         by_row = torch.exp2(tile.exponents - row_log_sum[tile.row, None])
-        return by_row.add_(torch.exp2(tile.exponents - col_log_sum[None, tile.col]))
+        by_col = torch.exp2(tile.exponents - col_log_sum[None, tile.col])
+        if row_weight is not None and col_weight is not None:
+            by_row *= row_weight[tile.row, None].to(dtype)
+            by_col *= col_weight[None, tile.col].to(dtype)
+        return _within(by_row, tile.beyond_row).add_(_within(by_col, tile.beyond_col))
 
     return with_two_exponentials

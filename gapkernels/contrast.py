@@ -1,0 +1,325 @@
+"""The contrastive term with every option, on sums along one similarity matrix at a time.
+
+The plain symmetric InfoNCE of matched batches is part of the fused plan (``gapkernels.plan``). With any option here the
+term is this composition instead: N² work in ``similarity_logsumexp`` or ``similarity_softplus``, O(N·D) and O(N) in torch.
+
+For sample i of a pair, with anchor row q_i, its partner p_i, x_ij = s·⟨q̂_i, p̂_j⟩ and positive x_ii:
+
+    from_anchor    ln(Σ_{j≠i} exp x_ij [+ Σ_k exp s⟨q̂_i, n̂_k⟩] [+ Σ_{j≠i} exp s⟨q̂_i, q̂_j⟩] + exp x_ii) − x_ii
+    to_anchor      ln(Σ_{j≠i} exp x_ji                         [+ Σ_{j≠i} exp s⟨p̂_i, p̂_j⟩] + exp x_ii) − x_ii
+    sigmoid        Σ_{j≠i} softplus(x_ij + b) [+ Σ_k softplus(s⟨q̂_i, n̂_k⟩ + b)] + softplus(−x_ii − b)
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gapkernels import similarity_ops  # noqa: F401 (registers the operators)
+from gapkernels.backends.contract import NORM_EPS, statistics_dtype
+from gapkernels.collectives import gather_rows, sum_over_processes
+from gapkernels.distributed import world_of
+
+
+class Contrast(NamedTuple):
+    """What the contrastive term is, besides its scale.
+
+    Attributes:
+        sigmoid: pairs are classified one by one (SigLIP, arXiv 2303.15343) instead of by soft-max.
+        from_anchor, to_anchor: weights of the two directions; zero is not computed.
+        same_anchor, same_other: rows of the anchor, or of the other modality, are negatives of each other.
+        joint: one denominator per sample for everything, instead of one for each direction.
+        decoupled: the positive is not in the denominator (arXiv 2110.06848).
+        label_smoothing: share of the target that is spread evenly over all candidates.
+        equal_are_positive: samples of equal ids are each other's positives, not merely no negatives.
+        margin: candidates that exceed the positive's cosine by more are left out; None for none.
+    """
+
+    sigmoid: bool = False
+    from_anchor: float = 0.5
+    to_anchor: float = 0.5
+    same_anchor: bool = False
+    same_other: bool = False
+    joint: bool = False
+    decoupled: bool = False
+    label_smoothing: float = 0.0
+    equal_are_positive: bool = False
+    margin: float | None = None
+
+
+class Candidates(NamedTuple):
+    """Tensors that come with the options.
+
+    Attributes:
+        ids: ``[n]`` int64 of the samples, or None.
+        negatives: ``[K, D]`` that every anchor row sees, ``[n, K, D]`` own to each, or None.
+        negative_ids: ``[K]`` int64, or None.
+        bias: 0-dim, the logit bias of the sigmoid loss, or None.
+    """
+
+    ids: Tensor | None = None
+    negatives: Tensor | None = None
+    negative_ids: Tensor | None = None
+    bias: Tensor | None = None
+
+
+class How(NamedTuple):
+    """How sums are computed: arguments of the operators."""
+
+    normalize: bool
+    backend: str
+    group: str
+    world_size: int
+
+    def gather(self, x: Tensor) -> Tensor:
+        return gather_rows(x, self.group, self.world_size)
+
+    def sum(self, x: Tensor) -> Tensor:
+        return sum_over_processes(x, self.group, self.world_size)
+
+
+class SimilaritySums(NamedTuple):
+    """Natural logarithms of sums of exponentials of logits, positives left out. Differentiable, in float64.
+
+    Attributes:
+        rows: ``[n]``, over the candidates of each row; −∞ where there are none.
+        cols: ``[k]``, over the rows that a column is a candidate of.
+        positives: ``[n]``, logits of matching rows and columns; ``[0]`` if they do not match.
+    """
+
+    rows: Tensor
+    cols: Tensor
+    positives: Tensor
+
+
+def logsumexp(
+    rows: Tensor,
+    cols: Tensor,
+    scale: Tensor,
+    how: How,
+    matched: bool,
+    ids: tuple[Tensor, Tensor] | None = None,
+    row_limit: Tensor | None = None,
+    col_limit: Tensor | None = None,
+) -> SimilaritySums:
+    """Log sums of one matrix, see ``gapkernels.similarity_logsumexp``."""
+    row_ids, col_ids = ids or (None, None)
+    row, col, positives, _ = torch.ops.gapkernels.similarity_logsumexp(
+        rows, cols, scale, row_ids, col_ids, row_limit, col_limit, matched, *how
+    )
+    return SimilaritySums(row, col, positives)
+
+
+def softplus_sums(
+    rows: Tensor,
+    cols: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    how: How,
+    matched: bool,
+    ids: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Sums of softplus along rows, and logits of the positives; see ``gapkernels.similarity_softplus``."""
+    row_ids, col_ids = ids or (None, None)
+    row, positives, _ = torch.ops.gapkernels.similarity_softplus(
+        rows, cols, scale, bias, row_ids, col_ids, matched, how.normalize, how.backend, how.group
+    )
+    return row, positives
+
+
+def per_sample(
+    anchor: Tensor, other: Tensor, scale: Tensor, contrast: Contrast, given: Candidates, how: How
+) -> tuple[Tensor, SimilaritySums | None]:
+    """The contrastive term of each sample of one pair, ``[n]`` in the statistics type, and the sums it is made of.
+
+    Its mean over samples is the loss. The sigmoid loss has no log sums.
+    """
+    if contrast.sigmoid:
+        return _sigmoid(anchor, other, scale, contrast, given, how), None
+    ids, masked = given.ids, _masked_ids(contrast, given)
+    limit = None
+    if contrast.margin is not None:
+        with torch.no_grad():
+            cosine = (_vectors(anchor, how) * _vectors(other, how)).sum(dim=1)
+            limit = (cosine + contrast.margin) * scale.to(cosine.dtype)
+    sums = logsumexp(anchor, other, scale, how, True, masked, limit, limit)
+    from_anchor, to_anchor = [sums.rows], [sums.cols]
+    if given.negatives is not None:
+        from_anchor.append(_negatives(anchor, scale, given, masked is not None, limit, how))
+    if contrast.same_anchor:
+        from_anchor.append(logsumexp(anchor, anchor, scale, how, True, masked, limit).rows)
+    if contrast.same_other:
+        to_anchor.append(logsumexp(other, other, scale, how, True, masked, limit).rows)
+    positive = sums.positives
+    rows, cols = _log_sum(from_anchor), _log_sum(to_anchor)
+    if contrast.joint:
+        parts = [rows] * (contrast.from_anchor > 0) + [cols] * (contrast.to_anchor > 0)
+        return _cross_entropy(_log_sum(parts), positive, positive, contrast), SimilaritySums(rows, cols, positive)
+    total = torch.zeros_like(positive)
+    for weight, negatives, ours, theirs, extra in (
+        (contrast.from_anchor, rows, anchor, other, given.negatives),
+        (contrast.to_anchor, cols, other, anchor, None),
+    ):
+        if weight:
+            target = _target(ours, theirs, extra, positive, scale, contrast, ids, how)
+            total = total + weight * _cross_entropy(negatives, positive, target, contrast)
+    return total, SimilaritySums(rows, cols, positive)
+
+
+def uniformity_of_different(centroids: Tensor, t: Tensor, ids: Tensor, how: How) -> Tensor:
+    """Centroid uniformity over the pairs of samples whose ids differ, 0-dim.
+
+    Args:
+        centroids: ``[n, D]``, whose directions count.
+        t: 0-dim, the sharpness.
+        ids: ``[n]`` int64.
+        how: how sums are computed.
+
+    Returns:
+        zero if all ids are equal.
+    """
+    # Of unit vectors −t‖c_i − c_j‖² = 2t⟨c_i, c_j⟩ − 2t.
+    sums = logsumexp(centroids, centroids, 2 * t, how._replace(normalize=True), True, (ids, ids)).rows
+    everyone, all_ids = how.gather(sums), how.gather(ids)
+    _, size = _classes(all_ids)
+    pairs = (all_ids.shape[0] - size).sum()
+    uniformity = torch.logsumexp(everyone, dim=0) - 2 * t - pairs.clamp_min(1).log()
+    return torch.where(pairs > 0, uniformity, 0.0)
+
+
+# ---- parts ----------------------------------------------------------------------------------------------------------
+
+
+def _sigmoid(anchor: Tensor, other: Tensor, scale: Tensor, contrast: Contrast, given: Candidates, how: How) -> Tensor:
+    assert given.bias is not None
+    bias, masked = given.bias, _masked_ids(contrast, given)
+    sums, positive = softplus_sums(anchor, other, scale, bias, how, True, masked)
+    bias = bias.to(sums.dtype)
+    total = sums - F.logsigmoid(positive + bias)
+    if contrast.equal_are_positive and given.ids is not None:  # softplus(−x) = softplus(x) − x
+        mean, size = _class_means(other, given.ids, how)
+        logits = (_vectors(anchor, how) * mean).sum(dim=1) * scale.to(sums.dtype)
+        total = total - (size * logits - positive + (size - 1) * bias)
+    if given.negatives is not None:
+        if given.negatives.dim() == 2:
+            negative_ids = None if masked is None or given.negative_ids is None else (masked[0], given.negative_ids)
+            total = total + softplus_sums(anchor, given.negatives, scale, given.bias, how, False, negative_ids)[0]
+        else:
+            total = total + F.softplus(_own_logits(anchor, given.negatives, scale, how) + bias).sum(dim=1)
+    return total
+
+
+def _masked_ids(contrast: Contrast, given: Candidates) -> tuple[Tensor, Tensor] | None:
+    """Ids whose equality takes an entry out of the sums: of a soft-max, positives are in it unless it is decoupled."""
+    if given.ids is None or (contrast.equal_are_positive and not contrast.decoupled):
+        return None
+    return given.ids, given.ids
+
+
+def _negatives(
+    anchor: Tensor, scale: Tensor, given: Candidates, masks: bool, limit: Tensor | None, how: How
+) -> Tensor:
+    """Log sums over the negatives beyond the batch, ``[n]``."""
+    assert given.negatives is not None
+    if given.negatives.dim() == 2:
+        ids = None
+        if masks and given.ids is not None and given.negative_ids is not None:
+            ids = given.ids, given.negative_ids
+        return logsumexp(anchor, given.negatives, scale, how, False, ids, limit).rows
+    logits = _own_logits(anchor, given.negatives, scale, how)
+    if limit is not None:
+        logits = logits.masked_fill(logits.detach() > limit[:, None], -torch.inf)
+    return torch.logsumexp(logits, dim=1)
+
+
+def _own_logits(anchor: Tensor, negatives: Tensor, scale: Tensor, how: How) -> Tensor:
+    """Logits of negatives of a row's own, ``[n, K]``, in the statistics type from products in float32 or wider."""
+    dtype = torch.promote_types(anchor.dtype, torch.float32)
+    rows, own = anchor.to(dtype), negatives.to(dtype)
+    products = torch.bmm(own, rows[:, :, None])[:, :, 0].to(statistics_dtype(anchor.device))
+    if how.normalize:
+        norms = _norms(own).to(products.dtype) * _norms(rows).to(products.dtype)[:, None]
+        products = products / norms
+    return products * scale.to(products.dtype)
+
+
+def _norms(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=-1).clamp_min(NORM_EPS)
+
+
+def _vectors(x: Tensor, how: How) -> Tensor:
+    """Rows as the loss uses them, in the statistics type."""
+    x = x.to(statistics_dtype(x.device))
+    return F.normalize(x, dim=1, eps=NORM_EPS) if how.normalize else x
+
+
+def _log_sum(parts: list[Tensor]) -> Tensor:
+    # Not logaddexp, whose gradient is not a number where both are −∞.
+    return parts[0] if len(parts) == 1 else torch.logsumexp(torch.stack(parts), dim=0)
+
+
+def _cross_entropy(negatives: Tensor, positive: Tensor, target: Tensor, contrast: Contrast) -> Tensor:
+    """ln(denominator) − target; without cancellation where the positive is both."""
+    if contrast.decoupled:
+        return negatives - target
+    cross_entropy = -F.logsigmoid(positive - negatives)
+    return cross_entropy if target is positive else cross_entropy + (positive - target)
+
+
+def _target(
+    rows: Tensor,
+    cols: Tensor,
+    extra: Tensor | None,
+    positive: Tensor,
+    scale: Tensor,
+    contrast: Contrast,
+    ids: Tensor | None,
+    how: How,
+) -> Tensor:
+    """The logit that cross-entropy compares with: the positive's, a mean of several, smoothed."""
+    target = positive
+    vectors = None
+    if contrast.equal_are_positive and ids is not None:
+        vectors = _vectors(rows, how)
+        mean, _ = _class_means(cols, ids, how)
+        target = (vectors * mean).sum(dim=1) * scale.to(positive.dtype)
+    if contrast.label_smoothing:
+        vectors = _vectors(rows, how) if vectors is None else vectors
+        total = how.sum(_vectors(cols, how).sum(dim=0))
+        logits = (vectors * total).sum(dim=1) * scale.to(positive.dtype)
+        count = cols.shape[0] * how.world_size
+        if extra is not None and extra.dim() == 2:
+            total = how.sum(_vectors(extra, how).sum(dim=0))
+            logits = logits + (vectors * total).sum(dim=1) * scale.to(positive.dtype)
+            count += extra.shape[0] * how.world_size
+        elif extra is not None:
+            logits = logits + _own_logits(rows, extra, scale, how).sum(dim=1)
+            count += extra.shape[1]
+        target = (1 - contrast.label_smoothing) * target + contrast.label_smoothing / count * logits
+    return target
+
+
+def _class_means(cols: Tensor, ids: Tensor, how: How) -> tuple[Tensor, Tensor]:
+    """For each own sample the mean of the vectors of its id over all processes ``[n, D]``, and their number ``[n]``."""
+    vectors = how.gather(_vectors(cols, how))
+    all_ids = how.gather(ids)
+    place, size = _classes(all_ids)
+    sums = vectors.new_zeros(vectors.shape).index_add(0, place, vectors)
+    first = world_of(how.group).rank * ids.shape[0]
+    own = slice(first, first + ids.shape[0])
+    return sums[place[own]] / size[own, None], size[own]
+
+
+def _classes(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """For each sample a number below N that it shares with the samples of its id, and how many these are.
+
+    ``torch.unique`` would make a shape depend on values, which a compiler cannot follow and a GPU waits for.
+    """
+    values, order = ids.sort()
+    first = torch.cat([values.new_zeros(1), (values[1:] != values[:-1]).long()]).cumsum(dim=0)
+    place = torch.empty_like(ids).scatter(0, order, first)
+    size = torch.zeros_like(ids).scatter_add(0, place, torch.ones_like(ids))
+    return place, size[place].to(statistics_dtype(ids.device))

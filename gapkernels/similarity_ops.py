@@ -1,0 +1,479 @@
+"""Sums along the rows and columns of one similarity matrix, as operators that autograd and torch.compile know.
+
+``gapkernels::similarity_logsumexp`` returns log sums of exponentials, ``gapkernels::similarity_softplus`` sums of
+softplus; a backend computes both in tiles and recomputes the tiles in the backward pass: O(N·D) memory. Everything that
+is one of these and O(N·D) arithmetic around it can be written with them in plain torch (``gapkernels.contrast``).
+
+Rows and columns are matched, sample by sample, or not. The entries of matching rows and columns, the positives, are left
+out of all sums and returned by themselves: what is made of both is then exact where a positive dominates its sum.
+
+With several processes each holds ``n`` rows and ``k`` columns; sums run over the columns, or rows, of all. Gradients of
+rows and columns are those of the sum over the processes of whatever each makes of its own sums; that of the scale is the
+process's own part. Their mean over processes, which DistributedDataParallel takes, is the gradient of the mean.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gapkernels import backends
+from gapkernels.backends.contract import (
+    LOG2_E,
+    NO_DIAGONAL,
+    SUM_SCALARS,
+    Backend,
+    Evaluation,
+    Matrix,
+    Operand,
+    PreparedSums,
+    Saved,
+    Scalars,
+    SigmoidWeights,
+    SoftmaxSums,
+    part,
+    statistics_dtype,
+)
+from gapkernels.distributed import World, world_of
+from gapkernels.ops import library, no_autocast, no_second_derivative, on_device
+from gapkernels.plan import accumulator, blocks_of, largest_products, log_sum_over_processes, readable
+from gapkernels.spec import LossSpec
+
+LN_2 = math.log(2)
+
+
+class Mask(NamedTuple):
+    """Which entries are left out, besides the positives.
+
+    Attributes:
+        row_ids, col_ids: ``[n]`` and ``[k]`` int64: entries of equal ids are. None together.
+        row_limit, col_limit: ``[n]`` and ``[k]`` in the statistics type: entries whose logit exceeds it are, from the
+            sum of that row or that column. None for no limit.
+    """
+
+    row_ids: Tensor | None = None
+    col_ids: Tensor | None = None
+    row_limit: Tensor | None = None
+    col_limit: Tensor | None = None
+
+
+class _Problem(NamedTuple):
+    """One matrix and how it is computed."""
+
+    rows: Tensor
+    cols: Tensor
+    logit_scale: Tensor
+    mask: Mask
+    matched: bool
+    spec: LossSpec
+    backend: Backend
+    world: World
+
+    @property
+    def total_rows(self) -> int:
+        return self.rows.shape[0] * self.world.size
+
+    def matrix(self, operands: tuple[Operand, Operand]) -> Matrix:
+        """The own rows against the columns of all processes."""
+        world, mask = self.world, self.mask
+        (largest,) = largest_products([self.rows, self.cols], ((0, 1),), self.spec, world)
+        return Matrix(
+            *operands[0],
+            *operands[1],
+            self.logit_scale,
+            largest,
+            world.rank * self.rows.shape[0] if self.matched else NO_DIAGONAL,
+            row_ids=mask.row_ids,
+            col_ids=None if mask.col_ids is None else world.gather_rows(mask.col_ids),
+            row_limit=None if mask.row_limit is None else mask.row_limit * LOG2_E,
+            col_limit=None if mask.col_limit is None else world.gather_rows(mask.col_limit) * LOG2_E,
+        )
+
+    def own_cols(self, x: Tensor) -> Tensor:
+        """The part that belongs to this process's columns."""
+        k = self.cols.shape[0]
+        return x if self.world.size == 1 else x[self.world.rank * k : (self.world.rank + 1) * k]
+
+    def operands(self) -> tuple[Operand, Operand]:
+        return self.backend.operand(self.rows, self.spec), self.gathered(None)
+
+    def gathered(self, own: Operand | None) -> Operand:
+        """The columns of all processes as an operand."""
+        if own is None or self.world.size > 1:
+            return self.backend.operand(self.world.gather_rows(self.cols), self.spec)
+        return own
+
+
+def _problem(
+    rows: Tensor, cols: Tensor, logit_scale: Tensor, mask: Mask, matched: bool, normalize: bool, backend: str, group: str
+) -> _Problem:
+    spec = LossSpec(anchor=1, atp=False, cu=False, normalize=normalize)
+    world = world_of(group)
+    if world.size > 1:
+        world.agree(
+            {
+                "number of rows": rows.shape[0],
+                "number of columns": cols.shape[0],
+                "dimension D": rows.shape[1],
+                "matched": matched,
+                "normalize": normalize,
+                **{f"presence of {name}": float(value is not None) for name, value in mask._asdict().items()},
+            },
+            [logit_scale.to(statistics_dtype(rows.device))],
+        )
+    rows, cols = readable([rows, cols])
+    return _Problem(rows, cols, logit_scale, mask, matched, spec, backends.select(backend, rows, spec), world)
+
+
+def _matched_operands(p: _Problem) -> tuple[tuple[Operand, Operand], Tensor]:
+    """Operands, and the cosines (inner products) of matching rows; none if rows do not match columns."""
+    if not p.matched:
+        return p.operands(), p.rows.new_empty(0, dtype=statistics_dtype(p.rows.device))
+    operands, statistics = p.backend.row_statistics([p.rows, p.cols], p.spec)
+    return (operands[0], p.gathered(operands[1])), statistics.cosines[0]
+
+
+# ---- evaluation -----------------------------------------------------------------------------------------------------
+
+
+def _log_sums(p: _Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log sums of own rows, of own columns, of all columns (``[0]`` if these are all), logits of the positives."""
+    operands, cosines = _matched_operands(p)
+    sums = p.backend.log_sums([p.matrix(operands)])
+    all_cols = log_sum_over_processes(sums.cols[0], p.world)
+    own_cols = p.own_cols(all_cols)
+    positives = cosines * p.logit_scale.to(cosines.dtype)
+    return sums.rows[0] * LN_2, own_cols * LN_2, all_cols if p.world.size > 1 else all_cols.new_empty(0), positives
+
+
+def _log_sum_gradients(
+    p: _Problem, grads: Sequence[Tensor | None], rows: Tensor, cols: Tensor, all_cols: Tensor, needs: list[bool]
+) -> tuple[list[Tensor | None], Tensor | None]:
+    row_weight, col_weight, positive_weight = (
+        like.new_zeros(like.shape) if grad is None else grad.to(like.dtype)
+        for grad, like in zip(grads, (rows, cols, rows), strict=True)
+    )
+    # Nothing counts where a log sum is −∞, and nothing flows back.
+    entries = row_weight[rows > -math.inf].sum() + col_weight[cols > -math.inf].sum()
+    row_log = (rows * LOG2_E).masked_fill(rows == -math.inf, 0.0)
+    col_log = all_cols if p.world.size > 1 else cols * LOG2_E
+    sums = SoftmaxSums(
+        row=row_log,
+        col=col_log.masked_fill(col_log == -math.inf, 0.0),
+        negative_mass=-positive_weight,
+        row_weight=row_weight,
+        col_weight=p.world.gather_rows(col_weight),
+    )
+    return _gradients(p, sums, entries, needs)
+
+
+def _softplus_gradients(
+    p: _Problem,
+    grads: Sequence[Tensor | None],
+    bias: Tensor,
+    sigmoid: Tensor,
+    needs: list[bool],
+) -> tuple[list[Tensor | None], Tensor | None]:
+    row_weight, positive_weight = (
+        sigmoid.new_zeros(sigmoid.shape) if grad is None else grad.to(sigmoid.dtype) for grad in grads
+    )
+    sums = SigmoidWeights(bias.to(sigmoid.dtype) * LOG2_E, row_weight, -positive_weight)
+    return _gradients(p, sums, row_weight.dot(sigmoid), needs)
+
+
+def _gradients(
+    p: _Problem, sums: SoftmaxSums | SigmoidWeights, entries: Tensor, needs: list[bool]
+) -> tuple[list[Tensor | None], Tensor | None]:
+    """Gradients of rows, columns and scale.
+
+    The backend's last steps are those of a loss: of InfoNCE of one pair, weighted such that its gradient with respect to
+    the cosines is the logit scale times H less the diagonal.
+
+    Args:
+        p: what was evaluated.
+        sums: log sums in them are absolute.
+        entries: 0-dim, this process's part of Σ_ij H_ij.
+        needs: whether to differentiate with respect to rows, columns and scale.
+    """
+    needs_rows, needs_cols, needs_scale = needs
+    num_rows, world = p.rows.shape[0], p.world
+    operands = p.operands()
+    matrix = p.matrix(operands)
+    zeros = sums.row_weight.new_zeros
+    if isinstance(sums, SoftmaxSums):
+        row_log, col_log = sums.row, sums.col
+    else:
+        row_log, col_log = zeros(num_rows), zeros(matrix.cols.shape[0])
+    per_cosine = p.logit_scale.to(row_log.dtype) * LOG2_E
+    # Positives near which the backend may put its reference: where there are none, as if they made up the sums.
+    cosines = (row_log / per_cosine)[None]
+    empty = zeros(0)
+    saved = Saved(
+        row_log_sum=row_log[None],
+        col_log_sum=col_log[None],
+        negative_mass=sums.negative_mass[None],
+        cosines=_matched_operands(p)[1][None] if p.matched else cosines,
+        sums=torch.cat([zeros(SUM_SCALARS - 1), world.sum(cosines.sum(dim=1))]),
+        centroid_log_sum=empty,
+        centroid_summary=empty,
+    )
+    ones = zeros(3) + 1
+    scalars = Scalars(p.logit_scale, ones, ones[0])
+    prepared = p.backend.softmax_sums(saved, scalars, p.total_rows)
+
+    row_products = accumulator(operands[0]) if needs_rows else None
+    col_products = accumulator(operands[1]) if needs_cols else None
+    moment = p.backend.moment_buffer(matrix) if needs_scale else None
+    for row in blocks_of(num_rows, p.backend.gradient_block):
+        for col in blocks_of(matrix.cols.shape[0], p.backend.gradient_block):
+            p.backend.add_products(
+                matrix.block(row, col),
+                _block_of(sums, prepared, row, col),
+                prepared,
+                None if row_products is None else part(row_products, row),
+                None if col_products is None else part(col_products, col),
+                moment,
+                first_rows=col.start == 0,
+                first_cols=row.start == 0,
+            )
+    upstream = ones * (2 * p.total_rows)
+    evaluation = Evaluation([p.rows, p.cols], scalars, p.spec, saved, upstream, prepared, p.total_rows, 1)
+    gradients: list[Tensor | None] = [None, None]
+    own_col_factor = None if matrix.col_factor is None else p.own_cols(matrix.col_factor)
+    for side, (embedding, factor, products) in enumerate(
+        (
+            (p.rows, matrix.row_factor, row_products),
+            (p.cols, own_col_factor, None if col_products is None else world.sum_own_rows(col_products)),
+        )
+    ):
+        if products is None:
+            continue
+        gradient = embedding.new_empty(embedding.shape)
+        target, given = side, evaluation
+        if not p.matched:  # no partners, no positives
+            target, given = 0, evaluation._replace(embeddings=[embedding], spec=p.spec._replace(anchor=0))
+        everything = slice(0, embedding.shape[0])
+        p.backend.row_gradients([target], everything, [factor], [products], None, given, [gradient])
+        gradients[side] = gradient
+    if moment is None:
+        return gradients, None
+    scale_gradient = p.backend.scale_gradient(moment, evaluation).to(row_log.dtype)
+    if prepared.positive_moment is not None:
+        # It came from Σ H_ij·(x_ij − reference); in a loss Σ H_ij off the diagonal is the negative mass, here it may not.
+        scale_gradient = scale_gradient + (entries - sums.negative_mass.sum()) * prepared.reference / per_cosine
+    return gradients, scale_gradient.to(p.logit_scale.dtype)
+
+
+def _block_of(
+    sums: SoftmaxSums | SigmoidWeights, prepared: PreparedSums, row: slice, col: slice
+) -> SoftmaxSums | SigmoidWeights:
+    row_weight, negative_mass = part(sums.row_weight, row), part(sums.negative_mass, row)
+    if isinstance(sums, SigmoidWeights):
+        return SigmoidWeights(sums.bias, row_weight, negative_mass)
+    return SoftmaxSums(
+        part(prepared.rows[0], row), part(prepared.cols[0], col), negative_mass, row_weight, part(sums.col_weight, col)
+    )
+
+
+# ---- operators ------------------------------------------------------------------------------------------------------
+
+_INPUTS = "Tensor rows, Tensor cols, Tensor logit_scale"
+_MASK = "Tensor? row_ids, Tensor? col_ids, Tensor? row_limit, Tensor? col_limit"
+_HOW = "bool matched, bool normalize, str backend, str group"
+library.define(f"similarity_logsumexp({_INPUTS}, {_MASK}, {_HOW}, int world_size) -> (Tensor, Tensor, Tensor, Tensor)")
+library.define(
+    f"similarity_logsumexp_backward(Tensor? grad_row, Tensor? grad_col, Tensor? grad_positive, {_INPUTS}, {_MASK}, "
+    f"Tensor row_sums, Tensor col_sums, Tensor all_col_sums, {_HOW}, bool[] needs) -> (Tensor, Tensor, Tensor)"
+)
+library.define(
+    f"similarity_softplus({_INPUTS}, Tensor logit_bias, Tensor? row_ids, Tensor? col_ids, {_HOW}) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+library.define(
+    f"similarity_softplus_backward(Tensor? grad_row, Tensor? grad_positive, {_INPUTS}, Tensor logit_bias, "
+    f"Tensor? row_ids, Tensor? col_ids, Tensor sigmoid, {_HOW}, bool[] needs) -> (Tensor, Tensor, Tensor)"
+)
+
+
+def _logsumexp(
+    rows: Tensor,
+    cols: Tensor,
+    logit_scale: Tensor,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    row_limit: Tensor | None,
+    col_limit: Tensor | None,
+    matched: bool,
+    normalize: bool,
+    backend: str,
+    group: str,
+    world_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    with no_autocast([rows]), on_device([rows]):
+        mask = Mask(row_ids, col_ids, row_limit, col_limit)
+        row_sums, col_sums, all_cols, positives = _log_sums(
+            _problem(rows, cols, logit_scale, mask, matched, normalize, backend, group)
+        )
+        return row_sums, col_sums, positives, all_cols
+
+
+def _logsumexp_fake(rows: Tensor, cols: Tensor, logit_scale: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    matched, world_size = arguments[4], arguments[8]
+    n, k = rows.shape[0], cols.shape[0]
+    sizes = n, k, n if matched else 0, k * world_size if world_size > 1 else 0
+    return tuple(rows.new_empty(size, dtype=statistics_dtype(rows.device)) for size in sizes)
+
+
+def _logsumexp_backward(
+    grad_row: Tensor | None,
+    grad_col: Tensor | None,
+    grad_positive: Tensor | None,
+    rows: Tensor,
+    cols: Tensor,
+    logit_scale: Tensor,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    row_limit: Tensor | None,
+    col_limit: Tensor | None,
+    row_sums: Tensor,
+    col_sums: Tensor,
+    all_cols: Tensor,
+    matched: bool,
+    normalize: bool,
+    backend: str,
+    group: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    with no_autocast([rows]), on_device([rows]):
+        mask = Mask(row_ids, col_ids, row_limit, col_limit)
+        p = _problem(rows, cols, logit_scale, mask, matched, normalize, backend, group)
+        grads = grad_row, grad_col, grad_positive
+        return _filled(p, *_log_sum_gradients(p, grads, row_sums, col_sums, all_cols, needs))
+
+
+def _softplus(
+    rows: Tensor,
+    cols: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    matched: bool,
+    normalize: bool,
+    backend: str,
+    group: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    with no_autocast([rows]), on_device([rows]):
+        p = _problem(rows, cols, logit_scale, Mask(row_ids, col_ids), matched, normalize, backend, group)
+        operands, cosines = _matched_operands(p)
+        sums = p.backend.softplus_sums(p.matrix(operands), logit_bias.to(cosines.dtype) * LOG2_E)
+        return sums.softplus, cosines * logit_scale.to(cosines.dtype), sums.sigmoid
+
+
+def _softplus_fake(
+    rows: Tensor, cols: Tensor, logit_scale: Tensor, logit_bias: Tensor, *arguments: Any
+) -> tuple[Tensor, ...]:
+    n, matched = rows.shape[0], arguments[2]
+    return tuple(
+        rows.new_empty(size, dtype=statistics_dtype(rows.device)) for size in (n, n if matched else 0, n)
+    )
+
+
+def _softplus_backward(
+    grad_row: Tensor | None,
+    grad_positive: Tensor | None,
+    rows: Tensor,
+    cols: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    sigmoid: Tensor,
+    matched: bool,
+    normalize: bool,
+    backend: str,
+    group: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    with no_autocast([rows]), on_device([rows]):
+        p = _problem(rows, cols, logit_scale, Mask(row_ids, col_ids), matched, normalize, backend, group)
+        return _filled(p, *_softplus_gradients(p, (grad_row, grad_positive), logit_bias, sigmoid, needs))
+
+
+def _filled(
+    p: _Problem, gradients: list[Tensor | None], scale_gradient: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Operators return tensors only: an empty one stands for a gradient nobody asked for."""
+    rows, cols = (g if g is not None else e.new_empty(0) for g, e in zip(gradients, (p.rows, p.cols), strict=True))
+    return rows, cols, p.logit_scale.new_empty(0) if scale_gradient is None else scale_gradient
+
+
+def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    *_, needs = arguments
+    first = next(i for i, a in enumerate(arguments) if isinstance(a, Tensor) and a.dim() == 2)
+    inputs = arguments[first : first + 3]
+    return tuple(t.new_empty(t.shape if needed else 0) for t, needed in zip(inputs, needs, strict=True))
+
+
+def _setup_logsumexp(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    row_sums, col_sums, _, all_cols = output
+    ctx.mark_non_differentiable(all_cols)
+    ctx.save_for_backward(*inputs[:7], row_sums, col_sums, all_cols)
+    ctx.how = inputs[7:11]
+
+
+def _differentiate_logsumexp(
+    ctx: Any, grad_row: Tensor | None, grad_col: Tensor | None, grad_positive: Tensor | None, _: Any
+) -> tuple[Any, ...]:
+    tensors = ctx.saved_tensors
+    needs = [t.requires_grad for t in tensors[:3]]
+    grads = grad_row, grad_col, grad_positive
+    if not any(needs) or all(grad is None for grad in grads):
+        return (None,) * 12
+    gradients = torch.ops.gapkernels.similarity_logsumexp_backward(*grads, *tensors, *ctx.how, needs)
+    return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), *(None,) * 9
+
+
+def _setup_softplus(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[2])
+    ctx.save_for_backward(*inputs[:6], output[2])
+    ctx.how = inputs[6:10]
+
+
+def _differentiate_softplus(ctx: Any, grad_row: Tensor | None, grad_positive: Tensor | None, _: Any) -> tuple[Any, ...]:
+    tensors = ctx.saved_tensors
+    needs = [t.requires_grad for t in tensors[:3]]
+    bias, sigmoid = tensors[3], tensors[6]
+    if grad_row is None and grad_positive is None:
+        return (None,) * 10
+    gradients: list[Any] = [None] * 3
+    if any(needs):
+        found = torch.ops.gapkernels.similarity_softplus_backward(grad_row, grad_positive, *tensors, *ctx.how, needs)
+        gradients = [g if needed else None for g, needed in zip(found, needs, strict=True)]
+    bias_gradient = grad_row.dot(sigmoid).to(bias.dtype) if bias.requires_grad and grad_row is not None else None
+    return *gradients, bias_gradient, *(None,) * 6
+
+
+for _name, _forward, _fake, _setup, _differentiate, _backward in (
+    (
+        "similarity_logsumexp",
+        _logsumexp,
+        _logsumexp_fake,
+        _setup_logsumexp,
+        _differentiate_logsumexp,
+        _logsumexp_backward,
+    ),
+    ("similarity_softplus", _softplus, _softplus_fake, _setup_softplus, _differentiate_softplus, _softplus_backward),
+):
+    library.impl(_name, _forward, "CompositeExplicitAutograd")
+    library.impl(f"{_name}_backward", _backward, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"gapkernels::{_name}", _fake, lib=library)
+    torch.library.register_fake(f"gapkernels::{_name}_backward", _backward_fake, lib=library)
+    torch.library.register_autograd(f"gapkernels::{_name}", _differentiate, setup_context=_setup, lib=library)
+    torch.library.register_autograd(f"gapkernels::{_name}_backward", no_second_derivative, lib=library)
