@@ -1,7 +1,8 @@
 """The contrastive term with every option, on sums along one similarity matrix at a time.
 
 The plain symmetric InfoNCE of matched batches is part of the fused plan (``gapkernels.plan``). With any option here the
-term is this composition instead: N² work in ``similarity_logsumexp`` or ``similarity_softplus``, O(N·D) and O(N) in torch.
+term is this composition instead: N² work in ``similarity_logsumexp`` or ``similarity_softplus``, O(N·D) and O(N) in
+    torch.
 
 For sample i of a pair, with anchor row q_i, its partner p_i, x_ij = s·⟨q̂_i, p̂_j⟩ and positive x_ii:
 
@@ -22,48 +23,7 @@ from gapkernels import similarity_ops  # noqa: F401 (registers the operators)
 from gapkernels.backends.contract import NORM_EPS, statistics_dtype
 from gapkernels.collectives import gather_rows, sum_over_processes
 from gapkernels.distributed import world_of
-
-
-class Contrast(NamedTuple):
-    """What the contrastive term is, besides its scale.
-
-    Attributes:
-        sigmoid: pairs are classified one by one (SigLIP, arXiv 2303.15343) instead of by soft-max.
-        from_anchor, to_anchor: weights of the two directions; zero is not computed.
-        same_anchor, same_other: rows of the anchor, or of the other modality, are negatives of each other.
-        joint: one denominator per sample for everything, instead of one for each direction.
-        decoupled: the positive is not in the denominator (arXiv 2110.06848).
-        label_smoothing: share of the target that is spread evenly over all candidates.
-        equal_are_positive: samples of equal ids are each other's positives, not merely no negatives.
-        margin: candidates that exceed the positive's cosine by more are left out; None for none.
-    """
-
-    sigmoid: bool = False
-    from_anchor: float = 0.5
-    to_anchor: float = 0.5
-    same_anchor: bool = False
-    same_other: bool = False
-    joint: bool = False
-    decoupled: bool = False
-    label_smoothing: float = 0.0
-    equal_are_positive: bool = False
-    margin: float | None = None
-
-
-class Candidates(NamedTuple):
-    """Tensors that come with the options.
-
-    Attributes:
-        ids: ``[n]`` int64 of the samples, or None.
-        negatives: ``[K, D]`` that every anchor row sees, ``[n, K, D]`` own to each, or None.
-        negative_ids: ``[K]`` int64, or None.
-        bias: 0-dim, the logit bias of the sigmoid loss, or None.
-    """
-
-    ids: Tensor | None = None
-    negatives: Tensor | None = None
-    negative_ids: Tensor | None = None
-    bias: Tensor | None = None
+from gapkernels.spec import Candidates, Contrast, SimilaritySums
 
 
 class How(NamedTuple):
@@ -79,20 +39,6 @@ class How(NamedTuple):
 
     def sum(self, x: Tensor) -> Tensor:
         return sum_over_processes(x, self.group, self.world_size)
-
-
-class SimilaritySums(NamedTuple):
-    """Natural logarithms of sums of exponentials of logits, positives left out. Differentiable, in float64.
-
-    Attributes:
-        rows: ``[n]``, over the candidates of each row; −∞ where there are none.
-        cols: ``[k]``, over the rows that a column is a candidate of.
-        positives: ``[n]``, logits of matching rows and columns; ``[0]`` if they do not match.
-    """
-
-    rows: Tensor
-    cols: Tensor
-    positives: Tensor
 
 
 def logsumexp(
@@ -186,7 +132,7 @@ def uniformity_of_different(centroids: Tensor, t: Tensor, ids: Tensor, how: How)
     everyone, all_ids = how.gather(sums), how.gather(ids)
     _, size = _classes(all_ids)
     pairs = (all_ids.shape[0] - size).sum()
-    uniformity = torch.logsumexp(everyone, dim=0) - 2 * t - pairs.clamp_min(1).log()
+    uniformity = _log_sum_exp(everyone[None])[0] - 2 * t - pairs.clamp_min(1).log()
     return torch.where(pairs > 0, uniformity, 0.0)
 
 
@@ -208,7 +154,7 @@ def _sigmoid(anchor: Tensor, other: Tensor, scale: Tensor, contrast: Contrast, g
             negative_ids = None if masked is None or given.negative_ids is None else (masked[0], given.negative_ids)
             total = total + softplus_sums(anchor, given.negatives, scale, given.bias, how, False, negative_ids)[0]
         else:
-            total = total + F.softplus(_own_logits(anchor, given.negatives, scale, how) + bias).sum(dim=1)
+            total = total + F.softplus(_own_logits(anchor, given.negatives, scale, how) + bias, threshold=40).sum(dim=1)
     return total
 
 
@@ -219,9 +165,7 @@ def _masked_ids(contrast: Contrast, given: Candidates) -> tuple[Tensor, Tensor] 
     return given.ids, given.ids
 
 
-def _negatives(
-    anchor: Tensor, scale: Tensor, given: Candidates, masks: bool, limit: Tensor | None, how: How
-) -> Tensor:
+def _negatives(anchor: Tensor, scale: Tensor, given: Candidates, masks: bool, limit: Tensor | None, how: How) -> Tensor:
     """Log sums over the negatives beyond the batch, ``[n]``."""
     assert given.negatives is not None
     if given.negatives.dim() == 2:
@@ -232,7 +176,7 @@ def _negatives(
     logits = _own_logits(anchor, given.negatives, scale, how)
     if limit is not None:
         logits = logits.masked_fill(logits.detach() > limit[:, None], -torch.inf)
-    return torch.logsumexp(logits, dim=1)
+    return _log_sum_exp(logits)
 
 
 def _own_logits(anchor: Tensor, negatives: Tensor, scale: Tensor, how: How) -> Tensor:
@@ -257,8 +201,16 @@ def _vectors(x: Tensor, how: How) -> Tensor:
 
 
 def _log_sum(parts: list[Tensor]) -> Tensor:
-    # Not logaddexp, whose gradient is not a number where both are −∞.
-    return parts[0] if len(parts) == 1 else torch.logsumexp(torch.stack(parts), dim=0)
+    return parts[0] if len(parts) == 1 else _log_sum_exp(torch.stack(parts, dim=1))
+
+
+def _log_sum_exp(x: Tensor) -> Tensor:
+    """``torch.logsumexp`` along rows, whose gradient is not a number where a whole row is −∞; here it is zero."""
+    largest = x.detach().amax(dim=1)
+    empty = largest == -torch.inf
+    largest = largest.masked_fill(empty, 0.0)
+    total = (x - largest[:, None]).exp().sum(dim=1).masked_fill(empty, 1.0)
+    return (total.log() + largest).masked_fill(empty, -torch.inf)
 
 
 def _cross_entropy(negatives: Tensor, positive: Tensor, target: Tensor, contrast: Contrast) -> Tensor:

@@ -3,52 +3,40 @@
 from __future__ import annotations
 
 import functools
-import math
-from numbers import Real
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict, overload
+from typing import TYPE_CHECKING, Literal, overload
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from gapkernels import backends, ops
-from gapkernels.backends import reference
-from gapkernels.backends.contract import Scalars, Terms, statistics_dtype
+from gapkernels import evaluation, ops, options
+from gapkernels.backends.contract import Scalars, Terms, compute_dtype
+from gapkernels.checks import (
+    as_tensor,
+    check_backend,
+    check_number,
+    check_scalar,
+    constant,
+    logit_scale_of,
+    name_of,
+    refuse_dtensor,
+)
+from gapkernels.contrast import How
 from gapkernels.distributed import DTYPES, group_name_and_size
-from gapkernels.spec import LossSpec
+from gapkernels.evaluation import GapLossTerms
+from gapkernels.options import ContrastOptions
+from gapkernels.spec import LossSpec, SimilaritySums
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-DEFAULT_TEMPERATURE = 0.07  # CLIP's initial value
-
-
-class GapLossTerms(NamedTuple):
-    """The parts of a loss. All are 0-dim tensors; float64 for float64 embeddings, else float32.
-
-    Attributes:
-        loss: the weighted sum; differentiable.
-        info_nce: unweighted; differentiable. None if its weight is zero.
-        align_true_pairs: likewise.
-        centroid_uniformity: likewise.
-        modality_gap: ‖mean of x − mean of y‖ of the normalised embeddings, averaged over unordered pairs of
-            modalities; detached.
-        true_pair_cosine: mean cosine of matching rows, averaged likewise; detached.
-    """
-
-    loss: Tensor
-    info_nce: Tensor | None
-    align_true_pairs: Tensor | None
-    centroid_uniformity: Tensor | None
-    modality_gap: Tensor
-    true_pair_cosine: Tensor
+DEFAULT_SIGMOID_SCALE = 10.0  # SigLIP's initial value
 
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    class _Options(TypedDict, total=False):
+    class _Options(ContrastOptions, total=False):
         """The keyword arguments that all three overloads of ``gap_loss`` take, written once."""
 
         logit_scale: float | Tensor | None
@@ -63,6 +51,18 @@ if TYPE_CHECKING:
         normalize_centroids: bool
         backend: str
         group: ProcessGroup | str | None
+
+    class _NCEOptions(ContrastOptions, total=False):
+        """Likewise, of ``info_nce``."""
+
+        logit_scale: float | Tensor | None
+        temperature: float | Tensor | None
+        anchor: int
+        pairs: str
+        normalize: bool
+        backend: str
+        group: ProcessGroup | str | None
+        reduction: str
 
 
 @overload
@@ -92,6 +92,7 @@ def gap_loss(
     backend: str = "auto",
     return_terms: bool = False,
     group: ProcessGroup | str | None = None,
+    **contrast_options: Unpack[ContrastOptions],
 ) -> Tensor | GapLossTerms:
     """Contrastive loss that closes the modality gap: InfoNCE + align true pairs + centroid uniformity.
 
@@ -124,6 +125,8 @@ def gap_loss(
             ``"world"`` means all processes there are at the time of the call.
             Every process then returns the loss of the whole batch; gradients are scaled such that their mean over
             processes, which DistributedDataParallel takes, is the gradient of that loss.
+        **contrast_options: another contrast than symmetric InfoNCE of the batch: negatives, ids, directions, sigmoid
+            and more, see ``gapkernels.ContrastOptions``.
 
     Returns:
         The loss, a 0-dim tensor: float64 for float64 embeddings, else float32. With ``return_terms`` a
@@ -131,7 +134,7 @@ def gap_loss(
 
     Raises:
         TypeError: an embedding is no floating tensor, or types differ outside autocast.
-        ValueError: shapes or devices differ, or an option is out of its range.
+        ValueError: shapes or devices differ, an option is out of its range, or options contradict each other.
 
     Source:
         Grassucci et al., "Closing the Modality Gap Aligns Group-Wise Semantics", arXiv 2601.18525. The centroid
@@ -145,21 +148,29 @@ def gap_loss(
     """
     tensors = _check_embeddings(embeddings, may_be_empty=group is not None)
     device = tensors[0].device
-    terms = nce_weight, atp_weight, cu_weight, uniformity_t
-    settings = (anchor, pairs, *terms, normalize, normalize_centroids, len(tensors), device)
+    numbers = nce_weight, atp_weight, cu_weight, uniformity_t
+    settings = (anchor, pairs, *numbers, normalize, normalize_centroids, len(tensors), device)
     # Eager calls with the same numbers are checked once: small batches are bound by what the host does.
     spec, weights, t = _kept_settings(*settings) if _are_plain(settings) else _settings(*settings)
-    if backend != "auto" and backend not in backends.NAMES:
-        raise ValueError(f"`backend` must be 'auto' or one of {', '.join(map(repr, backends.NAMES))}, got {backend!r}")
+    check_backend(backend)
     group_name, world_size = group_name_and_size(group)
     if spec.cu and tensors[0].shape[0] * world_size < 2:
         raise ValueError(
             "the centroid uniformity needs at least 2 samples, got embeddings of shape "
             f"{list(tensors[0].shape)}; use a larger batch or cu_weight=0"
         )
-    scalars = Scalars(_logit_scale(logit_scale, temperature, device), weights, t)
+    scalars = Scalars(logit_scale_of(logit_scale, temperature, device), weights, t)
+    if contrast_options:
+        options.refuse_unknown("gap_loss()", contrast_options)
+        chosen = options.parse(tensors[0], tensors[0].shape[0] * world_size, **contrast_options)
+        if not options.is_plain(*chosen):
+            how = How(spec.normalize, backend, group_name, world_size)
+            different_only = not contrast_options.get("uniformity_of_equal_ids", True)
+            terms = evaluation.with_contrast(tensors, scalars, spec, *chosen, how, different_only)
+            return terms if return_terms else terms.loss
     if backend == "reference":
-        return _by_definition(tensors, scalars, spec, return_terms, world_size)
+        terms = evaluation.by_definition(tensors, scalars, spec, world_size)
+        return terms if return_terms else terms.loss
     loss, values = ops.loss(tensors, scalars, spec, backend, group_name, world_size)
     if not return_terms:
         return loss
@@ -174,6 +185,16 @@ def gap_loss(
     )
 
 
+@overload
+def info_nce(*embeddings: Tensor, return_sums: Literal[False] = ..., **options: Unpack[_NCEOptions]) -> Tensor: ...
+
+
+@overload
+def info_nce(
+    *embeddings: Tensor, return_sums: Literal[True], **options: Unpack[_NCEOptions]
+) -> tuple[Tensor, tuple[SimilaritySums, ...]]: ...
+
+
 def info_nce(
     *embeddings: Tensor,
     logit_scale: float | Tensor | None = None,
@@ -183,11 +204,27 @@ def info_nce(
     normalize: bool = True,
     backend: str = "auto",
     group: ProcessGroup | str | None = None,
-) -> Tensor:
+    reduction: str = "mean",
+    return_sums: bool = False,
+    **contrast_options: Unpack[ContrastOptions],
+) -> Tensor | tuple[Tensor, tuple[SimilaritySums, ...]]:
     """Symmetric InfoNCE (the CLIP loss), averaged over pairs of modalities.
 
-    Args, Returns, Raises:
-        as ``gap_loss``.
+    Args:
+        *embeddings: as for ``gap_loss``; of two the anchor is the query, the other its positive.
+        logit_scale, temperature, anchor, pairs, normalize, backend, group: as for ``gap_loss``.
+        reduction: ``"mean"``; ``"none"``: the losses of this process's samples, ``[N]``. With ``group`` gradients of
+            the latter are those of the sum over the processes of what each makes of its own.
+        return_sums: return the log sums that the loss is made of as well, one ``SimilaritySums`` per pair, rows being
+            those of the anchor: for weights of one's own, gradient caching or distillation.
+        **contrast_options: see ``gapkernels.ContrastOptions``.
+
+    Returns:
+        The loss, 0-dim or ``[N]``: float64 for float64 embeddings, else float32. With ``return_sums`` a tuple of it and
+        the sums.
+
+    Raises:
+        TypeError, ValueError: as ``gap_loss``.
 
     Source:
         Oord et al., arXiv 1807.03748; symmetric form: Radford et al., arXiv 2103.00020.
@@ -196,18 +233,89 @@ def info_nce(
         >>> info_nce(torch.eye(4), torch.eye(4), temperature=0.01).item() < 1e-6
         True
     """
-    return gap_loss(
-        *embeddings,
-        logit_scale=logit_scale,
-        temperature=temperature,
-        anchor=anchor,
-        pairs=pairs,
-        atp_weight=0.0,
-        cu_weight=0.0,
-        normalize=normalize,
-        backend=backend,
-        group=group,
+    if reduction == "mean" and not return_sums:
+        return gap_loss(
+            *embeddings,
+            logit_scale=logit_scale,
+            temperature=temperature,
+            anchor=anchor,
+            pairs=pairs,
+            atp_weight=0.0,
+            cu_weight=0.0,
+            normalize=normalize,
+            backend=backend,
+            group=group,
+            **contrast_options,
+        )
+    options.refuse_unknown("info_nce()", contrast_options)
+    scale = logit_scale, temperature
+    loss, sums = _contrast(embeddings, scale, anchor, pairs, normalize, backend, group, reduction, contrast_options)
+    if not return_sums:
+        return loss
+    if None in sums:
+        raise ValueError("`return_sums` and `contrast`='sigmoid' contradict: the sigmoid loss has no log sums")
+    return loss, tuple(s for s in sums if s is not None)
+
+
+def sigmoid_loss(
+    *embeddings: Tensor,
+    logit_scale: float | Tensor = DEFAULT_SIGMOID_SCALE,
+    logit_bias: float | Tensor = options.DEFAULT_LOGIT_BIAS,
+    anchor: int = 0,
+    pairs: str = "anchor",
+    normalize: bool = True,
+    backend: str = "auto",
+    group: ProcessGroup | str | None = None,
+    reduction: str = "mean",
+    negatives: Tensor | None = None,
+    ids: Tensor | None = None,
+    negative_ids: Tensor | None = None,
+    duplicates: Literal["mask", "positive"] = "mask",
+) -> Tensor:
+    """The sigmoid loss of SigLIP: every pair of samples is classified by itself, 1/N Σ_ij softplus(−y_ij(s·cos_ij +
+    b)).
+
+    Args:
+        *embeddings: as for ``gap_loss``.
+        logit_scale: s, a positive number or a tensor of one element, which may require gradient.
+        logit_bias: b, likewise, of any sign.
+        anchor, pairs, normalize, backend, group: as for ``gap_loss``.
+        reduction: as for ``info_nce``.
+        negatives, ids, negative_ids, duplicates: see ``gapkernels.ContrastOptions``.
+
+    Returns:
+        The loss, 0-dim or ``[N]``: float64 for float64 embeddings, else float32.
+
+    Raises:
+        TypeError, ValueError: as ``gap_loss``.
+
+    Source:
+        Zhai et al., "Sigmoid Loss for Language Image Pre-Training", arXiv 2303.15343, whose initial values are the
+        defaults here.
+
+    Examples:
+        >>> sigmoid_loss(torch.eye(4), torch.eye(4), logit_scale=40.0, logit_bias=-20.0).item() < 1e-6
+        True
+    """
+    loss, _ = _contrast(
+        embeddings,
+        (logit_scale, None),
+        anchor,
+        pairs,
+        normalize,
+        backend,
+        group,
+        reduction,
+        {
+            "contrast": "sigmoid",
+            "logit_bias": logit_bias,
+            "negatives": negatives,
+            "ids": ids,
+            "negative_ids": negative_ids,
+            "duplicates": duplicates,
+        },
     )
+    return loss
 
 
 def align_true_pairs(
@@ -272,17 +380,30 @@ def centroid_uniformity(
     )
 
 
-def _by_definition(
-    embeddings: list[Tensor], scalars: Scalars, spec: LossSpec, return_terms: bool, world_size: int
-) -> Tensor | GapLossTerms:
-    if world_size > 1:
-        raise ValueError('`group` is not supported by backend="reference"; gather the embeddings first')
-    dtype = torch.promote_types(embeddings[0].dtype, torch.float32)
-    embeddings = [e.to(dtype) for e in embeddings]
-    with torch.autocast(embeddings[0].device.type, enabled=False):  # which would round the cosines
-        terms = reference.loss_terms(embeddings, Scalars(*(number.to(dtype) for number in scalars)), spec)
-        loss = reference.total(terms, scalars.weights.to(dtype), embeddings)
-        return GapLossTerms(loss, *terms, *reference.diagnostics(embeddings)) if return_terms else loss
+def _contrast(
+    embeddings: tuple[Tensor, ...],
+    scale: tuple[float | Tensor | None, float | Tensor | None],
+    anchor: int,
+    pairs: str,
+    normalize: bool,
+    backend: str,
+    group: ProcessGroup | str | None,
+    reduction: str,
+    contrast_options: ContrastOptions,
+) -> tuple[Tensor, list[SimilaritySums | None]]:
+    """The contrastive term alone, reduced, and its sums."""
+    if reduction not in ("mean", "none"):
+        raise ValueError(f"`reduction` must be 'mean' or 'none', got {reduction!r}")
+    tensors = _check_embeddings(embeddings, may_be_empty=group is not None)
+    device = tensors[0].device
+    spec, _, _ = _settings(anchor, pairs, 1.0, 0.0, 0.0, 1.0, normalize, True, len(tensors), device)
+    group_name, world_size = group_name_and_size(group)
+    how = How(spec.normalize, check_backend(backend), group_name, world_size)
+    chosen, given = options.parse(tensors[0], tensors[0].shape[0] * world_size, **contrast_options)
+    logit_scale = logit_scale_of(*scale, device)
+    losses, sums = evaluation.contrast_per_sample(tensors, logit_scale, spec, chosen, given, how)
+    loss = losses if reduction == "none" else evaluation.mean_over_samples(losses, how)
+    return loss.to(compute_dtype(tensors[0].dtype)), sums
 
 
 def _settings(
@@ -311,8 +432,8 @@ def _settings(
     weights = (nce_weight, atp_weight, cu_weight)
     numbers = tuple(weight for weight in weights if not isinstance(weight, Tensor))
     if len(numbers) == len(weights):
-        return spec, _constant(numbers, device), _uniformity_t(uniformity_t, device)
-    return spec, torch.stack([_as_tensor(weight, device) for weight in weights]), _uniformity_t(uniformity_t, device)
+        return spec, constant(numbers, device), _uniformity_t(uniformity_t, device)
+    return spec, torch.stack([as_tensor(weight, device) for weight in weights]), _uniformity_t(uniformity_t, device)
 
 
 _kept_settings = functools.lru_cache(maxsize=256, typed=True)(_settings)
@@ -337,11 +458,11 @@ def _check_embeddings(embeddings: tuple[Tensor, ...], may_be_empty: bool) -> lis
     for index, e in enumerate(embeddings):
         if not isinstance(e, Tensor):
             raise TypeError(f"embedding {index} must be a torch.Tensor, got {type(e).__name__}")
-        _refuse_dtensor(
+        refuse_dtensor(
             f"embedding {index}", e, "its local rows (to_local()) with group= its mesh's group (get_group())"
         )
         if not e.is_floating_point() or e.dtype.itemsize < 2:
-            raise TypeError(f"embedding {index} must be float16, bfloat16, float32 or float64, got {_name(e.dtype)}")
+            raise TypeError(f"embedding {index} must be float16, bfloat16, float32 or float64, got {name_of(e.dtype)}")
         if e.dim() != 2 or e.shape[1] == 0 or (e.shape[0] == 0 and not may_be_empty):
             raise ValueError(f"embedding {index} must have shape [N, D] with N, D ≥ 1, got {list(e.shape)}")
     first = embeddings[0]
@@ -359,7 +480,7 @@ def _check_embeddings(embeddings: tuple[Tensor, ...], may_be_empty: bool) -> lis
     if any(dtype != first.dtype for dtype in dtypes):
         # Under autocast one tower may end in a layer that keeps float32: take the wider type, as autocast itself does.
         if not torch.is_autocast_enabled(first.device.type):
-            raise TypeError(f"embeddings must have one dtype, got {', '.join(map(_name, dtypes))}")
+            raise TypeError(f"embeddings must have one dtype, got {', '.join(map(name_of, dtypes))}")
         widest = dtypes[0]
         for dtype in dtypes:
             widest = torch.promote_types(widest, dtype)
@@ -381,89 +502,11 @@ def _are_alike(embeddings: tuple[Tensor, ...]) -> bool:
 _TENSORS = {Tensor, torch.nn.Parameter}
 
 
-def _logit_scale(
-    logit_scale: float | Tensor | None, temperature: float | Tensor | None, device: torch.device
-) -> Tensor:
-    if logit_scale is not None and temperature is not None:
-        raise ValueError("give `logit_scale` or `temperature` (its inverse), not both")
-    if temperature is None:
-        value = 1 / DEFAULT_TEMPERATURE if logit_scale is None else _check_scalar("logit_scale", logit_scale)
-        return value.reshape(()).to(device) if isinstance(value, Tensor) else _constant(value, device)
-    value = _check_scalar("temperature", temperature)
-    if isinstance(value, Tensor):  # inverted in the statistics type: a bfloat16 quotient would be off by 0.4 %
-        return value.reshape(()).to(device, statistics_dtype(device)).reciprocal()
-    return _constant(1 / value, device)
-
-
 def _uniformity_t(value: float | Tensor, device: torch.device) -> Tensor:
-    value = _check_scalar("uniformity_t", value)
+    value = check_scalar("uniformity_t", value)
     if isinstance(value, Tensor) and value.requires_grad:
         raise ValueError('`uniformity_t` must not require grad; only backend="reference" could differentiate it')
-    return _as_tensor(value, device)
-
-
-def _as_tensor(value: float | Tensor, device: torch.device) -> Tensor:
-    if isinstance(value, Tensor):
-        return value.reshape(()).to(device, statistics_dtype(device))
-    return _constant(value, device)
-
-
-def _constant(value: float | tuple[float, ...], device: torch.device) -> Tensor:
-    """A number or some as a tensor in the statistics type. Eager calls keep it: on a GPU it is copied from the host."""
-    if not (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0):
-        return _kept_constant(value, device)
-    # A number that changes between calls is a symbol here: a product takes it as one, torch.full and torch.tensor
-    # would compile anew for every value or, without gradients, keep an old one.
-    one = torch.ones((), dtype=statistics_dtype(device), device=device)
-    return torch.stack([one * v for v in value]) if isinstance(value, tuple) else one * value
-
-
-@functools.lru_cache(maxsize=256)
-def _kept_constant(value: float | tuple[float, ...], device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # or no later call could differentiate through it
-        return torch.tensor(value, dtype=statistics_dtype(device), device=device)
-
-
-def _check_scalar(name: str, value: float | Tensor, positive: bool = True) -> float | Tensor:
-    if isinstance(value, Tensor):
-        if value.numel() != 1 or not value.is_floating_point():
-            raise ValueError(
-                f"`{name}` must be a number or a floating tensor of one element, got {_name(value.dtype)} of shape "
-                f"{list(value.shape)}"
-            )
-        _refuse_dtensor(f"`{name}`", value, "its full_tensor()")
-        if positive and _is_readable(value):
-            number = value.item()
-            if number <= 0 or number == math.inf:  # not a number passes: a training that diverged says so in its loss
-                which = f"`{name}`" if name == "uniformity_t" else "the logit scale (1/temperature)"
-                raise ValueError(f"{which} must be {'positive' if number <= 0 else 'finite'}, got {number}")
-        return value
-    return _check_number(name, value, positive=positive)
-
-
-def _refuse_dtensor(name: str, tensor: Tensor, instead: str) -> None:
-    if type(tensor).__name__ == "DTensor":
-        raise TypeError(f"{name} must be an ordinary tensor, got a DTensor; pass {instead}")
-
-
-def _is_readable(tensor: Tensor) -> bool:
-    """Whether a value can be looked at without waiting for a device, and without a tracer or transform in the way."""
-    return (
-        tensor.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._are_functorch_transforms_active()
-    )
-
-
-def _check_number(name: str, value: float, positive: bool = False) -> float:
-    if isinstance(value, np.ndarray) and value.ndim == 0:
-        value = value.item()
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"`{name}` must be a number, got {type(value).__name__}")
-    if not -math.inf < value < math.inf or (positive and value <= 0):  # comparisons, which torch.compile can trace
-        raise ValueError(f"`{name}` must be {'positive and ' if positive else ''}finite, got {value}")
-    return value if torch.compiler.is_compiling() else float(value)
+    return as_tensor(value, device)
 
 
 def _is_on(name: str, weight: float | Tensor) -> bool:
@@ -472,11 +515,11 @@ def _is_on(name: str, weight: float | Tensor) -> bool:
     A number that changes between calls of a compiled function is a symbol there, whose value must not be asked for.
     """
     if isinstance(weight, Tensor):
-        _check_scalar(name, weight, positive=False)
+        check_scalar(name, weight, positive=False)
         return True
     if torch.compiler.is_compiling():
-        return not statically_known_true(_check_number(name, weight) == 0)
-    return _check_number(name, weight) != 0
+        return not statically_known_true(check_number(name, weight) == 0)
+    return check_number(name, weight) != 0
 
 
 def _check_pairs(pairs: str) -> bool:
@@ -490,7 +533,3 @@ def _check_anchor(anchor: int, modalities: int) -> None:
         raise TypeError(f"`anchor` must be an integer, got {type(anchor).__name__}")
     if not 0 <= anchor < modalities:
         raise ValueError(f"`anchor` must be in [0, {modalities - 1}] for {modalities} embeddings, got {anchor}")
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -10,10 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gapkernels import functional
+from gapkernels import functional, options
+from gapkernels.checks import DEFAULT_TEMPERATURE, check_number
+from gapkernels.options import ContrastOptions
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from typing_extensions import Unpack
 
 MAX_LOGIT_SCALE = 100.0  # "clipped to prevent scaling the logits by more than 100": CLIP, arXiv 2103.00020, section 2.5
 
@@ -39,7 +42,7 @@ class Temperature(nn.Module):
 
     def set(self, temperature: float) -> None:
         """Set the temperature; where it is learned, the value training goes on from."""
-        self._value = functional._check_number("temperature", temperature, positive=True)
+        self._value = check_number("temperature", temperature, positive=True)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -122,6 +125,9 @@ class GapLoss(nn.Module):
         learn_temperature: make it a parameter (``temperature.log_scale``), with CLIP's clamp at scale 100.
         anchor, pairs, nce_weight, atp_weight, cu_weight, uniformity_t, normalize, normalize_centroids, backend, group:
             as for the function. The weights are plain attributes: a schedule may assign them between steps.
+        learn_bias: make the logit bias of the sigmoid a parameter (``logit_bias``).
+        **contrast_options: see ``gapkernels.ContrastOptions``; those that change from batch to batch, ids and
+            negatives, are given to the call.
 
     Raises:
         TypeError, ValueError: as for the function.
@@ -136,7 +142,7 @@ class GapLoss(nn.Module):
 
     def __init__(
         self,
-        temperature: float = functional.DEFAULT_TEMPERATURE,
+        temperature: float = DEFAULT_TEMPERATURE,
         *,
         learn_temperature: bool = False,
         anchor: int = 0,
@@ -149,9 +155,20 @@ class GapLoss(nn.Module):
         normalize_centroids: bool = True,
         backend: str = "auto",
         group: ProcessGroup | str | None = None,
+        learn_bias: bool = False,
+        **contrast_options: Unpack[ContrastOptions],
     ) -> None:
         super().__init__()
+        options.refuse_unknown(f"{type(self).__name__}()", contrast_options)
         self.temperature = Temperature(temperature, learn_temperature)
+        self.contrast_options: dict[str, Any] = dict(contrast_options)
+        self.logit_bias = None
+        if learn_bias:
+            if contrast_options.get("contrast") != "sigmoid":
+                raise ValueError("`learn_bias`=True needs contrast='sigmoid': a soft-max has no bias")
+            start = self.contrast_options.pop("logit_bias", None)
+            value = options.DEFAULT_LOGIT_BIAS if start is None else check_number("logit_bias", start)
+            self.logit_bias = nn.Parameter(torch.full((1,), value))
         self.anchor = anchor
         self.pairs = pairs
         self.nce_weight = nce_weight
@@ -181,15 +198,28 @@ class GapLoss(nn.Module):
     if TYPE_CHECKING:  # nn.Module's own takes anything and returns Any
 
         @overload
-        def __call__(self, *embeddings: Tensor, return_terms: Literal[False] = ...) -> Tensor: ...
+        def __call__(
+            self, *embeddings: Tensor, return_terms: Literal[False] = ..., **candidates: Unpack[ContrastOptions]
+        ) -> Tensor: ...
         @overload
-        def __call__(self, *embeddings: Tensor, return_terms: Literal[True]) -> functional.GapLossTerms: ...
+        def __call__(
+            self, *embeddings: Tensor, return_terms: Literal[True], **candidates: Unpack[ContrastOptions]
+        ) -> functional.GapLossTerms: ...
         @overload
-        def __call__(self, *embeddings: Tensor, return_terms: bool) -> Tensor | functional.GapLossTerms: ...
-        def __call__(self, *embeddings: Tensor, return_terms: bool = False) -> Tensor | functional.GapLossTerms: ...
+        def __call__(
+            self, *embeddings: Tensor, return_terms: bool, **candidates: Unpack[ContrastOptions]
+        ) -> Tensor | functional.GapLossTerms: ...
+        def __call__(
+            self, *embeddings: Tensor, return_terms: bool = False, **candidates: Unpack[ContrastOptions]
+        ) -> Tensor | functional.GapLossTerms: ...
 
-    def forward(self, *embeddings: Tensor, return_terms: bool = False) -> Tensor | functional.GapLossTerms:
-        """The loss of two or more ``[N, D]`` embeddings, or all its terms."""
+    def forward(
+        self, *embeddings: Tensor, return_terms: bool = False, **candidates: Unpack[ContrastOptions]
+    ) -> Tensor | functional.GapLossTerms:
+        """The loss of two or more ``[N, D]`` embeddings, or all its terms; ``candidates``: ids and negatives."""
+        contrast_options = {**self.contrast_options, **candidates}
+        if self.logit_bias is not None:
+            contrast_options["logit_bias"] = self.logit_bias
         return functional.gap_loss(
             *embeddings,
             return_terms=return_terms,
@@ -204,13 +234,15 @@ class GapLoss(nn.Module):
             normalize_centroids=self.normalize_centroids,
             backend=self.backend,
             group=self._group.resolved(),
+            **contrast_options,
         )
 
     def extra_repr(self) -> str:
-        return (
+        text = (
             f"anchor={self.anchor}, pairs={self.pairs!r}, nce_weight={self.nce_weight}, "
             f"atp_weight={self.atp_weight}, cu_weight={self.cu_weight}"
         )
+        return "".join([text, *(f", {name}={value!r}" for name, value in self.contrast_options.items())])
 
 
 class InfoNCELoss(GapLoss):
@@ -224,7 +256,7 @@ class InfoNCELoss(GapLoss):
 
     def __init__(
         self,
-        temperature: float = functional.DEFAULT_TEMPERATURE,
+        temperature: float = DEFAULT_TEMPERATURE,
         *,
         learn_temperature: bool = False,
         anchor: int = 0,
@@ -232,6 +264,7 @@ class InfoNCELoss(GapLoss):
         normalize: bool = True,
         backend: str = "auto",
         group: ProcessGroup | str | None = None,
+        **contrast_options: Unpack[ContrastOptions],
     ) -> None:
         super().__init__(
             temperature,
@@ -243,6 +276,55 @@ class InfoNCELoss(GapLoss):
             normalize=normalize,
             backend=backend,
             group=group,
+            **contrast_options,
+        )
+
+
+class SigmoidLoss(GapLoss):
+    """The sigmoid loss of SigLIP, ``gapkernels.sigmoid_loss`` as a module; SigLIP learns temperature and bias.
+
+    Args:
+        temperature, logit_bias: fixed, or the initial values where they are learned.
+        learn_temperature, learn_bias: make them parameters.
+        anchor, pairs, normalize, backend, group, duplicates: as for the function.
+
+    Raises:
+        TypeError, ValueError: as for the function.
+
+    Examples:
+        >>> loss = SigmoidLoss(learn_temperature=True, learn_bias=True)
+        >>> sorted(name for name, _ in loss.named_parameters())
+        ['logit_bias', 'temperature.log_scale']
+    """
+
+    def __init__(
+        self,
+        temperature: float = 1 / functional.DEFAULT_SIGMOID_SCALE,
+        logit_bias: float = options.DEFAULT_LOGIT_BIAS,
+        *,
+        learn_temperature: bool = False,
+        learn_bias: bool = False,
+        anchor: int = 0,
+        pairs: str = "anchor",
+        normalize: bool = True,
+        backend: str = "auto",
+        group: ProcessGroup | str | None = None,
+        duplicates: Literal["mask", "positive"] = "mask",
+    ) -> None:
+        super().__init__(
+            temperature,
+            learn_temperature=learn_temperature,
+            learn_bias=learn_bias,
+            anchor=anchor,
+            pairs=pairs,
+            atp_weight=0.0,
+            cu_weight=0.0,
+            normalize=normalize,
+            backend=backend,
+            group=group,
+            contrast="sigmoid",
+            logit_bias=logit_bias,
+            duplicates=duplicates,
         )
 
 

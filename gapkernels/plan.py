@@ -238,9 +238,7 @@ def _gathered(embedding: Tensor, own: Operand, spec: LossSpec, backend: Backend,
     return own if world.size == 1 else backend.operand(world.gather_rows(embedding), spec)
 
 
-def largest_products(
-    embeddings: list[Tensor], pairs: Pairs, spec: LossSpec, world: World
-) -> list[Tensor] | list[None]:
+def largest_products(embeddings: list[Tensor], pairs: Pairs, spec: LossSpec, world: World) -> list[Tensor] | list[None]:
     """Per pair, the largest norm of a row times the largest of a column: no inner product exceeds it."""
     if spec.normalize or not pairs:
         return [None] * len(pairs)

@@ -4,12 +4,13 @@
 softplus; a backend computes both in tiles and recomputes the tiles in the backward pass: O(N·D) memory. Everything that
 is one of these and O(N·D) arithmetic around it can be written with them in plain torch (``gapkernels.contrast``).
 
-Rows and columns are matched, sample by sample, or not. The entries of matching rows and columns, the positives, are left
+Rows and columns are matched, sample by sample, or not. The entries of matching rows and columns, the positives, are
+left
 out of all sums and returned by themselves: what is made of both is then exact where a positive dominates its sum.
 
 With several processes each holds ``n`` rows and ``k`` columns; sums run over the columns, or rows, of all. Gradients of
-rows and columns are those of the sum over the processes of whatever each makes of its own sums; that of the scale is the
-process's own part. Their mean over processes, which DistributedDataParallel takes, is the gradient of the mean.
+rows and columns are those of the sum over the processes of whatever each makes of its own sums; that of the scale is
+the process's own part. Their mean over processes, which DistributedDataParallel takes, is the gradient of the mean.
 """
 
 from __future__ import annotations
@@ -109,10 +110,28 @@ class _Problem(NamedTuple):
 
 
 def _problem(
-    rows: Tensor, cols: Tensor, logit_scale: Tensor, mask: Mask, matched: bool, normalize: bool, backend: str, group: str
+    rows: Tensor,
+    cols: Tensor,
+    logit_scale: Tensor,
+    mask: Mask,
+    matched: bool,
+    normalize: bool,
+    backend: str,
+    group: str,
+    softplus: bool = False,
 ) -> _Problem:
     spec = LossSpec(anchor=1, atp=False, cu=False, normalize=normalize)
     world = world_of(group)
+    needs = frozenset(
+        name
+        for name, needed in (
+            ("softplus", softplus),
+            ("weights", not softplus),
+            ("ids", mask.row_ids is not None),
+            ("limits", mask.row_limit is not None or mask.col_limit is not None),
+        )
+        if needed
+    )
     if world.size > 1:
         world.agree(
             {
@@ -126,7 +145,8 @@ def _problem(
             [logit_scale.to(statistics_dtype(rows.device))],
         )
     rows, cols = readable([rows, cols])
-    return _Problem(rows, cols, logit_scale, mask, matched, spec, backends.select(backend, rows, spec), world)
+    implementation = backends.select_for_sums(backend, rows, needs)
+    return _Problem(rows, cols, logit_scale, mask, matched, spec, implementation, world)
 
 
 def _matched_operands(p: _Problem) -> tuple[tuple[Operand, Operand], Tensor]:
@@ -190,8 +210,8 @@ def _gradients(
 ) -> tuple[list[Tensor | None], Tensor | None]:
     """Gradients of rows, columns and scale.
 
-    The backend's last steps are those of a loss: of InfoNCE of one pair, weighted such that its gradient with respect to
-    the cosines is the logit scale times H less the diagonal.
+    The backend's last steps are those of a loss: of InfoNCE of one pair, weighted such that its gradient with respect
+    to the cosines is the logit scale times H less the diagonal.
 
     Args:
         p: what was evaluated.
@@ -199,6 +219,7 @@ def _gradients(
         entries: 0-dim, this process's part of Σ_ij H_ij.
         needs: whether to differentiate with respect to rows, columns and scale.
     """
+    assert sums.row_weight is not None
     needs_rows, needs_cols, needs_scale = needs
     num_rows, world = p.rows.shape[0], p.world
     operands = p.operands()
@@ -263,7 +284,8 @@ def _gradients(
         return gradients, None
     scale_gradient = p.backend.scale_gradient(moment, evaluation).to(row_log.dtype)
     if prepared.positive_moment is not None:
-        # It came from Σ H_ij·(x_ij − reference); in a loss Σ H_ij off the diagonal is the negative mass, here it may not.
+        # It came from Σ H_ij·(x_ij − reference); in a loss Σ H_ij off the diagonal is the negative mass, here it may
+        # not.
         scale_gradient = scale_gradient + (entries - sums.negative_mass.sum()) * prepared.reference / per_cosine
     return gradients, scale_gradient.to(p.logit_scale.dtype)
 
@@ -271,9 +293,11 @@ def _gradients(
 def _block_of(
     sums: SoftmaxSums | SigmoidWeights, prepared: PreparedSums, row: slice, col: slice
 ) -> SoftmaxSums | SigmoidWeights:
+    assert sums.row_weight is not None
     row_weight, negative_mass = part(sums.row_weight, row), part(sums.negative_mass, row)
     if isinstance(sums, SigmoidWeights):
         return SigmoidWeights(sums.bias, row_weight, negative_mass)
+    assert sums.col_weight is not None
     return SoftmaxSums(
         part(prepared.rows[0], row), part(prepared.cols[0], col), negative_mass, row_weight, part(sums.col_weight, col)
     )
@@ -368,7 +392,7 @@ def _softplus(
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     with no_autocast([rows]), on_device([rows]):
-        p = _problem(rows, cols, logit_scale, Mask(row_ids, col_ids), matched, normalize, backend, group)
+        p = _problem(rows, cols, logit_scale, Mask(row_ids, col_ids), matched, normalize, backend, group, True)
         operands, cosines = _matched_operands(p)
         sums = p.backend.softplus_sums(p.matrix(operands), logit_bias.to(cosines.dtype) * LOG2_E)
         return sums.softplus, cosines * logit_scale.to(cosines.dtype), sums.sigmoid
@@ -378,9 +402,7 @@ def _softplus_fake(
     rows: Tensor, cols: Tensor, logit_scale: Tensor, logit_bias: Tensor, *arguments: Any
 ) -> tuple[Tensor, ...]:
     n, matched = rows.shape[0], arguments[2]
-    return tuple(
-        rows.new_empty(size, dtype=statistics_dtype(rows.device)) for size in (n, n if matched else 0, n)
-    )
+    return tuple(rows.new_empty(size, dtype=statistics_dtype(rows.device)) for size in (n, n if matched else 0, n))
 
 
 def _softplus_backward(
@@ -400,7 +422,7 @@ def _softplus_backward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     with no_autocast([rows]), on_device([rows]):
-        p = _problem(rows, cols, logit_scale, Mask(row_ids, col_ids), matched, normalize, backend, group)
+        p = _problem(rows, cols, logit_scale, Mask(row_ids, col_ids), matched, normalize, backend, group, True)
         return _filled(p, *_softplus_gradients(p, (grad_row, grad_positive), logit_bias, sigmoid, needs))
 
 

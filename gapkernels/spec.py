@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from functools import cache
 from itertools import combinations
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Pairs = tuple[tuple[int, int], ...]
 
@@ -36,6 +39,62 @@ class LossSpec(NamedTuple):
         if not self.nce:
             return ()
         return unordered_pairs(num_modalities) if self.all_pairs else self.anchor_pairs(num_modalities)
+
+
+class Contrast(NamedTuple):
+    """What the contrastive term is, besides its scale.
+
+    Attributes:
+        sigmoid: pairs are classified one by one (SigLIP, arXiv 2303.15343) instead of by soft-max.
+        from_anchor, to_anchor: weights of the two directions; zero is not computed.
+        same_anchor, same_other: rows of the anchor, or of the other modality, are negatives of each other.
+        joint: one denominator per sample for everything, instead of one for each direction.
+        decoupled: the positive is not in the denominator (arXiv 2110.06848).
+        label_smoothing: share of the target that is spread evenly over all candidates.
+        equal_are_positive: samples of equal ids are each other's positives, not merely no negatives.
+        margin: candidates that exceed the positive's cosine by more are left out; None for none.
+    """
+
+    sigmoid: bool = False
+    from_anchor: float = 0.5
+    to_anchor: float = 0.5
+    same_anchor: bool = False
+    same_other: bool = False
+    joint: bool = False
+    decoupled: bool = False
+    label_smoothing: float = 0.0
+    equal_are_positive: bool = False
+    margin: float | None = None
+
+
+class Candidates(NamedTuple):
+    """Tensors that come with the options.
+
+    Attributes:
+        ids: ``[n]`` int64 of the samples, or None.
+        negatives: ``[K, D]`` that every anchor row sees, ``[n, K, D]`` own to each, or None.
+        negative_ids: ``[K]`` int64, or None.
+        bias: 0-dim, the logit bias of the sigmoid loss, or None.
+    """
+
+    ids: Tensor | None = None
+    negatives: Tensor | None = None
+    negative_ids: Tensor | None = None
+    bias: Tensor | None = None
+
+
+class SimilaritySums(NamedTuple):
+    """Natural logarithms of sums of exponentials of logits, positives left out. Differentiable, in float64.
+
+    Attributes:
+        rows: ``[n]``, over the candidates of each row; −∞ where there are none.
+        cols: ``[k]``, over the rows that a column is a candidate of.
+        positives: ``[n]``, logits of matching rows and columns; ``[0]`` if they do not match.
+    """
+
+    rows: Tensor
+    cols: Tensor
+    positives: Tensor
 
 
 @cache

@@ -13,12 +13,12 @@ from gapkernels.backends import triton as triton_backend
 from gapkernels.backends.contract import Backend
 from gapkernels.backends.cuda import speed_record
 from gapkernels.backends.tiled import TiledBackend
+from gapkernels.spec import LossSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from gapkernels.backends.cuda.speed_record import Region
-    from gapkernels.spec import LossSpec
 
 NAMES = ("reference", "torch", "cpu", "triton", "cuda")
 """Names accepted for ``backend``, besides ``"auto"``."""
@@ -68,6 +68,26 @@ def select(name: str, like: Tensor, spec: LossSpec) -> Backend:
     if name == "auto":
         name = _fastest(like, spec)
     return _create(name, like.device, like.dtype)
+
+
+def select_for_sums(name: str, like: Tensor, needs: frozenset[str]) -> Backend:
+    """The backend of a name for sums along one matrix; ``"auto"`` takes the fastest that computes what they need.
+
+    Args:
+        name, like: as for ``select``.
+        needs: see ``gapkernels.backends.contract.Backend.sums_of``.
+
+    Raises:
+        TypeError, RuntimeError: as ``select``.
+        ValueError: the backend of this name does not compute what is needed; names one that does.
+    """
+    backend = select(name, like, LossSpec())
+    if needs <= backend.sums_of:
+        return backend
+    if name == "auto":
+        return _create("torch", like.device, like.dtype)
+    missing = ", ".join(sorted(needs - backend.sums_of))
+    raise ValueError(f"backend={name!r} does not compute sums with {missing}; choose backend='torch'")
 
 
 def _fastest(like: Tensor, spec: LossSpec) -> str:

@@ -30,6 +30,10 @@ NORM_EPS = 1e-12
 NO_DIAGONAL = -(1 << 30)
 """The diagonal of a block that has none."""
 
+SUMS_OF = frozenset({"weights", "ids", "limits", "softplus"})
+"""What the sums of one matrix need of a backend beyond those of a loss: weights in ``SoftmaxSums``, ids and limits of a
+``Matrix``, ``softplus_sums`` with ``SigmoidWeights``."""
+
 SUM_SCALARS = 4
 """How many scalars follow the vectors in ``RowStatistics.sums``."""
 
@@ -332,6 +336,10 @@ class Evaluation(NamedTuple):
 
 class Backend(Protocol):
     """The functions that an evaluation consists of. Everything is on one device; rows have unit stride."""
+
+    @property
+    def sums_of(self) -> frozenset[str]:
+        """What sums along one matrix may have here besides a matrix: of ``SUMS_OF``."""
 
     @property
     def gradient_block(self) -> int | None:

@@ -32,6 +32,7 @@ class CpuBackend:
         BuildError: the kernels cannot be compiled or loaded.
     """
 
+    sums_of = frozenset[str]()
     gradient_block = None  # tiles are formed inside
 
     def __init__(self) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from gapkernels.backends.contract import (
     LOG2_E,
     SUM_SCALARS,
+    SUMS_OF,
     Centroids,
     Evaluation,
     Forward,
@@ -40,6 +41,7 @@ LN_2 = math.log(2)
 class TiledBackend:
     """``backend="torch"``; see ``gapkernels.backends.contract.Backend``."""
 
+    sums_of = SUMS_OF
     gradient_block = None  # tiles are formed inside
 
     def row_statistics(self, embeddings: list[Tensor], spec: LossSpec) -> tuple[list[Operand], RowStatistics]:

@@ -57,6 +57,8 @@ LARGEST_BIASED_EXPONENT = 32.0
 class TritonBackend:
     """``backend="triton"``; see ``gapkernels.backends.contract.Backend``."""
 
+    sums_of: frozenset[str] = frozenset()
+
     @property
     def gradient_block(self) -> int:
         return BLOCK

@@ -1,0 +1,104 @@
+"""Checks of arguments that several public functions share, and numbers as tensors."""
+
+from __future__ import annotations
+
+import functools
+import math
+from numbers import Real
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gapkernels import backends
+from gapkernels.backends.contract import statistics_dtype
+
+DEFAULT_TEMPERATURE = 0.07  # CLIP's initial value
+
+
+def as_tensor(value: float | Tensor, device: torch.device) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.reshape(()).to(device, statistics_dtype(device))
+    return constant(value, device)
+
+
+def constant(value: float | tuple[float, ...], device: torch.device) -> Tensor:
+    """A number or some as a tensor in the statistics type. Eager calls keep it: on a GPU it is copied from the host."""
+    if not (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0):
+        return _kept_constant(value, device)
+    # A number that changes between calls is a symbol here: a product takes it as one, torch.full and torch.tensor
+    # would compile anew for every value or, without gradients, keep an old one.
+    one = torch.ones((), dtype=statistics_dtype(device), device=device)
+    return torch.stack([one * v for v in value]) if isinstance(value, tuple) else one * value
+
+
+@functools.lru_cache(maxsize=256)
+def _kept_constant(value: float | tuple[float, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # or no later call could differentiate through it
+        return torch.tensor(value, dtype=statistics_dtype(device), device=device)
+
+
+def check_scalar(name: str, value: float | Tensor, positive: bool = True) -> float | Tensor:
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or not value.is_floating_point():
+            raise ValueError(
+                f"`{name}` must be a number or a floating tensor of one element, got {name_of(value.dtype)} of shape "
+                f"{list(value.shape)}"
+            )
+        refuse_dtensor(f"`{name}`", value, "its full_tensor()")
+        if positive and is_readable(value):
+            number = value.item()
+            if number <= 0 or number == math.inf:  # not a number passes: a training that diverged says so in its loss
+                which = f"`{name}`" if name == "uniformity_t" else "the logit scale (1/temperature)"
+                raise ValueError(f"{which} must be {'positive' if number <= 0 else 'finite'}, got {number}")
+        return value
+    return check_number(name, value, positive=positive)
+
+
+def refuse_dtensor(name: str, tensor: Tensor, instead: str) -> None:
+    if type(tensor).__name__ == "DTensor":
+        raise TypeError(f"{name} must be an ordinary tensor, got a DTensor; pass {instead}")
+
+
+def is_readable(tensor: Tensor) -> bool:
+    """Whether a value can be looked at without waiting for a device, and without a tracer or transform in the way."""
+    return (
+        tensor.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def check_number(name: str, value: float, positive: bool = False) -> float:
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"`{name}` must be a number, got {type(value).__name__}")
+    if not -math.inf < value < math.inf or (positive and value <= 0):  # comparisons, which torch.compile can trace
+        raise ValueError(f"`{name}` must be {'positive and ' if positive else ''}finite, got {value}")
+    return value if torch.compiler.is_compiling() else float(value)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def logit_scale_of(
+    logit_scale: float | Tensor | None, temperature: float | Tensor | None, device: torch.device
+) -> Tensor:
+    if logit_scale is not None and temperature is not None:
+        raise ValueError("give `logit_scale` or `temperature` (its inverse), not both")
+    if temperature is None:
+        value = 1 / DEFAULT_TEMPERATURE if logit_scale is None else check_scalar("logit_scale", logit_scale)
+        return value.reshape(()).to(device) if isinstance(value, Tensor) else constant(value, device)
+    value = check_scalar("temperature", temperature)
+    if isinstance(value, Tensor):  # inverted in the statistics type: a bfloat16 quotient would be off by 0.4 %
+        return value.reshape(()).to(device, statistics_dtype(device)).reciprocal()
+    return constant(1 / value, device)
+
+
+def check_backend(backend: str) -> str:
+    if backend != "auto" and backend not in backends.NAMES:
+        raise ValueError(f"`backend` must be 'auto' or one of {', '.join(map(repr, backends.NAMES))}, got {backend!r}")
+    return backend

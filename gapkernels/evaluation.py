@@ -1,0 +1,148 @@
+"""Terms of a loss that the fused plan does not compute alone: with a contrast of its own, or by the definition."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gapkernels import contrast, ops
+from gapkernels.backends import reference
+from gapkernels.backends.contract import NORM_EPS, Scalars, compute_dtype
+from gapkernels.collectives import mean_of_gradients, mean_over_processes
+from gapkernels.contrast import How
+from gapkernels.spec import Candidates, Contrast, LossSpec, SimilaritySums
+
+
+class GapLossTerms(NamedTuple):
+    """The parts of a loss. All are 0-dim tensors; float64 for float64 embeddings, else float32.
+
+    Attributes:
+        loss: the weighted sum; differentiable.
+        info_nce: the contrastive term, unweighted; differentiable. None if its weight is zero.
+        align_true_pairs: likewise.
+        centroid_uniformity: likewise.
+        modality_gap: ‖mean of x − mean of y‖ of the normalised embeddings, averaged over unordered pairs of
+            modalities; detached.
+        true_pair_cosine: mean cosine of matching rows, averaged likewise; detached.
+    """
+
+    loss: Tensor
+    info_nce: Tensor | None
+    align_true_pairs: Tensor | None
+    centroid_uniformity: Tensor | None
+    modality_gap: Tensor
+    true_pair_cosine: Tensor
+
+
+def with_contrast(
+    embeddings: list[Tensor],
+    scalars: Scalars,
+    spec: LossSpec,
+    chosen: Contrast,
+    given: Candidates,
+    how: How,
+    different_only: bool,
+) -> GapLossTerms:
+    """The loss with a contrast of its own: the other terms come from the fused plan without InfoNCE.
+
+    Args:
+        embeddings, scalars, spec: as for the plan.
+        chosen, given: the contrast.
+        how: how sums are computed.
+        different_only: centroid uniformity over samples of different ids only.
+    """
+    dtype = compute_dtype(embeddings[0].dtype)
+    term = uniformity = None
+    if spec.nce:
+        losses, _ = contrast_per_sample(embeddings, scalars.logit_scale, spec, chosen, given, how)
+        term = mean_over_samples(losses, how)
+    if spec.cu and different_only:
+        if not spec.normalize_centroids:
+            raise ValueError("`uniformity_of_equal_ids`=False needs normalize_centroids=True, got False")
+        uniformity = _uniformity_of_different(embeddings, scalars.uniformity_t, spec, given, how)
+    rest = spec._replace(nce=False, cu=spec.cu and uniformity is None)
+    if how.backend == "reference":
+        others = by_definition(embeddings, scalars, rest, how.world_size)
+    else:
+        loss, values = ops.loss(embeddings, scalars, rest, how.backend, how.group, how.world_size)
+        others = GapLossTerms(loss, *values.unbind())
+    parts = [others.loss.to(scalars.weights.dtype)]
+    parts += [scalars.weights[0] * term] if term is not None else []
+    parts += [scalars.weights[2] * uniformity] if uniformity is not None else []
+    return GapLossTerms(
+        torch.stack(parts).sum().to(dtype),
+        None if term is None else term.to(dtype),
+        others.align_true_pairs if spec.atp else None,
+        uniformity.to(dtype) if uniformity is not None else others.centroid_uniformity if spec.cu else None,
+        others.modality_gap.detach(),
+        others.true_pair_cosine.detach(),
+    )
+
+
+def contrast_per_sample(
+    embeddings: list[Tensor], scale: Tensor, spec: LossSpec, chosen: Contrast, given: Candidates, how: How
+) -> tuple[Tensor, list[SimilaritySums | None]]:
+    """The contrastive term of each own sample ``[n]``, averaged over pairs, and the sums of each pair."""
+    device = embeddings[0].device.type
+    scale = mean_of_gradients(scale, how.group, how.world_size)
+    if given.bias is not None:
+        given = given._replace(bias=mean_of_gradients(given.bias, how.group, how.world_size))
+    if how.backend == "reference":
+        _refuse_group(how.world_size)
+        dtype = torch.promote_types(embeddings[0].dtype, torch.float32)
+        vectors = [_definition_vectors(e, dtype, spec) for e in embeddings]
+        negatives = None if given.negatives is None else _definition_vectors(given.negatives, dtype, spec)
+        bias = None if given.bias is None else given.bias.to(dtype)
+        given = given._replace(negatives=negatives, bias=bias)
+    losses: list[Tensor] = []
+    sums: list[SimilaritySums | None] = []
+    with torch.autocast(device, enabled=False):  # which would round logits
+        for m, k in spec.nce_pairs(len(embeddings)):
+            anchor, other = (k, m) if k == spec.anchor else (m, k)
+            if how.backend == "reference":
+                result = reference.contrast_per_sample(vectors[anchor], vectors[other], scale.to(dtype), chosen, given)
+            else:
+                result = contrast.per_sample(embeddings[anchor], embeddings[other], scale, chosen, given, how)
+            losses.append(result[0])
+            sums.append(result[1])
+    return torch.stack(losses).mean(dim=0), sums
+
+
+def _definition_vectors(x: Tensor, dtype: torch.dtype, spec: LossSpec) -> Tensor:
+    x = x.to(dtype)
+    return F.normalize(x, dim=-1, eps=NORM_EPS) if spec.normalize else x
+
+
+def _uniformity_of_different(
+    embeddings: list[Tensor], t: Tensor, spec: LossSpec, given: Candidates, how: How
+) -> Tensor:
+    assert given.ids is not None
+    dtype = compute_dtype(embeddings[0].dtype)
+    with torch.autocast(embeddings[0].device.type, enabled=False):
+        c = reference.centroids([_definition_vectors(e, dtype, spec) for e in embeddings], normalize=True)
+        if how.backend == "reference":
+            return reference.centroid_uniformity(c, t.to(dtype), given.ids)
+        return mean_over_processes(contrast.uniformity_of_different(c, t, given.ids, how), how.group, how.world_size)
+
+
+def mean_over_samples(losses: Tensor, how: How) -> Tensor:
+    return mean_over_processes(losses.mean(), how.group, how.world_size)
+
+
+def by_definition(embeddings: list[Tensor], scalars: Scalars, spec: LossSpec, world_size: int) -> GapLossTerms:
+    """All terms from ``gapkernels.backends.reference``."""
+    _refuse_group(world_size)
+    dtype = torch.promote_types(embeddings[0].dtype, torch.float32)
+    embeddings = [e.to(dtype) for e in embeddings]
+    with torch.autocast(embeddings[0].device.type, enabled=False):  # which would round the cosines
+        terms = reference.loss_terms(embeddings, Scalars(*(number.to(dtype) for number in scalars)), spec)
+        loss = reference.total(terms, scalars.weights.to(dtype), embeddings)
+        return GapLossTerms(loss, *terms, *reference.diagnostics(embeddings))
+
+
+def _refuse_group(world_size: int) -> None:
+    if world_size > 1:
+        raise ValueError('`group` is not supported by backend="reference"; gather the embeddings first')
