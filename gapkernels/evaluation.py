@@ -13,7 +13,7 @@ from gapkernels.backends import reference
 from gapkernels.backends.contract import NORM_EPS, Scalars, compute_dtype
 from gapkernels.collectives import mean_of_gradients, mean_over_processes
 from gapkernels.contrast import How
-from gapkernels.spec import Candidates, Contrast, LossSpec, SimilaritySums
+from gapkernels.spec import Candidates, Contrast, LossSpec, SimilaritySums, pairs_of
 
 
 class GapLossTerms(NamedTuple):
@@ -100,7 +100,7 @@ def contrast_per_sample(
     losses: list[Tensor] = []
     sums: list[SimilaritySums | None] = []
     with torch.autocast(device, enabled=False):  # which would round logits
-        for m, k in spec.nce_pairs(len(embeddings)):
+        for m, k in pairs_of(spec, len(embeddings)):
             anchor, other = (k, m) if k == spec.anchor else (m, k)
             if how.backend == "reference":
                 result = reference.contrast_per_sample(vectors[anchor], vectors[other], scale.to(dtype), chosen, given)

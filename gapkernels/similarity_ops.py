@@ -142,7 +142,7 @@ def _problem(
                 "normalize": normalize,
                 **{f"presence of {name}": float(value is not None) for name, value in mask._asdict().items()},
             },
-            [logit_scale.to(statistics_dtype(rows.device))],
+            [logit_scale, logit_scale.new_zeros(4)],  # no weights here
         )
     rows, cols = readable([rows, cols])
     implementation = backends.select_for_sums(backend, rows, needs)

@@ -31,14 +31,12 @@ class LossSpec(NamedTuple):
     @cache  # noqa: B019 (settings are few, and asked for these several times a step)
     def anchor_pairs(self, num_modalities: int) -> Pairs:
         """The pairs ``(m, anchor)`` that ATP always runs over."""
-        return tuple((m, self.anchor) for m in range(num_modalities) if m != self.anchor)
+        return _pairs_with(self.anchor, num_modalities)
 
     @cache  # noqa: B019
     def nce_pairs(self, num_modalities: int) -> Pairs:
         """The pairs ``(row modality, column modality)`` whose InfoNCE is averaged; none where it is off."""
-        if not self.nce:
-            return ()
-        return unordered_pairs(num_modalities) if self.all_pairs else self.anchor_pairs(num_modalities)
+        return pairs_of(self, num_modalities)
 
 
 class Contrast(NamedTuple):
@@ -95,6 +93,19 @@ class SimilaritySums(NamedTuple):
     rows: Tensor
     cols: Tensor
     positives: Tensor
+
+
+def pairs_of(spec: LossSpec, num_modalities: int) -> Pairs:
+    """``LossSpec.nce_pairs`` without its cache, which torch.compile does not look through."""
+    if not spec.nce:
+        return ()
+    if spec.all_pairs:
+        return tuple(combinations(range(num_modalities), 2))
+    return _pairs_with(spec.anchor, num_modalities)
+
+
+def _pairs_with(anchor: int, num_modalities: int) -> Pairs:
+    return tuple((m, anchor) for m in range(num_modalities) if m != anchor)
 
 
 @cache
