@@ -59,7 +59,8 @@ int64_t integer(PyObject* o) {
 bool truth(PyObject* o) { return PyObject_IsTrue(o) == 1; }
 
 // The contract's named tuples, given by bind().
-enum ResultType { operand_type, row_statistics_type, centroids_type, log_sums_type, saved_type, forward_type, prepared_type, num_types };
+enum ResultType { operand_type, row_statistics_type, centroids_type, log_sums_type, saved_type, forward_type, prepared_type, softplus_type,
+                  num_types };
 PyObject* result_types[num_types];
 
 template <class... Fields>
@@ -133,6 +134,16 @@ double* doubles_of(PyObject* tensor) {
     const Numbers numbers = numbers_of(tensor);
     if (!numbers.wide) throw std::invalid_argument("float64 was expected");
     return static_cast<double*>(numbers.data);
+}
+
+// Contiguous numbers in int64; null for None.
+const int64_t* ids_of(PyObject* tensor) {
+    if (tensor == Py_None) return nullptr;
+    const DLTensor t = view(tensor);
+    if (t.dtype.code != kDLInt || t.dtype.bits != 64 || t.ndim != 1 || (t.strides && t.shape[0] > 1 && t.strides[0] != 1)) {
+        throw std::invalid_argument("contiguous int64 ids were expected");
+    }
+    return static_cast<const int64_t*>(t.data);
 }
 
 float widened(uint16_t bits, Type type) {
@@ -240,6 +251,10 @@ Matrix matrix_of(PyObject* o) {
     m.scale = scalar_of(item(o, 4)) * log2_e;
     m.largest = m.biased ? 0 : item(o, 5) == Py_None ? m.scale : m.scale * scalar_of(item(o, 5));
     m.diagonal = integer(item(o, 6));
+    m.row_ids = ids_of(item(o, 9));
+    m.col_ids = ids_of(item(o, 10));
+    m.row_limit = item(o, 11) == Py_None ? nullptr : doubles_of(item(o, 11));
+    m.col_limit = item(o, 12) == Py_None ? nullptr : doubles_of(item(o, 12));
     const bool wide = m.rows.type == Type::f64;
     if (m.rows.type != m.cols.type || m.rows.dim != m.cols.dim || (row_factor.data && row_factor.wide != wide) ||
         (col_factor.data && col_factor.wide != wide)) {
@@ -348,6 +363,17 @@ PyObject* py_log_sums(PyObject* const* args) {
     return named_tuple(log_sums_type, rows.release(), cols.release());
 }
 
+PyObject* py_softplus_sums(PyObject* const* args) {
+    const Matrix matrix = matrix_of(args[0]);
+    const double bias = scalar_of(args[1]);
+    NewTensor softplus({matrix.rows.count}, Type::f64), sigmoid({matrix.rows.count}, Type::f64);
+    {
+        NoGil no_gil;
+        softplus_sums(matrix, bias, softplus.data<double>(), sigmoid.data<double>());
+    }
+    return named_tuple(softplus_type, softplus.release(), sigmoid.release());
+}
+
 PyObject* py_terms(PyObject* const* args) {
     PyObject *embeddings = args[0], *statistics = args[1], *pair_sums = args[3], *centroid_logs = args[4], *scalars = args[5];
     const Rows first = rows_of(item(embeddings, 0));
@@ -406,10 +432,11 @@ PyObject* py_softmax_sums(PyObject* const* args) {
     task.logit_scale = scalar_of(item(scalars, 0));
     task.row_log_sum = doubles_of(item(saved, 0));
     task.col_log_sum = doubles_of(item(saved, 1));
+    task.num_cols = view(item(saved, 1)).shape[1];
     task.negative_mass = doubles_of(item(saved, 2));
     task.cosines = doubles_of(item(saved, 3));
     task.cosine_sum = doubles_of(item(saved, 4))[sums.shape[0] - 1];
-    NewTensor rows({task.num_pairs, task.num_rows}, Type::f64), cols({task.num_pairs, task.total_rows}, Type::f64);
+    NewTensor rows({task.num_pairs, task.num_rows}, Type::f64), cols({task.num_pairs, task.num_cols}, Type::f64);
     task.rows = rows.data<double>();
     task.cols = cols.data<double>();
     {
@@ -426,9 +453,16 @@ PyObject* py_add_products(PyObject* const* args) {
     const Matrix block = matrix_of(args[0]);
     PyObject *sums = args[1], *prepared = args[2];
     Products products = {};
-    if (sums != Py_None) {
+    const auto weights = [&](Py_ssize_t i) { return item(sums, i) == Py_None ? nullptr : doubles_of(item(sums, i)); };
+    products.sigmoid = sums != Py_None && length(sums) == 3;  // bias, row_weight, negative_mass
+    if (products.sigmoid) {
+        products.bias = scalar_of(item(sums, 0));
+        products.row_weight = weights(1);
+    } else if (sums != Py_None) {  // row, col, negative_mass, row_weight, col_weight
         products.row_log = doubles_of(item(sums, 0));
         products.col_log = doubles_of(item(sums, 1));
+        products.row_weight = weights(3);
+        products.col_weight = weights(4);
     }
     products.reference = scalar_of(item(prepared, sums == Py_None ? 3 : 2));
     const auto accumulator = [&](PyObject* tensor, const Rows& like, void*& data, int64_t& stride) {
@@ -562,6 +596,7 @@ PyMethodDef methods[] = {
     FUNCTION(operand, 2),
     FUNCTION(centroids, 5),
     FUNCTION(log_sums, 1),
+    FUNCTION(softplus_sums, 2),
     FUNCTION(terms, 8),
     FUNCTION(softmax_sums, 3),
     FUNCTION(add_products, 8),

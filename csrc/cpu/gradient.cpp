@@ -1,6 +1,8 @@
 // The gradient with respect to the inner products of a matrix, H, multiplied with both operands while it is in cache.
 //
 //     pairs        H_ij = row_factor_i·col_factor_j·(2^(x_ij − L_i) + 2^(x_ij − L_j))      L: log sums of row and column
+//                  each of the two times a weight of its row or column, where there are some; none beyond a limit
+//     sigmoid      H_ij = row_factor_i·col_factor_j·weight_i / (1 + 2^−(x_ij + bias))
 //     centroids    H_ij = 2^(x_ij − reference)
 //     row_products += H·cols        col_products += Hᵀ·rows        without the diagonal
 //
@@ -32,12 +34,16 @@ constexpr int64_t dims_at_once = 256; // columns of D that a task of step 2 owns
 constexpr int64_t depth = 256;        // of float32 products, whose right operand is not packed
 constexpr double largest_range = 100;
 
+// What an entry of H is made of. `general` is `softmax` with weights or limits.
+enum class Entry { centroids, softmax, softmax_twice, general, general_twice, sigmoid };
+
 // What the epilogue multiplies exponentials with, per row and per column.
 template <class A>
 struct Weights {
-    const A *row, *col;  // u_i, v_j, or L_i, L_j where they take two exponentials
+    const A *row, *col;  // u_i, v_j, or L_i, L_j where they take two exponentials; weight_i of a sigmoid
     const A* row_factor;
     A reference;
+    const A *row_weight, *col_weight, *row_limit, *col_limit;  // general only
 };
 
 // Where a tile of H goes.
@@ -49,20 +55,27 @@ struct Destination {
 };
 
 // The epilogue: S of a tile → H. Returns Σ (2^(x − L_i) + 2^(x − L_j))·x if `moment`.
-template <bool biased, bool one_exponential, bool moment, class T, class A>
+template <Entry kind, bool moment, class T, class A>
 double gradient_tile(const A* s, int64_t height, int64_t width, const Exponents<A>& x, int64_t row, int64_t col,
                      const Weights<A>& w, Destination<T> out) {
     using V = Vec<A>;
+    constexpr bool biased = kind == Entry::centroids;
+    constexpr bool is_general = kind == Entry::general || kind == Entry::general_twice;
+    const V zero = V::zero();
     const V scale = V::all(x.scale), reference = V::all(-w.reference), lowest = V::all(A(-1e30));
     double result = 0;
     for_stripes<A>(width, [&](auto vectors, int64_t j) {
         constexpr int n = decltype(vectors)::value;
-        V factor[n], shift[n], share[n], sum[n];
+        V factor[n], shift[n], share[n], weight[n], limit[n], sum[n];
         for (int v = 0; v < n; ++v) {
             const int64_t at = col + j + v * V::size;
             factor[v] = V::load(x.col + at);
             shift[v] = V::load(x.shift + at);
             if constexpr (!biased) share[v] = V::load(w.col + at);
+            if constexpr (is_general) {
+                weight[v] = V::load(w.col_weight + at);
+                limit[v] = V::load(w.col_limit + at);
+            }
             sum[v] = V::zero();
         }
         const auto entry = [&](int64_t i, int v) {
@@ -71,15 +84,25 @@ double gradient_tile(const A* s, int64_t height, int64_t width, const Exponents<
             if constexpr (biased) {
                 return exp2(y);
             } else {
+                const V own = V::all(w.row[row + i]);
                 V t;
-                if constexpr (one_exponential) {
-                    t = exp2(y) * (V::all(w.row[row + i]) + share[v]);
-                    if constexpr (moment) {  // from the product: y is rounded where the middle of the log sums lies
-                        sum[v] = fma(t, max_or_nan(fma(product * row_factor, factor[v], reference), lowest), sum[v]);
-                    }
+                if constexpr (kind == Entry::softmax) {
+                    t = exp2(y) * (own + share[v]);
+                } else if constexpr (kind == Entry::softmax_twice) {
+                    t = exp2(y - own) + exp2(y - share[v]);
+                } else if constexpr (kind == Entry::sigmoid) {
+                    t = softplus_and_sigmoid(y).sigmoid * own;
                 } else {
-                    t = exp2(y - V::all(w.row[row + i])) + exp2(y - share[v]);
-                    if constexpr (moment) sum[v] = fma(t, max_or_nan(y, lowest), sum[v]);
+                    const V row_limit = V::all(w.row_limit[row + i]);
+                    if constexpr (kind == Entry::general) {
+                        t = exp2(y) * (if_within(y, row_limit, own, zero) + if_within(y, limit[v], share[v], zero));
+                    } else {
+                        t = if_within(y, row_limit, exp2(y - own) * V::all(w.row_weight[row + i]), zero) +
+                            if_within(y, limit[v], exp2(y - share[v]) * weight[v], zero);
+                    }
+                }
+                if constexpr (moment) {  // from the product: y is rounded where the middle of the log sums lies
+                    sum[v] = fma(t, max_or_nan(fma(product * row_factor, factor[v], reference), lowest), sum[v]);
                 }
                 return t * (factor[v] * V::all(w.row_factor[row + i]));
             }
@@ -132,7 +155,7 @@ class Gradient {
           transposed_ld_(height_ + 32),
           rows_at_once_(n_ > 1024 && !matrix.symmetric ? 256 : square),
           workspace_(bytes()) {
-        for (A*& p : per_row_) p = workspace_.take<A>(n_);
+        for (A*& p : per_row_) p = workspace_.take<A>(n_);  // three, and two for weights and limits
         for (A*& p : per_col_) p = workspace_.take<A>(padded_cols_);
         h_rows_ = workspace_.take<T>((height_ + 1) * row_ld_);
         h_cols_ = packed ? workspace_.take<T>(height_ * width_) : nullptr;
@@ -163,7 +186,7 @@ class Gradient {
 
     size_t bytes() const {
         using W = Workspace;
-        size_t total = 3 * W::bytes<A>(n_) + 3 * W::bytes<A>(padded_cols_);
+        size_t total = 5 * W::bytes<A>(n_) + 5 * W::bytes<A>(padded_cols_);
         total += W::bytes<T>((height_ + 1) * row_ld_) + W::bytes<T>(dim_ * transposed_ld_);
         if (packed) total += W::bytes<T>(height_ * width_) + W::bytes<T>(round_up(dim_, panel_width) * width_);
         return total + W::bytes<double>(max_tiles()) + W::bytes<A>(num_threads() * scratch_size);
@@ -173,8 +196,9 @@ class Gradient {
     void prepare() {
         const double *row_log = products_.row_log, *col_log = products_.col_log;
         double middle = 0;
-        one_exponential_ = true;
-        if (!matrix_.biased) {
+        const bool sigmoid = products_.sigmoid, general = products_.row_weight != nullptr || has_limits(matrix_);
+        bool one_exponential = true;
+        if (!matrix_.biased && !sigmoid) {
             double low = INFINITY, high = -INFINITY;
             bool ordered = true;  // not a number takes the way that is right for anything
             const auto look = [&](double log) {
@@ -184,23 +208,41 @@ class Gradient {
             };
             for (int64_t i = 0; i < n_; ++i) look(row_log[i]);
             for (int64_t j = 0; j < cols_; ++j) look(col_log[j]);
-            one_exponential_ = ordered && high - low <= largest_range;
-            if (one_exponential_) middle = 0.5 * (low + high);
+            one_exponential = ordered && high - low <= largest_range;
+            if (one_exponential) middle = 0.5 * (low + high);
         }
-        exponents_ = fold_factors<A>(matrix_, products_.reference + middle, per_row_[0], per_col_[0], per_col_[1], n_,
+        const double shift = sigmoid ? -products_.bias : products_.reference + middle;
+        exponents_ = fold_factors<A>(matrix_, shift, per_row_[0], per_col_[0], per_col_[1], n_,
                                      cols_, padded_cols_);
-        weights_ = {per_row_[1], per_col_[2], per_row_[2], static_cast<A>(products_.reference)};
+        weights_ = {per_row_[1], per_col_[2], per_row_[2], static_cast<A>(products_.reference),
+                    per_row_[3], per_col_[3], per_row_[4], per_col_[4]};
+        kind_ = matrix_.biased ? Entry::centroids
+                : sigmoid      ? Entry::sigmoid
+                : general      ? (one_exponential ? Entry::general : Entry::general_twice)
+                               : (one_exponential ? Entry::softmax : Entry::softmax_twice);
         if (matrix_.biased) return;
         const A* factor = static_cast<const A*>(matrix_.row_factor);
-        const auto weight = [&](double log) {
-            return one_exponential_ ? std::exp2(static_cast<A>(middle - log)) : static_cast<A>(log);
-        };
-        for (int64_t i = 0; i < n_; ++i) {
-            per_row_[1][i] = weight(row_log[i]);
-            per_row_[2][i] = factor ? factor[i] : A(1);
+        for (int64_t i = 0; i < n_; ++i) per_row_[2][i] = factor ? factor[i] : A(1);
+        if (sigmoid) {
+            for (int64_t i = 0; i < n_; ++i) per_row_[1][i] = static_cast<A>(products_.row_weight[i]);
+            std::fill(per_col_[2], per_col_[2] + padded_cols_, A(0));
+            return;
         }
-        for (int64_t j = 0; j < cols_; ++j) per_col_[2][j] = weight(col_log[j]);
-        std::fill(per_col_[2] + cols_, per_col_[2] + padded_cols_, A(0));
+        const auto fill = [&](const double* logs, const double* weights, int64_t count, int64_t padded, A* share, A* apart) {
+            for (int64_t i = 0; i < count; ++i) {
+                const double own = weights ? weights[i] : 1.0;
+                share[i] = one_exponential ? std::exp2(static_cast<A>(middle - logs[i])) : static_cast<A>(logs[i]);
+                if (one_exponential && weights) share[i] *= static_cast<A>(own);
+                apart[i] = static_cast<A>(own);
+            }
+            std::fill(share + count, share + padded, A(0));
+            std::fill(apart + count, apart + padded, A(0));
+        };
+        fill(row_log, products_.row_weight, n_, n_, per_row_[1], per_row_[3]);
+        fill(col_log, products_.col_weight, cols_, padded_cols_, per_col_[2], per_col_[3]);
+        if (!general) return;
+        fold_limits(matrix_.row_limit, shift, per_row_[4], n_, n_);
+        fold_limits(matrix_.col_limit, shift, per_col_[4], cols_, padded_cols_);
     }
 
     void add_block(int64_t row, int64_t height, int64_t col, int64_t width, bool fresh) {
@@ -263,6 +305,7 @@ class Gradient {
             const int64_t tile_width = panel_columns(col + j, cols_, col_multiple);
             inner_products(operands_, row + i, tile_height, (col + j) / panel_width, tile_width, s);
             leave_out(s, row + i, tile_height, col + j, std::min(tile_width, cols_ - col - j), matrix_.diagonal, false);
+            leave_out_equal(s, row + i, tile_height, col + j, std::min(tile_width, cols_ - col - j), matrix_);
             const Destination<T> out{h_rows_ + i * row_ld_ + j, row_ld_,
                                      packed ? h_cols_ + (j / panel_width * (height_ / 2) + i / 2) * panel_width * 2 : nullptr};
             moment += epilogue(s, tile_height, tile_width, row + i, col + j, out);
@@ -271,14 +314,24 @@ class Gradient {
     }
 
     double epilogue(const A* s, int64_t height, int64_t width, int64_t row, int64_t col, Destination<T> out) const {
-        const auto call = [&](auto biased, auto one, auto moment) {
-            return gradient_tile<biased.value, one.value, moment.value>(s, height, width, exponents_, row, col, weights_, out);
+        const auto call = [&](auto kind) {
+            return products_.moment ? gradient_tile<kind.value, true>(s, height, width, exponents_, row, col, weights_, out)
+                                    : gradient_tile<kind.value, false>(s, height, width, exponents_, row, col, weights_, out);
         };
-        constexpr std::true_type yes;
-        constexpr std::false_type no;
-        if (matrix_.biased) return call(yes, yes, no);
-        if (one_exponential_) return products_.moment ? call(no, yes, yes) : call(no, yes, no);
-        return products_.moment ? call(no, no, yes) : call(no, no, no);
+        switch (kind_) {
+            case Entry::centroids:
+                return gradient_tile<Entry::centroids, false>(s, height, width, exponents_, row, col, weights_, out);
+            case Entry::softmax:
+                return call(std::integral_constant<Entry, Entry::softmax>());
+            case Entry::softmax_twice:
+                return call(std::integral_constant<Entry, Entry::softmax_twice>());
+            case Entry::general:
+                return call(std::integral_constant<Entry, Entry::general>());
+            case Entry::general_twice:
+                return call(std::integral_constant<Entry, Entry::general_twice>());
+            default:
+                return call(std::integral_constant<Entry, Entry::sigmoid>());
+        }
     }
 
     // Step 2, rows [i, i + rows_at_once) of the block: rows += H·cols.
@@ -338,12 +391,13 @@ class Gradient {
     const Matrix& matrix_;
     const Operands<T>& operands_;
     const Products& products_;
-    bool parallel_, one_exponential_ = true;
+    bool parallel_;
+    Entry kind_ = Entry::softmax;
     int64_t n_, cols_, dim_, padded_cols_, height_, width_, row_ld_, transposed_ld_, rows_at_once_;
     Workspace workspace_;
     Exponents<A> exponents_;
     Weights<A> weights_;
-    A *per_row_[3], *per_col_[3], *scratch_;
+    A *per_row_[5], *per_col_[5], *scratch_;
     T *h_rows_, *h_cols_, *rows_transposed_, *cols_interleaved_;
     double* moments_;
 };

@@ -102,10 +102,18 @@ double centroid_stretch(const double* sums, int modalities, int64_t dim, int64_t
 // row_logs [m, n], col_logs [m, N].
 void log_sums(const std::vector<Matrix>& matrices, double* row_logs, double* col_logs);
 
+// softplus_sums.cpp ---------------------------------------------------------------------------------------------------
+
+// softplus [n], sigmoid [n]: sums along rows of ln(1 + 2^(x + bias)) and its derivative, without the diagonal.
+void softplus_sums(const Matrix& matrix, double bias, double* softplus, double* sigmoid);
+
 // gradient.cpp --------------------------------------------------------------------------------------------------------
 
 struct Products {
-    const double *row_log, *col_log;  // relative to the reference; null for centroids
+    const double *row_log, *col_log;  // relative to the reference; null for centroids and for a sigmoid
+    const double *row_weight, *col_weight;  // null for ones
+    bool sigmoid;
+    double bias;                    // of a sigmoid, to base 2
     double reference;               // for centroids that of their entries
     void *rows, *cols;              // accumulators, in the type of factors; null if not needed
     int64_t row_stride, col_stride;
@@ -132,7 +140,7 @@ struct TermsTask {
 void terms(TermsTask& task);
 
 struct SoftmaxTask {
-    int64_t num_rows, total_rows;
+    int64_t num_rows, num_cols, total_rows;
     int num_pairs;
     double logit_scale;
     const double *row_log_sum, *col_log_sum, *negative_mass, *cosines;

@@ -28,37 +28,47 @@ struct Range {
 enum class Pass { sums, largest, sums_from_largest };
 
 // One panel of a tile. row_partial [height][Vec::size]; col_partial [width]. `row_max`, `col_max`: the last pass only.
-template <Pass pass, bool biased, class A>
+template <Pass pass, bool biased, bool limited, class A>
 void reduce_tile(const A* s, int64_t height, int64_t width, const Exponents<A>& x, const A* row, const A* col,
-                 const A* shift, A* row_partial, A* col_partial, const A* row_max, const A* col_max) {
+                 const A* shift, A* row_partial, A* col_partial, const A* row_max, const A* col_max, const A* row_limit,
+                 const A* col_limit) {
     using V = Vec<A>;
+    const auto within = [](V y, V limit, V value, V other) {
+        if constexpr (limited) {
+            return if_within(y, limit, value, other);
+        } else {
+            return value;
+        }
+    };
+    const V zero = V::zero(), lowest = V::all(-infinity<A>);
     const V scale = V::all(x.scale);
     for_stripes<A>(width, [&](auto vectors, int64_t j) {
         constexpr int n = decltype(vectors)::value;
-        V col_factor[n], col_shift[n], col_total[n], reference[n];
+        V col_factor[n], col_shift[n], col_total[n], reference[n], bound[n];
         for (int v = 0; v < n; ++v) {
             const int64_t at = j + v * V::size;
             col_factor[v] = V::load(col + at);
             col_shift[v] = V::load(shift + at);
             col_total[v] = V::load(col_partial + at);
             if constexpr (pass == Pass::sums_from_largest) reference[v] = V::load(col_max + at);
+            bound[v] = limited ? V::load(col_limit + at) : zero;
         }
         for (int64_t i = 0; i < height; ++i) {
-            const V factor = V::all(row[i]);
+            const V factor = V::all(row[i]), row_bound = limited ? V::all(row_limit[i]) : zero;
             V total = V::load(row_partial + i * V::size);
             for (int v = 0; v < n; ++v) {
                 const V y = exponent<biased>(V::load(s + i * panel_width + j + v * V::size), factor, scale, col_factor[v],
                                              col_shift[v]);
                 if constexpr (pass == Pass::sums) {
                     const V e = exp2(y);
-                    total = total + e;
-                    col_total[v] = col_total[v] + e;
+                    total = total + within(y, row_bound, e, zero);
+                    col_total[v] = col_total[v] + within(y, bound[v], e, zero);
                 } else if constexpr (pass == Pass::largest) {
-                    total = max_or_nan(y, total);
-                    col_total[v] = max_or_nan(y, col_total[v]);
+                    total = max_or_nan(within(y, row_bound, y, lowest), total);
+                    col_total[v] = max_or_nan(within(y, bound[v], y, lowest), col_total[v]);
                 } else {
-                    total = total + exp2(y - V::all(row_max[i]));
-                    col_total[v] = col_total[v] + exp2(y - reference[v]);
+                    total = total + within(y, row_bound, exp2(y - V::all(row_max[i])), zero);
+                    col_total[v] = col_total[v] + within(y, bound[v], exp2(y - reference[v]), zero);
                 }
             }
             total.store(row_partial + i * V::size);
@@ -100,6 +110,8 @@ class Sums {
         col_partial_ = workspace_.take<A>(groups_.rows * padded_cols_);
         row_max_ = workspace_.take<A>(n_);
         col_max_ = workspace_.take<A>(padded_cols_);
+        row_limit_ = workspace_.take<A>(n_);
+        col_limit_ = workspace_.take<A>(padded_cols_);
         scratch_ = workspace_.take<A>(num_threads() * scratch_size);
     }
 
@@ -145,12 +157,16 @@ class Sums {
 
     size_t bytes() const {
         using W = Workspace;
-        return 2 * W::bytes<A>(n_) + 3 * W::bytes<A>(padded_cols_) + W::bytes<A>(groups_.cols * n_) +
+        return 3 * W::bytes<A>(n_) + 4 * W::bytes<A>(padded_cols_) + W::bytes<A>(groups_.cols * n_) +
                W::bytes<A>(groups_.rows * padded_cols_) + W::bytes<A>(num_threads() * scratch_size);
     }
 
     void set_factors(double reference) {
         exponents_ = fold_factors<A>(matrix_, reference, row_, col_, shift_, n_, cols_, padded_cols_);
+        if (has_limits(matrix_)) {
+            fold_limits(matrix_.row_limit, reference, row_limit_, n_, n_);
+            fold_limits(matrix_.col_limit, reference, col_limit_, cols_, padded_cols_);
+        }
     }
 
     // Where nothing but −∞ was seen any finite reference gives the sum zero that is right.
@@ -163,15 +179,18 @@ class Sums {
     void run() {
         run_tasks(groups_.rows * groups_.cols, parallel_, [&](int64_t task, int thread) {
             const int64_t g = task / groups_.cols, h = task % groups_.cols;
+            A* scratch = scratch_ + thread * scratch_size;
             if (matrix_.biased) {
-                run_task<pass, true>(g, h, scratch_ + thread * scratch_size);
+                run_task<pass, true, false>(g, h, scratch);
+            } else if (has_limits(matrix_)) {
+                run_task<pass, false, true>(g, h, scratch);
             } else {
-                run_task<pass, false>(g, h, scratch_ + thread * scratch_size);
+                run_task<pass, false, false>(g, h, scratch);
             }
         });
     }
 
-    template <Pass pass, bool biased>
+    template <Pass pass, bool biased, bool limited>
     void run_task(int64_t g, int64_t h, A* s) {
         constexpr bool largest = pass == Pass::largest;
         A* partial = s + tile_rows * panel_width;
@@ -187,8 +206,10 @@ class Sums {
                 if (matrix_.symmetric && col + width <= row + 1) continue;  // below the diagonal
                 inner_products(operands_, row, height, col / panel_width, width, s);
                 leave_out(s, row, height, col, std::min(width, cols_ - col), matrix_.diagonal, matrix_.symmetric);
-                reduce_tile<pass, biased>(s, height, width, exponents_, row_ + row, col_ + col, shift_ + col, partial,
-                                          col_out + col, row_max_ + row, col_max_ + col);
+                leave_out_equal(s, row, height, col, std::min(width, cols_ - col), matrix_);
+                reduce_tile<pass, biased, limited>(s, height, width, exponents_, row_ + row, col_ + col, shift_ + col,
+                                                   partial, col_out + col, row_max_ + row, col_max_ + col,
+                                                   row_limit_ + row, col_limit_ + col);
             }
             for (int64_t i = 0; i < height; ++i) {
                 const A* lanes = partial + i * Vec<A>::size;
@@ -232,7 +253,8 @@ class Sums {
     Groups groups_;
     Workspace workspace_;
     Exponents<A> exponents_;
-    A *row_, *col_, *shift_, *row_partial_, *col_partial_, *row_max_, *col_max_, *scratch_;
+    A *row_, *col_, *shift_, *row_partial_, *col_partial_, *row_max_, *col_max_, *row_limit_, *col_limit_,
+        *scratch_;
 };
 
 }  // namespace

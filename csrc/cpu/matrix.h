@@ -21,7 +21,8 @@ constexpr int64_t no_diagonal = -(int64_t{1} << 30);
 //     pairs        x_ij = scale·log2 e·⟨rows_i, cols_j⟩·row_factor_i·col_factor_j
 //     centroids    x_ij = scale·log2 e·⟨rows_i, cols_j⟩ + row_factor_i + col_factor_j     (biased)
 //
-// Factors are float, or double where the rows are; null stands for ones.
+// Factors are float, or double where the rows are; null stands for ones. Entries whose ids are equal are left out, and
+// those that exceed a limit, of their row's or of their column's sums; null stands for none.
 struct Matrix {
     Rows rows, cols;
     const void *row_factor, *col_factor;
@@ -29,6 +30,8 @@ struct Matrix {
     double largest;  // no exponent of the matrix exceeds it
     int64_t diagonal;
     bool biased, symmetric;
+    const int64_t *row_ids, *col_ids;
+    const double *row_limit, *col_limit;
 };
 
 // What products accumulate in.

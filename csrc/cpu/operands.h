@@ -32,6 +32,16 @@ Exponents<A> fold_factors(const Matrix& m, double reference, A* row, A* col, A* 
     return {row, col, shift, scale};
 }
 
+inline bool has_limits(const Matrix& m) { return m.row_limit != nullptr || m.col_limit != nullptr; }
+
+// Limits relative to the reference; +∞ where there is none.
+template <class A>
+void fold_limits(const double* limit, double reference, A* out, int64_t count, int64_t padded) {
+    for (int64_t i = 0; i < padded; ++i) {
+        out[i] = limit != nullptr && i < count ? static_cast<A>(limit[i] - reference) : infinity<A>;
+    }
+}
+
 template <class T>
 void pack_columns(const T* data, int64_t stride, int64_t count, int64_t dim, T* out, bool parallel) {
     run_tasks((count + panel_width - 1) / panel_width, parallel,

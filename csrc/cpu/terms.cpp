@@ -93,7 +93,7 @@ void softmax_sums(SoftmaxTask& task) {
     // That of the positives: Σ G_ij·x_ij then loses no digits to what positives and negatives have in common.
     task.reference = task.num_pairs ? task.cosine_sum / count * exponent_per_cosine : 0;
     for (int64_t i = 0; i < task.num_pairs * n; ++i) task.rows[i] = task.row_log_sum[i] - task.reference;
-    for (int64_t j = 0; j < task.num_pairs * total; ++j) task.cols[j] = task.col_log_sum[j] - task.reference;
+    for (int64_t j = 0; j < task.num_pairs * task.num_cols; ++j) task.cols[j] = task.col_log_sum[j] - task.reference;
     double moment = 0;
     const double mean = task.num_pairs ? task.cosine_sum / count : 0;
     for (int64_t i = 0; i < task.num_pairs * n; ++i) moment += task.negative_mass[i] * (task.cosines[i] - mean);

@@ -5,7 +5,7 @@
 //     panel of Bᵀ ─┘                                             S_ij·scale + row_i + shift_j      centroids
 //
 // Columns past the end have S = 0, col = 0 and shift = −∞: their exponentials are zero without a mask. Entries that do
-// not count, the diagonal's and those below it of a symmetric matrix, get S = −∞.
+// not count, the diagonal's, those below it of a symmetric matrix and those of equal ids, get S = −∞.
 #pragma once
 
 #include <limits>
@@ -72,6 +72,17 @@ void leave_out(A* s, int64_t row, int64_t height, int64_t col, int64_t width, in
         } else if (0 <= j && j < width) {
             s[i * panel_width + j] = -infinity<A>;
         }
+    }
+}
+
+// S = −∞ where the ids of row and column are equal.
+template <class A>
+void leave_out_equal(A* s, int64_t row, int64_t height, int64_t col, int64_t width, const Matrix& m) {
+    if (m.row_ids == nullptr) return;
+    for (int64_t i = 0; i < height; ++i) {
+        const int64_t id = m.row_ids[row + i];
+        A* line = s + i * panel_width;
+        for (int64_t j = 0; j < width; ++j) line[j] = m.col_ids[col + j] == id ? -infinity<A> : line[j];
     }
 }
 

@@ -21,6 +21,7 @@ struct Vec<float> {
     Vec operator+(Vec o) const { return {_mm256_add_ps(v, o.v)}; }
     Vec operator-(Vec o) const { return {_mm256_sub_ps(v, o.v)}; }
     Vec operator*(Vec o) const { return {_mm256_mul_ps(v, o.v)}; }
+    Vec operator/(Vec o) const { return {_mm256_div_ps(v, o.v)}; }
     float sum() const {
         __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
         s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -30,6 +31,9 @@ struct Vec<float> {
 
 inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 inline Vec<float> max_or_nan(Vec<float> x, Vec<float> bound) { return {_mm256_max_ps(bound.v, x.v)}; }
+inline Vec<float> if_within(Vec<float> y, Vec<float> limit, Vec<float> x, Vec<float> other) {
+    return {_mm256_blendv_ps(other.v, x.v, _mm256_cmp_ps(y.v, limit.v, _CMP_NGT_UQ))};
+}
 
 inline Vec<float> exp2(Vec<float> x) {
     // Below 2^−127 the bits of a power of two are all zero, and so is the product. Nothing exceeds 2^127.
@@ -60,6 +64,7 @@ struct Vec<double> {
     Vec operator+(Vec o) const { return {_mm256_add_pd(v, o.v)}; }
     Vec operator-(Vec o) const { return {_mm256_sub_pd(v, o.v)}; }
     Vec operator*(Vec o) const { return {_mm256_mul_pd(v, o.v)}; }
+    Vec operator/(Vec o) const { return {_mm256_div_pd(v, o.v)}; }
     double sum() const {
         const __m128d s = _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
         return _mm_cvtsd_f64(_mm_add_sd(s, _mm_unpackhi_pd(s, s)));
@@ -68,6 +73,9 @@ struct Vec<double> {
 
 inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
 inline Vec<double> max_or_nan(Vec<double> x, Vec<double> bound) { return {_mm256_max_pd(bound.v, x.v)}; }
+inline Vec<double> if_within(Vec<double> y, Vec<double> limit, Vec<double> x, Vec<double> other) {
+    return {_mm256_blendv_pd(other.v, x.v, _mm256_cmp_pd(y.v, limit.v, _CMP_NGT_UQ))};
+}
 inline Vec<double> fraction(Vec<double> x) {
     const Vec<double> bounded = max_or_nan(x, Vec<double>::all(-1e9));
     return bounded - Vec<double>{_mm256_round_pd(bounded.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};

@@ -21,11 +21,15 @@ struct Vec<float> {
     Vec operator+(Vec o) const { return {_mm512_add_ps(v, o.v)}; }
     Vec operator-(Vec o) const { return {_mm512_sub_ps(v, o.v)}; }
     Vec operator*(Vec o) const { return {_mm512_mul_ps(v, o.v)}; }
+    Vec operator/(Vec o) const { return {_mm512_div_ps(v, o.v)}; }
     float sum() const { return _mm512_reduce_add_ps(v); }
 };
 
 inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline Vec<float> max_or_nan(Vec<float> x, Vec<float> bound) { return {_mm512_max_ps(bound.v, x.v)}; }
+inline Vec<float> if_within(Vec<float> y, Vec<float> limit, Vec<float> x, Vec<float> other) {
+    return {_mm512_mask_mov_ps(other.v, _mm512_cmp_ps_mask(y.v, limit.v, _CMP_NGT_UQ), x.v)};
+}
 
 inline Vec<float> exp2(Vec<float> x) {
     const __m512 f = _mm512_reduce_ps(x.v, 0x09);  // x − ⌊x⌋, zero for −∞
@@ -52,11 +56,15 @@ struct Vec<double> {
     Vec operator+(Vec o) const { return {_mm512_add_pd(v, o.v)}; }
     Vec operator-(Vec o) const { return {_mm512_sub_pd(v, o.v)}; }
     Vec operator*(Vec o) const { return {_mm512_mul_pd(v, o.v)}; }
+    Vec operator/(Vec o) const { return {_mm512_div_pd(v, o.v)}; }
     double sum() const { return _mm512_reduce_add_pd(v); }
 };
 
 inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
 inline Vec<double> max_or_nan(Vec<double> x, Vec<double> bound) { return {_mm512_max_pd(bound.v, x.v)}; }
+inline Vec<double> if_within(Vec<double> y, Vec<double> limit, Vec<double> x, Vec<double> other) {
+    return {_mm512_mask_mov_pd(other.v, _mm512_cmp_pd_mask(y.v, limit.v, _CMP_NGT_UQ), x.v)};
+}
 inline Vec<double> fraction(Vec<double> x) { return {_mm512_reduce_pd(x.v, 0x08)}; }  // x − nearest integer
 inline Vec<double> times_power_of_two(Vec<double> p, Vec<double> n) { return {_mm512_scalef_pd(p.v, n.v)}; }
 

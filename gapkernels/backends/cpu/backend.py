@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from gapkernels.backends.contract import (
+    SUMS_OF,
     Centroids,
     Evaluation,
     Forward,
@@ -16,12 +17,14 @@ from gapkernels.backends.contract import (
     RowStatistics,
     Saved,
     Scalars,
+    SigmoidWeights,
     SoftmaxSums,
+    SoftplusSums,
 )
 from gapkernels.backends.cpu import build
 from gapkernels.spec import LossSpec
 
-RESULTS = (Operand, RowStatistics, Centroids, LogSums, Saved, Forward, PreparedSums)
+RESULTS = (Operand, RowStatistics, Centroids, LogSums, Saved, Forward, PreparedSums, SoftplusSums)
 """The named tuples that the module makes, in the order in which it expects them."""
 
 
@@ -32,7 +35,7 @@ class CpuBackend:
         BuildError: the kernels cannot be compiled or loaded.
     """
 
-    sums_of = frozenset[str]()
+    sums_of = SUMS_OF
     gradient_block = None  # tiles are formed inside
 
     def __init__(self) -> None:
@@ -52,6 +55,9 @@ class CpuBackend:
 
     def log_sums(self, matrices: list[Matrix]) -> LogSums:
         return self._kernels.log_sums(matrices)
+
+    def softplus_sums(self, matrix: Matrix, bias: Tensor) -> SoftplusSums:
+        return self._kernels.softplus_sums(matrix, bias)
 
     def terms(
         self,
@@ -74,7 +80,7 @@ class CpuBackend:
     def add_products(
         self,
         block: Matrix,
-        sums: SoftmaxSums | None,
+        sums: SoftmaxSums | SigmoidWeights | None,
         prepared: PreparedSums,
         row_products: Tensor | None,
         col_products: Tensor | None,
