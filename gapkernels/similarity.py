@@ -147,9 +147,8 @@ def _check(rows: Tensor, cols: Tensor, matched: bool, **vectors: Tensor | None) 
             vector.dtype != torch.int64 if is_ids else not vector.is_floating_point()
         ):
             kind = "int64" if is_ids else "floating"
-            raise ValueError(
-                f"`{name}` must be {kind} of shape [{length}], got {name_of(vector.dtype)} of shape {list(vector.shape)}"
-            )
+            got = f"{name_of(vector.dtype)} of shape {list(vector.shape)}"
+            raise ValueError(f"`{name}` must be {kind} of shape [{length}], got {got}")
         if vector.device != rows.device:
             raise ValueError(f"`{name}` must be on the device of `rows`, {rows.device}, got {vector.device}")
     if (vectors.get("row_ids") is None) != (vectors.get("col_ids") is None):

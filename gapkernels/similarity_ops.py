@@ -145,6 +145,7 @@ def _problem(
             [logit_scale, logit_scale.new_zeros(4)],  # no weights here
         )
     rows, cols = readable([rows, cols])
+    mask = Mask(*(None if x is None else x.contiguous() for x in mask))
     implementation = backends.select_for_sums(backend, rows, needs)
     return _Problem(rows, cols, logit_scale, mask, matched, spec, implementation, world)
 
@@ -174,7 +175,7 @@ def _log_sum_gradients(
     p: _Problem, grads: Sequence[Tensor | None], rows: Tensor, cols: Tensor, all_cols: Tensor, needs: list[bool]
 ) -> tuple[list[Tensor | None], Tensor | None]:
     row_weight, col_weight, positive_weight = (
-        like.new_zeros(like.shape) if grad is None else grad.to(like.dtype)
+        like.new_zeros(like.shape) if grad is None else grad.to(like.dtype).contiguous()
         for grad, like in zip(grads, (rows, cols, rows), strict=True)
     )
     # Nothing counts where a log sum is −∞, and nothing flows back.
@@ -199,7 +200,7 @@ def _softplus_gradients(
     needs: list[bool],
 ) -> tuple[list[Tensor | None], Tensor | None]:
     row_weight, positive_weight = (
-        sigmoid.new_zeros(sigmoid.shape) if grad is None else grad.to(sigmoid.dtype) for grad in grads
+        sigmoid.new_zeros(sigmoid.shape) if grad is None else grad.to(sigmoid.dtype).contiguous() for grad in grads
     )
     sums = SigmoidWeights(bias.to(sigmoid.dtype) * LOG2_E, row_weight, -positive_weight)
     return _gradients(p, sums, row_weight.dot(sigmoid), needs)
@@ -222,7 +223,7 @@ def _gradients(
     assert sums.row_weight is not None
     needs_rows, needs_cols, needs_scale = needs
     num_rows, world = p.rows.shape[0], p.world
-    operands = p.operands()
+    operands, cosines = _matched_operands(p)
     matrix = p.matrix(operands)
     zeros = sums.row_weight.new_zeros
     if isinstance(sums, SoftmaxSums):
@@ -230,15 +231,15 @@ def _gradients(
     else:
         row_log, col_log = zeros(num_rows), zeros(matrix.cols.shape[0])
     per_cosine = p.logit_scale.to(row_log.dtype) * LOG2_E
-    # Positives near which the backend may put its reference: where there are none, as if they made up the sums.
-    cosines = (row_log / per_cosine)[None]
+    if not p.matched:  # the backend puts its reference near the positives: where there are none, near a usual entry
+        cosines = (row_log - math.log2(matrix.cols.shape[0])) / per_cosine
     empty = zeros(0)
     saved = Saved(
         row_log_sum=row_log[None],
         col_log_sum=col_log[None],
         negative_mass=sums.negative_mass[None],
-        cosines=_matched_operands(p)[1][None] if p.matched else cosines,
-        sums=torch.cat([zeros(SUM_SCALARS - 1), world.sum(cosines.sum(dim=1))]),
+        cosines=cosines[None],
+        sums=torch.cat([zeros(SUM_SCALARS - 1), world.sum(cosines.sum(dim=0, keepdim=True))]),
         centroid_log_sum=empty,
         centroid_summary=empty,
     )

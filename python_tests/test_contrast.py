@@ -61,8 +61,10 @@ def test_sizes_around_tile_edges(case, rows, backend):
     compare(case, random_embeddings(rows, 33), 20.0, backend)
 
 
-@pytest.mark.parametrize("scale", [1.0, 100.0, 300.0])
-@pytest.mark.parametrize("case", [CASES[3], CASES[9], CASES[13], CASES[15], CASES[19], CASES[26]], ids=contrast_cases.name_of)
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+@pytest.mark.parametrize(
+    "case", [CASES[3], CASES[9], CASES[13], CASES[15], CASES[19], CASES[26]], ids=contrast_cases.name_of
+)
 def test_scales(case, scale, backend):
     compare(case, trained_embeddings(64, 48), scale, backend)
 
@@ -226,7 +228,11 @@ NEGATIVES = torch.ones(3, 5)
         ({"duplicates": "positive"}, ValueError, "`duplicates`='positive' needs `ids`, got None"),
         ({"uniformity_of_equal_ids": False}, ValueError, "needs `ids`"),
         ({"ids": IDS, "label_smoothing": 0.1}, ValueError, "`label_smoothing` and `ids` contradict"),
-        ({"contrast": "sigmoid", "decoupled": True}, ValueError, "`decoupled`=True and `contrast`='sigmoid' contradict"),
+        (
+            {"contrast": "sigmoid", "decoupled": True},
+            ValueError,
+            "`decoupled`=True and `contrast`='sigmoid' contradict",
+        ),
         ({"logit_bias": -3.0}, ValueError, "`logit_bias` needs contrast='sigmoid'"),
         ({"partition": "joint", "directions": (1, 2)}, ValueError, "`partition`='joint' and weights"),
         ({"same_side": "other", "directions": "from_anchor"}, ValueError, "`same_side`='other' and `directions`"),
