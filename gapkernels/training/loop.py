@@ -33,6 +33,7 @@ from gapkernels.training.checkpoint import (
     write_text,
 )
 from gapkernels.training.config import Config, validate_config
+from gapkernels.training.cost import StepMeter
 from gapkernels.training.data import Dataset
 from gapkernels.training.embeddings import Embeddings, write_embeddings
 from gapkernels.training.encoders import MultimodalModel
@@ -126,6 +127,8 @@ class Trainer:
             if not resuming:
                 self._calibrate()
                 self._evaluate()
+            meter, first_step = StepMeter(self.device), self.step
+            meter.start()
             for batch in self._remaining_batches():
                 logged = self._train_step(batch)
                 bar.update()
@@ -133,17 +136,22 @@ class Trainer:
                     bar.set_postfix(loss=f"{logged['loss']:.3f}", gap=f"{logged['modality_gap']:.3f}")
                 epoch, position = divmod(self.step, self.steps_per_epoch)
                 if position == 0 and epoch % self.config.run.eval_every == 0 and self.step < self.total_steps:
-                    self._evaluate()
+                    with meter.paused():
+                        self._evaluate()
                 if self.step % self.config.run.checkpoint_every == 0 or self.step == self.total_steps:
                     self.seconds = time.monotonic() - started
-                    self._save()
+                    with meter.paused():
+                        self._save()
+            meter.stop()
             final = self._evaluate_fully()
+        cost = meter.cost(self.step - first_step)
         result = {
             "method": self.method_name,
             "seed": self.seed,
             "metrics": final,
             "steps": self.step,
             "seconds": round(time.monotonic() - started, 3),
+            "step_cost": None if cost is None else cost.model_dump(),
             "device": str(self.device),
             "precision": "bf16" if self.bfloat16 else "fp32",
             "class_names": list(self.dataset.class_names),

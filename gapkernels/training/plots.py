@@ -21,7 +21,7 @@ from gapkernels.reporting.figures import COLORS, DPI, LINES, MARKERS, WIDTH, Plo
 from gapkernels.training.embeddings import NO_CLASS, read_embeddings
 from gapkernels.training.layout import EMBEDDINGS, RESULT
 from gapkernels.training.paper import paper_results
-from gapkernels.training.results import Experiment, RunResult, summarise, table_columns
+from gapkernels.training.results import Experiment, RunResult, Statistic, costs, summarise, table_columns
 
 # M. A. Petroff, "Accessible Color Sequences for Data Visualization", 2021.
 _CLASS_COLORS = (
@@ -35,6 +35,12 @@ _MOST_PIXELS = 50_000  # of a side; what draws them takes fewer than 2^16
 _LONGEST_LABEL = 48
 _LONGEST_FILE_NAME = 100
 _SMALLEST_SPAN = 0.05  # of a metric's axis: differences of a tenth of a percent shall not look like anything
+
+_COSTS = {
+    "epoch_seconds": "time of an epoch (s)",
+    "epoch_cpu_seconds": "processor time of an epoch (s)",
+    "peak_mib": "peak memory of training (MiB)",
+}
 
 
 def draw_plots(experiment: Experiment) -> list[Plot]:
@@ -130,20 +136,24 @@ def _draw_comparison(experiments: Sequence[Experiment]) -> list[Plot]:
     sizes = [experiment.config.optim.batch_size for experiment in ordered]
     if len(set(sizes)) < 2:
         return []
-    summaries = [summarise(experiment) for experiment in ordered]
+    summaries = [_with_costs(experiment) for experiment in ordered]
+    columns = table_columns(next(iter(summaries[0].values())))
+    columns |= {key: heading for key, heading in _COSTS.items() if any(key in m for s in summaries for m in s.values())}
     plots = []
-    for key, heading in table_columns(next(iter(summaries[0].values()))).items():
+    for key, heading in columns.items():
         figure, axes = _new_curves(heading)
         axes.set_xlabel("batch size")
         axes.set_xscale("log", base=2)
         axes.set_xticks(sizes, list(map(str, sizes)))
         axes.minorticks_off()
-        for number, method in enumerate(summaries[0]):
+        for number, method in enumerate(dict.fromkeys(method for summary in summaries for method in summary)):
             found = [
                 (size, summary[method][key])
                 for size, summary in zip(sizes, summaries, strict=True)
                 if key in summary.get(method, {})
             ]
+            if not found:
+                continue
             axes.errorbar(
                 [size for size, _ in found],
                 [statistic.mean for _, statistic in found],
@@ -154,10 +164,23 @@ def _draw_comparison(experiments: Sequence[Experiment]) -> list[Plot]:
                 linestyle=LINES[number % len(LINES)],
                 label=method,
             )
+        if key in _COSTS:
+            axes.set_ylim(bottom=0)
         axes.legend(frameon=False)
         name = f"batch-size-{re.sub(r'[^A-Za-z0-9_.-]', '-', key)[:_LONGEST_FILE_NAME]}"
         plots.append(finish(figure, "Batch size", name, f"{heading}: mean over seeds, bar: ± standard deviation."))
     return plots
+
+
+def _with_costs(experiment: Experiment) -> dict[str, dict[str, Statistic]]:
+    """Return each metric's statistic by method, and those of what training cost."""
+    return {
+        method: {
+            **metrics,
+            **{key: Statistic.of(values) for key, values in costs(experiment.methods[method]).items()},
+        }
+        for method, metrics in summarise(experiment).items()
+    }
 
 
 def _draw_curves(methods: Mapping[str, Sequence[RunResult]], split: str, key: str, label: str, what: str) -> list[Plot]:

@@ -15,6 +15,7 @@ from gapkernels.errors import UserError, printable, shown
 from gapkernels.reading import Count, Quantity, Strict, parse_json, read_bytes, read_json
 from gapkernels.training.checkpoint import write_text
 from gapkernels.training.config import Config, read_config, validate_config
+from gapkernels.training.cost import StepCost
 from gapkernels.training.layout import CONFIG, ENVIRONMENT, METRICS, RESULT, SUMMARY, run_folder
 
 
@@ -32,6 +33,8 @@ class RunResult:
         folder: where its files are.
         data: fingerprint of the data set; None where an older version has not written it.
         environment: where it was made; likewise.
+        step_cost: what its training steps cost; None where they were not measured, or where the run went on from a
+            checkpoint of its last step.
     """
 
     method: str
@@ -43,6 +46,21 @@ class RunResult:
     folder: Path
     data: str | None = None
     environment: Mapping[str, Any] | None = None
+    step_cost: StepCost | None = None
+
+    @property
+    def epoch_cost(self) -> dict[str, float]:
+        """Time and processor time of an epoch of training in seconds, and peak memory in MiB; what was measured."""
+        if self.step_cost is None or not (self.history and self.history[-1]["epoch"]):
+            return {}
+        steps = self.history[-1]["step"] / self.history[-1]["epoch"]
+        found = {
+            "epoch_seconds": steps * self.step_cost.seconds,
+            "epoch_cpu_seconds": steps * self.step_cost.cpu_seconds,
+        }
+        if self.step_cost.peak_bytes is not None:
+            found["peak_mib"] = self.step_cost.peak_bytes / 2**20
+        return found
 
 
 class _Device(Strict):
@@ -90,6 +108,7 @@ class _Result(Strict):
     config: dict[str, Any] | None = None
     data: str | None = None
     environment: Environment | None = None
+    step_cost: StepCost | None = None
 
     @field_validator("metrics")
     @classmethod
@@ -216,6 +235,7 @@ def load_run(folder: Path, config: Config | None = None) -> RunResult:
         folder=folder,
         data=result.data,
         environment=None if result.environment is None else result.environment.model_dump(),
+        step_cost=result.step_cost,
     )
 
 
@@ -227,12 +247,19 @@ def summarise(experiment: Experiment) -> dict[str, dict[str, Statistic]]:
     }
 
 
+def costs(runs: Sequence[RunResult]) -> dict[str, list[float]]:
+    """Return what an epoch of training cost, one value per run, as far as every run measured it."""
+    measured = [run.epoch_cost for run in runs]
+    return {key: [cost[key] for cost in measured] for key in measured[0] if all(key in cost for cost in measured)}
+
+
 def experiment_content(experiment: Experiment) -> dict[str, Any]:
     """Return settings, environment, statistics and every seed's values, in types that JSON knows."""
     methods = {
         method: {
             "seeds": [run.seed for run in experiment.methods[method]],
             "seconds": [run.seconds for run in experiment.methods[method]],
+            **costs(experiment.methods[method]),
             "metrics": {
                 key: {
                     "mean": value.mean,

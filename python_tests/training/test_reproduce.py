@@ -94,7 +94,15 @@ def test_batch_sizes_are_compared_and_finished_runs_stay(tmp_path: Path, capsys:
     assert [len(experiment.runs) for experiment in experiments] == [2, 2]
     rates = [experiment.config.optim.lr for experiment in experiments]
     assert rates[1] / rates[0] == pytest.approx(math.sqrt(3))
-    assert {plot.name for plot in draw_comparison(experiments)} >= {"batch-size-gap", "batch-size-v_measure"}
+    expected = {"batch-size-gap", "batch-size-v_measure", "batch-size-epoch_seconds"}
+    assert {plot.name for plot in draw_comparison(experiments)} >= expected
+    content = json.loads((out / "results.json").read_text())
+    for entry, experiment in zip(content["experiments"], experiments, strict=True):
+        costs = [run.step_cost for run in experiment.runs]
+        steps = len(load_dataset(experiment.config.data, data).train) // experiment.config.optim.batch_size
+        assert entry["methods"]["gap"]["epoch_seconds"] == pytest.approx(
+            [steps * cost.seconds for cost in costs if cost is not None]
+        )
     assert draw_comparison(experiments[:1]) == []
     assert (out / "plots" / "batch-size-gap.png").is_file()
 
