@@ -9,22 +9,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from gapkernels.errors import UserError, printable, shown
 from gapkernels.reading import message
+from gapkernels.training.data import Data, DigitsData
 from gapkernels.training.embeddings import NOT_A_MODALITY
-
-
-def _no_truth_value(value: Any) -> Any:
-    """Refuse `true` where a number belongs: Python, and pydantic with it, would take it for 1."""
-    if isinstance(value, bool):
-        raise ValueError("must be a number, not a truth value")
-    return value
-
-
-Number = Annotated[float, BeforeValidator(_no_truth_value), Field(allow_inf_nan=False)]
-Integer = Annotated[int, BeforeValidator(_no_truth_value)]
+from gapkernels.training.settings import Integer, Number, Section
 
 # Bounds beyond which a value is a slip of the keyboard: it would crash or hang only after a while.
 _LARGEST_SIZE = 2**24  # samples and steps
@@ -42,12 +33,6 @@ _RESERVED = ("plots",)
 _KINDS = ("kind", "dataset")
 # Mappings whose entries can be taken away again.
 _REMOVABLE = ("encoders", "methods")
-
-
-class Section(BaseModel):
-    """A group of settings: immutable, and an unknown key is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Ramp(Section):
@@ -95,82 +80,6 @@ class Method(Section):
         if self.learn_temperature and not 0.01 <= self.temperature <= 1:
             raise ValueError(f"a learned `temperature` stays in [0.01, 1], got {self.temperature} to start from")
         return self
-
-
-class _Samples(Section):
-    """How much of a data set."""
-
-    train_samples: Integer | None = Field(
-        default=None, gt=0, le=2**40, description="train on this many samples (null: on all)"
-    )
-    test_samples: Integer | None = Field(
-        default=None, gt=1, le=2**40, description="test on this many samples (null: on all)"
-    )
-
-
-class DigitsData(_Samples):
-    """Small digits, bundled with scikit-learn."""
-
-    dataset: Literal["digits"] = Field(default="digits", description="name of the data set")
-
-
-class DigitHalvesData(_Samples):
-    """Left and right halves of the same digits and the digits' names."""
-
-    dataset: Literal["digit-halves"] = Field(default="digit-halves", description="name of the data set")
-    image_energy: Number = Field(
-        default=0.5, gt=0, le=1, description="share of each half's variance that its principal components keep"
-    )
-
-
-class CIFAR10Data(_Samples):
-    """Images and class names."""
-
-    dataset: Literal["cifar10"] = Field(default="cifar10", description="name of the data set")
-    augment: bool = Field(default=True, description="random crops and flips of training images")
-    crop_padding: Integer = Field(
-        default=4, ge=0, le=256, description="pixels by which a random crop moves an image at most"
-    )
-
-
-class AVMNISTData(_Samples):
-    """Handwritten digits, spoken digits and digit names."""
-
-    dataset: Literal["av-mnist"] = Field(default="av-mnist", description="name of the data set")
-    image_energy: Number = Field(
-        default=0.25, gt=0, le=1, description="share of the images' variance that their principal components keep"
-    )
-    audio_snr_db: Number = Field(
-        default=5.0, ge=-200, le=200, description="loudness of recordings over that of the noise, in decibels"
-    )
-    pairing_seed: Integer = Field(
-        default=0, ge=0, lt=2**32, description="seed of the noise and of which recording meets which image"
-    )
-
-
-class COCOData(_Samples):
-    """Photographs with five captions each."""
-
-    dataset: Literal["mscoco"] = Field(default="mscoco", description="name of the data set")
-    image_size: Integer = Field(default=224, gt=7, le=2048, description="side of the images in pixels")
-    augment: bool = Field(default=True, description="random crops and flips of training images")
-
-
-class FeaturesData(_Samples):
-    """Pre-computed features, from .npz or .safetensors files in the data folder."""
-
-    dataset: Literal["features"] = Field(default="features", description="name of the data set")
-    train_file: str = Field(default="train.safetensors", description="file with one array [N, D] per modality")
-    test_file: str | None = Field(default=None, description="likewise (null: part of the training file)")
-    test_fraction: Number = Field(
-        default=0.2, gt=0, lt=1, description="share of the training file to test on if there is no test file"
-    )
-
-
-Data = Annotated[
-    DigitsData | DigitHalvesData | CIFAR10Data | AVMNISTData | COCOData | FeaturesData,
-    Field(discriminator="dataset", description="which data set, and how much of it"),
-]
 
 
 class ImageCNNConfig(Section):

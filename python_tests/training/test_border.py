@@ -20,18 +20,8 @@ from training.data_files import write_cifar_jpegs, write_coco, write_mnist, writ
 
 from gapkernels.errors import UserError
 from gapkernels.training.checkpoint import load_checkpoint
-from gapkernels.training.config import (
-    AVMNISTData,
-    CIFAR10Data,
-    COCOData,
-    Config,
-    FeaturesData,
-    describe_config,
-    dump_config,
-    load_config,
-    read_config,
-)
-from gapkernels.training.data import load_dataset
+from gapkernels.training.config import Config, describe_config, dump_config, load_config, read_config
+from gapkernels.training.data import AVMNISTData, CIFAR10Data, COCOData, FeaturesData, load_dataset
 from gapkernels.training.embeddings import read_embeddings
 from gapkernels.training.evaluation import evaluate_file
 from gapkernels.training.layout import CHECKPOINT, CONFIG, ENVIRONMENT, METRICS, RESULT, run_folder

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from gapkernels.errors import UserError
-from gapkernels.training.config import DigitHalvesData, DigitsData
-from gapkernels.training.data import ImageSpec, TextSpec, load_dataset
+from gapkernels.training.data import DigitHalvesData, DigitsData, ImageSpec, TextSpec, load_dataset
 from gapkernels.training.data.digits import DIGIT_NAMES
 from gapkernels.training.data.tokenizer import PADDING, UNKNOWN, Tokenizer
 

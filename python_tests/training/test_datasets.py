@@ -22,8 +22,17 @@ from training.data_files import (
 from training.real_data import real_data
 
 from gapkernels.errors import UserError
-from gapkernels.training.config import AVMNISTData, CIFAR10Data, COCOData, FeaturesData
-from gapkernels.training.data import Dataset, ImageSpec, Split, VectorSpec, load_dataset
+from gapkernels.training.data import (
+    AVMNISTData,
+    CIFAR10Data,
+    COCOData,
+    Dataset,
+    FeaturesData,
+    ImageSpec,
+    Split,
+    VectorSpec,
+    load_dataset,
+)
 from gapkernels.training.data.av_mnist import _log_spectrogram
 from gapkernels.training.data.principal_components import principal_components, reduce_to
 from gapkernels.training.data.transforms import RandomCaption, RandomCropFlip

@@ -1,27 +1,37 @@
-"""Data sets as dictionaries of modalities: one file per data set, one entry point."""
+"""Data sets as dictionaries of modalities: one file per data set, with its settings and its loader; one entry point."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 
 from gapkernels.errors import UserError
-from gapkernels.training.config import Data
 from gapkernels.training.data import av_mnist, cifar10, digits, features, mscoco
-from gapkernels.training.data.dataset import Dataset, ImageSpec, InputSpec, Split, TextSpec, VectorSpec
+from gapkernels.training.data.av_mnist import AVMNISTData
+from gapkernels.training.data.cifar10 import CIFAR10Data
+from gapkernels.training.data.dataset import Dataset, ImageSpec, InputSpec, Samples, Split, TextSpec, VectorSpec
+from gapkernels.training.data.digits import DigitHalvesData, DigitsData
+from gapkernels.training.data.features import FeaturesData
+from gapkernels.training.data.mscoco import COCOData
 
-# Each loader takes its section of the configuration and the folder with the files, or None if the user named none.
-_LOADERS: dict[str, Callable[[Any, Path | None], Dataset]] = {
-    "digits": digits.load,
-    "digit-halves": digits.load_halves,
-    "cifar10": cifar10.load,
-    "av-mnist": av_mnist.load,
-    "mscoco": mscoco.load,
-    "features": features.load,
+Data = Annotated[
+    DigitsData | DigitHalvesData | CIFAR10Data | AVMNISTData | COCOData | FeaturesData,
+    Field(discriminator="dataset", description="which data set, and how much of it"),
+]
+
+# Each loader takes its settings and the folder with the files, or None if the user named none.
+_LOADERS: dict[type[Samples], Callable[[Any, Path | None], Dataset]] = {
+    DigitsData: digits.load,
+    DigitHalvesData: digits.load_halves,
+    CIFAR10Data: cifar10.load,
+    AVMNISTData: av_mnist.load,
+    COCOData: mscoco.load,
+    FeaturesData: features.load,
 }
 
 
@@ -37,7 +47,7 @@ def load_dataset(config: Data, data_dir: Path | None = None) -> Dataset:
     """
     if data_dir is not None and not data_dir.is_dir():
         raise UserError(f"there is no data folder {data_dir}")
-    dataset = _LOADERS[config.dataset](config, data_dir)
+    dataset = _LOADERS[type(config)](config, data_dir)
     dataset = replace(
         dataset,
         train=_first(dataset.train, config.train_samples, "train_samples"),

@@ -15,23 +15,24 @@ import math
 import re
 import wave
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
 from gapkernels.errors import UserError
 from gapkernels.reading import check_inflation
-from gapkernels.training.config import AVMNISTData
-from gapkernels.training.data.dataset import Dataset, ImageSpec, Split, TextSpec, fingerprint_of
+from gapkernels.training.data.dataset import Dataset, ImageSpec, Samples, Split, TextSpec, fingerprint_of
 from gapkernels.training.data.digits import DIGIT_NAMES
 from gapkernels.training.data.files import class_numbers, cut, find_first, read_file, require_folder
 from gapkernels.training.data.principal_components import principal_components, reduce_to
 from gapkernels.training.data.tokenizer import Tokenizer
 from gapkernels.training.data.transforms import Lookup
 from gapkernels.training.npz import open_npz
+from gapkernels.training.settings import Integer, Number
 
 _MNIST_FOLDERS = ("mnist/", "MNIST/raw/", "")
 _IDX_UINT8 = 0x08
@@ -52,6 +53,21 @@ class _Recordings(NamedTuple):
     waves: Tensor
     labels: Tensor
     is_test: Tensor
+
+
+class AVMNISTData(Samples):
+    """Handwritten digits, spoken digits and digit names."""
+
+    dataset: Literal["av-mnist"] = Field(default="av-mnist", description="name of the data set")
+    image_energy: Number = Field(
+        default=0.25, gt=0, le=1, description="share of the images' variance that their principal components keep"
+    )
+    audio_snr_db: Number = Field(
+        default=5.0, ge=-200, le=200, description="loudness of recordings over that of the noise, in decibels"
+    )
+    pairing_seed: Integer = Field(
+        default=0, ge=0, lt=2**32, description="seed of the noise and of which recording meets which image"
+    )
 
 
 def load(config: AVMNISTData, data_dir: Path | None) -> Dataset:

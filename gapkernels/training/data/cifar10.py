@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from gapkernels.training.config import CIFAR10Data
-from gapkernels.training.data.dataset import Dataset, ImageSpec, Split, TextSpec, fingerprint_of
+from gapkernels.training.data.dataset import Dataset, ImageSpec, Samples, Split, TextSpec, fingerprint_of
 from gapkernels.training.data.files import class_numbers, cut, decode_images, find_first, read_file, require_folder
 from gapkernels.training.data.tokenizer import Tokenizer
 from gapkernels.training.data.transforms import Normalize, RandomCropFlip
 from gapkernels.training.npz import open_npz
+from gapkernels.training.settings import Integer
 
 CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _SIDE = 32
@@ -37,6 +38,16 @@ class _Images(NamedTuple):
 
     pixels: Tensor
     labels: Tensor
+
+
+class CIFAR10Data(Samples):
+    """Images and class names."""
+
+    dataset: Literal["cifar10"] = Field(default="cifar10", description="name of the data set")
+    augment: bool = Field(default=True, description="random crops and flips of training images")
+    crop_padding: Integer = Field(
+        default=4, ge=0, le=256, description="pixels by which a random crop moves an image at most"
+    )
 
 
 def load(config: CIFAR10Data, data_dir: Path | None) -> Dataset:

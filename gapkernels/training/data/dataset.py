@@ -7,7 +7,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
+
+from gapkernels.training.settings import Integer, Section
+
+
+class Samples(Section):
+    """How much of a data set; the settings of every data set begin with these."""
+
+    train_samples: Integer | None = Field(
+        default=None, gt=0, le=2**40, description="train on this many samples (null: on all)"
+    )
+    test_samples: Integer | None = Field(
+        default=None, gt=1, le=2**40, description="test on this many samples (null: on all)"
+    )
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,16 @@ images are stored writer by writer; where each begins is from the scikit-learn M
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from gapkernels.training.config import DigitHalvesData, DigitsData
-from gapkernels.training.data.dataset import Dataset, ImageSpec, Split, TextSpec, fingerprint_of
+from gapkernels.training.data.dataset import Dataset, ImageSpec, Samples, Split, TextSpec, fingerprint_of
 from gapkernels.training.data.principal_components import principal_components, reduce_to
 from gapkernels.training.data.tokenizer import Tokenizer
+from gapkernels.training.settings import Number
 
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _LARGEST_PIXEL = 16.0
@@ -24,6 +26,21 @@ _LARGEST_PIXEL = 16.0
 _TRAIN_SAMPLES = 516
 # The first eight writers'. Halves are hard enough.
 _TRAIN_SAMPLES_OF_HALVES = 1029
+
+
+class DigitsData(Samples):
+    """Small digits, bundled with scikit-learn."""
+
+    dataset: Literal["digits"] = Field(default="digits", description="name of the data set")
+
+
+class DigitHalvesData(Samples):
+    """Left and right halves of the same digits and the digits' names."""
+
+    dataset: Literal["digit-halves"] = Field(default="digit-halves", description="name of the data set")
+    image_energy: Number = Field(
+        default=0.5, gt=0, le=1, description="share of each half's variance that its principal components keep"
+    )
 
 
 def load(config: DigitsData, data_dir: Path | None) -> Dataset:

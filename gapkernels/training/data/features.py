@@ -4,17 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from gapkernels.errors import UserError
-from gapkernels.training.config import FeaturesData
-from gapkernels.training.data.dataset import Dataset, Split, VectorSpec, fingerprint_of
+from gapkernels.training.data.dataset import Dataset, Samples, Split, VectorSpec, fingerprint_of
 from gapkernels.training.data.files import require_folder
 from gapkernels.training.embeddings import NO_CLASS, Embeddings, read_features
+from gapkernels.training.settings import Number
 
 _SPLIT_SEED = 0
+
+
+class FeaturesData(Samples):
+    """Pre-computed features, from .npz or .safetensors files in the data folder."""
+
+    dataset: Literal["features"] = Field(default="features", description="name of the data set")
+    train_file: str = Field(default="train.safetensors", description="file with one array [N, D] per modality")
+    test_file: str | None = Field(default=None, description="likewise (null: part of the training file)")
+    test_fraction: Number = Field(
+        default=0.2, gt=0, lt=1, description="share of the training file to test on if there is no test file"
+    )
 
 
 def load(config: FeaturesData, data_dir: Path | None) -> Dataset:

@@ -9,20 +9,20 @@ from collections import defaultdict
 from collections.abc import Mapping
 from itertools import cycle, islice
 from pathlib import Path, PurePosixPath
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
-from pydantic import field_validator
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from gapkernels.errors import UserError
 from gapkernels.reading import Strict, read_json
-from gapkernels.training.config import COCOData
-from gapkernels.training.data.dataset import Dataset, ImageSpec, Split, TextSpec, fingerprint_of
+from gapkernels.training.data.dataset import Dataset, ImageSpec, Samples, Split, TextSpec, fingerprint_of
 from gapkernels.training.data.files import decode_images, find_first, require_folder
 from gapkernels.training.data.tokenizer import Tokenizer
 from gapkernels.training.data.transforms import FirstCaption, Normalize, RandomCaption, RandomCropFlip
 from gapkernels.training.embeddings import NO_CLASS
+from gapkernels.training.settings import Integer
 
 Content = TypeVar("Content", bound=Strict)
 
@@ -30,6 +30,14 @@ _CAPTIONS_PER_IMAGE = 5
 _LONGEST_CAPTION = 32  # tokens; 99 % of COCO's captions are shorter
 _MEAN, _STD = (0.470, 0.447, 0.408), (0.277, 0.273, 0.288)  # of the training images
 _FOLDERS = ("", "coco/", "mscoco/", "coco_mini/")
+
+
+class COCOData(Samples):
+    """Photographs with five captions each."""
+
+    dataset: Literal["mscoco"] = Field(default="mscoco", description="name of the data set")
+    image_size: Integer = Field(default=224, gt=7, le=2048, description="side of the images in pixels")
+    augment: bool = Field(default=True, description="random crops and flips of training images")
 
 
 def load(config: COCOData, data_dir: Path | None) -> Dataset:
