@@ -66,6 +66,9 @@ class Method(Section):
     learn_temperature: bool = Field(
         default=False, description="learn the temperature, clamped at a logit scale of 100 like CLIP"
     )
+    temperature_lr: Number = Field(
+        default=1.0, gt=0, le=1e3, description="learning rate of a learned temperature, as a multiple of optim.lr"
+    )
     atp: Ramp = Field(default=Ramp(initial=0, final=0), description="weight of align true pairs")
     cu: Ramp = Field(default=Ramp(initial=0, final=0), description="weight of centroid uniformity")
     uniformity_t: Number = Field(

@@ -86,7 +86,7 @@ class Trainer:
         self.log_logit_scale = nn.Parameter(
             torch.tensor(-math.log(self.method.temperature), device=device), requires_grad=self.method.learn_temperature
         )
-        self.optimizer = _build_optimizer(config, self.model, self.log_logit_scale)
+        self.optimizer = _build_optimizer(config, self.model, self.log_logit_scale, self.method.temperature_lr)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: cosine_with_warmup(step, self.total_steps, config.optim.warmup)
         )
@@ -425,13 +425,17 @@ def _micro_batches(batch: Mapping[str, Tensor], size: int) -> list[dict[str, Ten
     return [dict(zip(batch, part, strict=True)) for part in parts]
 
 
-def _build_optimizer(config: Config, model: nn.Module, log_logit_scale: nn.Parameter) -> torch.optim.Optimizer:
+def _build_optimizer(
+    config: Config, model: nn.Module, log_logit_scale: nn.Parameter, temperature_lr: float
+) -> torch.optim.Optimizer:
     """Build the optimiser; weight decay acts on matrices only, not on biases, norms and the temperature."""
-    parameters = [*model.parameters(), *([log_logit_scale] if log_logit_scale.requires_grad else [])]
-    groups = [
+    parameters = list(model.parameters())
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.optim.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
+    if log_logit_scale.requires_grad:
+        groups.append({"params": [log_logit_scale], "weight_decay": 0.0, "lr": temperature_lr * config.optim.lr})
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optim.optimizer]
     return kind(groups, lr=config.optim.lr)
 

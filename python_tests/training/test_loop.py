@@ -288,3 +288,19 @@ def test_torch_settings_are_restored(small_config: SmallConfig, tmp_path: Path) 
     config = small_config(optim__epochs=1)
     Trainer(config, "clip-ft", 0, load_dataset(config.data), tmp_path, CPU).fit()
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_learned_temperature_has_a_learning_rate_of_its_own(tmp_path: Path, small_config: SmallConfig) -> None:
+    moved = {}
+    for factor in (1.0, 10.0):
+        config = small_config(
+            methods__gap__learn_temperature=True, methods__gap__temperature_lr=factor, optim__warmup=0.0
+        )
+        trainer = Trainer(config, "gap", 0, load_dataset(config.data), tmp_path / str(factor), CPU)
+        before = trainer.log_logit_scale.item()
+        trainer._record = lambda split, values: None  # type: ignore[method-assign]
+        trainer._train_step(next(iter(trainer._remaining_batches())))
+        # Adam's first step has the length of the learning rate, whatever the gradient.
+        moved[factor] = abs(trainer.log_logit_scale.item() - before)
+    assert moved[1.0] == pytest.approx(config.optim.lr, rel=1e-3)
+    assert moved[10.0] == pytest.approx(10 * config.optim.lr, rel=1e-3)
