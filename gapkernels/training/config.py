@@ -77,11 +77,25 @@ class Method(Section):
     opening: Number = Field(
         default=0.0, ge=0, lt=1, description="fraction of training, at its start, on centroid uniformity alone"
     )
+    duplicates: Literal["negative", "mask", "positive"] = Field(
+        default="negative",
+        description="what samples that say the same, by one caption or class name, are to each other: negatives like any "
+        "other, left out, or positives",
+    )
+    uniformity_of_equal_ids: bool = Field(
+        default=True, description="whether centroid uniformity pushes apart samples that say the same"
+    )
 
     @model_validator(mode="after")
     def _learnable(self) -> Method:
         if self.learn_temperature and not 0.01 <= self.temperature <= 1:
             raise ValueError(f"a learned `temperature` stays in [0.01, 1], got {self.temperature} to start from")
+        return self
+
+    @model_validator(mode="after")
+    def _knows_duplicates(self) -> Method:
+        if self.duplicates == "negative" and not self.uniformity_of_equal_ids:
+            raise ValueError("`uniformity_of_equal_ids: false` needs `duplicates` to be mask or positive, got negative")
         return self
 
 

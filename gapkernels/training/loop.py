@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gapkernels import gap_loss
+from gapkernels import ContrastOptions, gap_loss
 from gapkernels.environment import describe_environment
 from gapkernels.errors import UserError, printable, shown
 from gapkernels.gradient_cache import GradientCache
@@ -163,18 +163,19 @@ class Trainer:
         write_text(self.folder / RESULT, json.dumps(result, indent=2) + "\n")
         return result
 
-    def _remaining_batches(self) -> Iterator[dict[str, Tensor]]:
-        """Yield the batches from the current step on; their order depends on the seed and the epoch alone."""
+    def _remaining_batches(self) -> Iterator[Tensor]:
+        """Yield the samples of each batch from the current step on, int64 [n]; they depend on seed and epoch alone."""
         size = self.config.optim.batch_size
         while self.step < self.total_steps:
             epoch, position = divmod(self.step, self.steps_per_epoch)
             order = torch.from_numpy(np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset.train)))
             for start in range(position * size, self.steps_per_epoch * size, size):
-                yield self.dataset.train.batch(order[start : start + size])
+                yield order[start : start + size]
 
-    def _train_step(self, batch: Mapping[str, Tensor]) -> dict[str, float]:
-        """Take one step; return what was logged of it, nothing for most steps."""
+    def _train_step(self, samples: Tensor) -> dict[str, float]:
+        """Take one step on a batch; return what was logged of it, nothing for most steps."""
         optim = self.config.optim
+        batch = self.dataset.train.batch(samples)
         weights = loss_weights(self.method, self.step / self.total_steps)
         self.model.train()
         size = optim.micro_batch_size
@@ -190,6 +191,7 @@ class Trainer:
             atp_weight=weights.atp,
             cu_weight=weights.cu,
             return_terms=True,
+            **self._contrast_options(samples),
         )
         self.optimizer.zero_grad()
         terms.loss.backward()
@@ -215,6 +217,17 @@ class Trainer:
         values |= {"lr": learning_rate, "logit_scale": self.log_logit_scale.exp().item()}
         self._record("train", values)
         return values
+
+    def _contrast_options(self, samples: Tensor) -> ContrastOptions:
+        """Return what the loss is told of samples that say the same: nothing where they are negatives as others."""
+        method = self.method
+        if method.duplicates == "negative":
+            return {}
+        return {
+            "ids": self.dataset.train.ids[samples].to(self.device),
+            "duplicates": method.duplicates,
+            "uniformity_of_equal_ids": method.uniformity_of_equal_ids,
+        }
 
     def _encode(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """Augment and encode samples as they are stored: one embedding [n, D] per modality."""

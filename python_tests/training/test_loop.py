@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from gapkernels.errors import UserError
 from gapkernels.training.config import Config
@@ -304,3 +305,55 @@ def test_a_learned_temperature_has_a_learning_rate_of_its_own(tmp_path: Path, sm
         moved[factor] = abs(trainer.log_logit_scale.item() - before)
     assert moved[1.0] == pytest.approx(config.optim.lr, rel=1e-3)
     assert moved[10.0] == pytest.approx(10 * config.optim.lr, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("duplicates", "of_equal_ids"), [("negative", True), ("mask", True), ("mask", False), ("positive", False)]
+)
+@pytest.mark.parametrize("micro_batch_size", [None, 10])
+def test_samples_that_say_the_same(
+    tmp_path: Path, small_config: SmallConfig, duplicates: str, of_equal_ids: bool, micro_batch_size: int | None
+) -> None:
+    config = small_config(
+        methods__gap__duplicates=duplicates,
+        methods__gap__uniformity_of_equal_ids=of_equal_ids,
+        model__encoders__text__dropout=0.0,
+        optim__micro_batch_size=micro_batch_size,
+        optim__epochs=1,
+        run__log_every=1,
+    )
+    trainer = Trainer(config, "gap", 0, load_dataset(config.data), tmp_path, CPU)
+    samples = next(iter(trainer._remaining_batches()))
+    with torch.no_grad():
+        batch = trainer.dataset.train.batch(samples)
+        image, text = (F.normalize(x.double(), dim=1) for x in trainer._encode(batch))
+    labels = trainer.dataset.train.labels[samples]
+    equal = labels[:, None] == labels[None]
+    other = equal.fill_diagonal_(False) if duplicates == "mask" else torch.zeros_like(equal)
+    logits = (text @ image.T / config.methods["gap"].temperature).masked_fill(other, -math.inf)
+    if duplicates == "positive":
+        target = (labels[:, None] == labels[None]).double()
+        target = target / target.sum(dim=1, keepdim=True)
+    else:
+        target = torch.eye(len(labels), dtype=torch.float64)
+    expected = (
+        -sum((target * x.log_softmax(dim=1).masked_fill(target == 0, 0)).sum(dim=1).mean() for x in (logits, logits.T))
+        / 2
+    )
+    centroids = F.normalize(image + text, dim=1)
+    pairs = torch.ones_like(equal).triu(1)
+    if not of_equal_ids:
+        pairs &= labels[:, None] != labels[None]
+    distances = (centroids[:, None] - centroids[None]).square().sum(dim=2)
+    uniformity = (-config.methods["gap"].uniformity_t * distances[pairs]).exp().mean().log()
+
+    logged: dict[str, float] = {}
+    trainer._record = lambda split, values: logged.update(values)  # type: ignore[method-assign]
+    trainer._train_step(samples)
+    assert logged["info_nce"] == pytest.approx(expected.item(), rel=1e-5)
+    assert logged["centroid_uniformity"] == pytest.approx(uniformity.item(), rel=1e-5)
+
+
+def test_the_uniformity_of_different_names_needs_to_know_them(small_config: SmallConfig) -> None:
+    with pytest.raises(UserError, match="needs `duplicates` to be mask or positive, got negative"):
+        small_config(methods__gap__uniformity_of_equal_ids=False)
