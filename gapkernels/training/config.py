@@ -79,8 +79,8 @@ class Method(Section):
     )
     duplicates: Literal["negative", "mask", "positive"] = Field(
         default="negative",
-        description="what samples that say the same, by one caption or class name, are to each other: negatives like any "
-        "other, left out, or positives",
+        description="what samples that say the same, by one caption or class name, are to each other: negatives like "
+        "any other, left out, or positives",
     )
     uniformity_of_equal_ids: bool = Field(
         default=True, description="whether centroid uniformity pushes apart samples that say the same"
