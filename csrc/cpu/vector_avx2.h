@@ -88,6 +88,13 @@ inline Vec<double> times_power_of_two(Vec<double> p, Vec<double> n) {
     return {_mm256_mul_pd(p.v, _mm256_castsi256_pd(bits))};
 }
 
+// The first and the last four of eight floats, and back.
+inline Vec<double> first_half(Vec<float> x) { return {_mm256_cvtps_pd(_mm256_castps256_ps128(x.v))}; }
+inline Vec<double> second_half(Vec<float> x) { return {_mm256_cvtps_pd(_mm256_extractf128_ps(x.v, 1))}; }
+inline Vec<float> narrowed(Vec<double> first, Vec<double> second) {
+    return {_mm256_set_m128(_mm256_cvtpd_ps(second.v), _mm256_cvtpd_ps(first.v))};
+}
+
 // Eight floats from eight numbers of 16 bits.
 inline Vec<float> from_bf16(const uint16_t* p) {
     const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));

@@ -68,6 +68,13 @@ inline Vec<double> if_within(Vec<double> y, Vec<double> limit, Vec<double> x, Ve
 inline Vec<double> fraction(Vec<double> x) { return {_mm512_reduce_pd(x.v, 0x08)}; }  // x − nearest integer
 inline Vec<double> times_power_of_two(Vec<double> p, Vec<double> n) { return {_mm512_scalef_pd(p.v, n.v)}; }
 
+// The first and the last eight of sixteen floats, and back.
+inline Vec<double> first_half(Vec<float> x) { return {_mm512_cvtps_pd(_mm512_castps512_ps256(x.v))}; }
+inline Vec<double> second_half(Vec<float> x) { return {_mm512_cvtps_pd(_mm512_extractf32x8_ps(x.v, 1))}; }
+inline Vec<float> narrowed(Vec<double> first, Vec<double> second) {
+    return {_mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps(first.v)), _mm512_cvtpd_ps(second.v), 1)};
+}
+
 // Sixteen floats from sixteen numbers of 16 bits.
 inline Vec<float> from_bf16(const uint16_t* p) {
     const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
