@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Iterator
 
 import pytest
 import torch
+from oracle import TOLERANCE
 from torch import Tensor
 
 from gapkernels import gap_loss
@@ -213,6 +215,40 @@ def test_products_of_nothing_are_zero(backend, rows, cols) -> None:
     totals = [torch.full((side, 3), torch.nan) for side in (rows, cols)]
     backend.add_products(matrix, sums, prepared, *totals, None, True, True)
     assert all((total == 0).all() for total in totals)
+
+
+@pytest.mark.parametrize("threads", [1, 2], indirect=True)
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_any_shape_stride_and_offset(backend, threads, dtype) -> None:
+    """Views into larger storages full of NaN, of shapes drawn at random, against the definition in float64."""
+    draw = random.Random(f"{dtype} {threads}")
+    edges = [1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257]
+    for _ in range(12):
+        rows, width = draw.choice([*edges, draw.randint(2, 600)]), draw.choice([*edges, draw.randint(1, 200)])
+        modalities, scale = draw.choice([2, 2, 3]), draw.choice([1.0, 14.3, 100.0])
+        options = {"cu_weight": float(rows > 1), "normalize_centroids": draw.random() < 0.8, "anchor": modalities - 1}
+        views = []
+        for m in range(modalities):
+            above, left, right = draw.randint(0, 2), draw.randint(0, 3), draw.randint(0, 5)
+            storage = torch.full((above + rows, left + width + right), torch.nan, dtype=dtype)
+            view = storage[above:, left : left + width]
+            view.copy_(vectors(rows, width, torch.float64, m) + 2 * vectors(rows, width, torch.float64, 9))
+            views.append(view.detach().requires_grad_())
+        case = f"{rows}×{width}, {[(v.stride(), v.storage_offset()) for v in views]}, scale {scale}, {options}"
+        exact = [v.detach().double().requires_grad_() for v in views]
+        loss_scale = rows if dtype == torch.float16 else 1.0
+        terms = gap_loss(*views, logit_scale=scale, backend="cpu", return_terms=True, **options)
+        expected = gap_loss(*exact, logit_scale=scale, backend="reference", return_terms=True, **options)
+        size = sum(abs(t.item()) for t in expected[1:4] if t is not None)
+        assert abs(terms.loss.item() - expected.loss.item()) <= TOLERANCE[dtype].loss * max(size, 0.1), case
+        (terms.loss * loss_scale).backward()
+        (expected.loss * loss_scale).backward()
+        natural = loss_scale * scale / rows**0.5 / exact[0].detach().norm(dim=1).median().item()
+        for view, e in zip(views, exact, strict=True):
+            if width == 1:
+                e.grad.zero_()  # nothing can move on a sphere of two points
+            bound = TOLERANCE[dtype].gradient * max(e.grad.norm().item(), 0.03 * natural)
+            assert (view.grad.double() - e.grad).norm().item() <= bound, case
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
