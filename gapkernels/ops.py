@@ -9,6 +9,7 @@ nothing is compiled anew and no old value is kept.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -18,7 +19,9 @@ from torch import Tensor
 from gapkernels import backends, plan
 from gapkernels.backends.contract import (
     SUM_SCALARS,
+    Backend,
     Forward,
+    Kept,
     Saved,
     Scalars,
     compute_dtype,
@@ -83,35 +86,45 @@ def on_device(embeddings: list[Tensor]) -> AbstractContextManager[Any]:
 
 
 def _evaluate(
-    embeddings: list[Tensor], scalars: Scalars, spec: LossSpec, backend: str, group: str, needs_grad: list[bool]
+    implementation: Backend,
+    embeddings: list[Tensor],
+    scalars: Scalars,
+    spec: LossSpec,
+    group: str,
+    needs_grad: Sequence[bool],
+    keep: bool = False,
 ) -> Forward:
-    implementation = backends.select(backend, embeddings[0], spec)
     with no_autocast(embeddings), on_device(embeddings):
-        return plan.forward(embeddings, scalars, spec, implementation, world_of(group), needs_grad)
+        return plan.forward(embeddings, scalars, spec, implementation, world_of(group), list(needs_grad), keep)
+
+
+def _upstream(grad_loss: Tensor | None, grad_terms: Tensor | None, weights: Tensor) -> Tensor:
+    """Gradient with respect to the first three terms, ``[3]`` in the statistics type."""
+    upstream = None
+    if grad_loss is not None:
+        upstream = weights * grad_loss  # of the weights' type: the gradient has no dimension
+    if grad_terms is not None:
+        of_terms = grad_terms[:3].to(weights.dtype)
+        upstream = of_terms if upstream is None else upstream + of_terms
+    assert upstream is not None, "nothing to differentiate"
+    return upstream
 
 
 def _gradients(
-    grad_loss: Tensor | None,
-    grad_terms: Tensor | None,
+    implementation: Backend,
+    upstream: Tensor,
     embeddings: list[Tensor],
     scalars: Scalars,
     saved: Saved,
     spec: LossSpec,
-    backend: str,
     group: str,
-    needs_grad: list[bool],
+    needs_grad: Sequence[bool],
+    kept: Kept | None = None,
 ) -> tuple[list[Tensor | None], Tensor | None]:
-    statistics = scalars.weights.dtype
-    upstream = None
-    if grad_loss is not None:
-        upstream = scalars.weights * grad_loss  # of the weights' type: the gradient has no dimension
-    if grad_terms is not None:
-        of_terms = grad_terms[:3].to(statistics)
-        upstream = of_terms if upstream is None else upstream + of_terms
-    assert upstream is not None, "nothing to differentiate"
-    implementation = backends.select(backend, embeddings[0], spec)
     with no_autocast(embeddings), on_device(embeddings):
-        return plan.backward(upstream, embeddings, scalars, saved, spec, implementation, world_of(group), needs_grad)
+        return plan.backward(
+            upstream, embeddings, scalars, saved, spec, implementation, world_of(group), list(needs_grad), kept
+        )
 
 
 def _weight_gradient(grad_loss: Tensor | None, terms: Tensor, weights: Tensor) -> Tensor:
@@ -136,13 +149,26 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, spec: LossSpec, backend: str, group: str, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        scalars, embeddings = Scalars(*tensors[:3]), list(tensors[3:])
-        result = _evaluate(
-            embeddings, scalars, spec, backend, group, [*ctx.needs_input_grad[6:], ctx.needs_input_grad[3]]
-        )
+        needs = ctx.needs_input_grad
+        needs_grad = (*needs[6:], needs[3])
+        implementation = backends.select(backend, tensors[3], spec)
+        steps = None if group else implementation.steps
+        step = None if steps is None else steps.find(spec, needs_grad, tensors)
         ctx.set_materialize_grads(False)
-        ctx.arguments = spec, backend, group
-        ctx.save_for_backward(*tensors, *result.saved, result.terms)
+        ctx.arguments = spec, implementation, group, needs_grad, step
+        if step is not None and step.repeats_forward:
+            loss, terms, workspace = step.forward(tensors)
+            ctx.kept_shape = None
+            ctx.save_for_backward(*tensors, terms, workspace)
+            return loss, terms
+
+        def run() -> Forward:
+            scalars, embeddings = Scalars(*tensors[:3]), list(tensors[3:])
+            return _evaluate(implementation, embeddings, scalars, spec, group, needs_grad, True in needs_grad)
+
+        result = run() if step is None else step.record_forward(tensors, run)
+        kept, ctx.kept_shape = (Kept([], None, None) if result.kept is None else result.kept).flattened()
+        ctx.save_for_backward(*tensors, result.terms, *result.saved, *kept)
         return result.loss, result.terms
 
     @staticmethod
@@ -165,16 +191,30 @@ class _Loss(torch.autograd.Function):
 def _first_derivatives(
     ctx: Any, tensors: tuple[Tensor, ...], grad_loss: Tensor | None, grad_terms: Tensor | None
 ) -> tuple[Any, ...]:
+    spec, implementation, group, needs_grad, step = ctx.arguments
     _, _, _, scale_needs, weights_need, _, *embeddings_need = ctx.needs_input_grad
     count = 3 + len(embeddings_need)
-    scalars, embeddings, *saved = Scalars(*tensors[:3]), list(tensors[3:count]), *tensors[count:]
-    terms = saved.pop()
-    spec, backend, group = ctx.arguments
-    needs_grad = [*embeddings_need, scale_needs]
-    gradients, scale_gradient = _gradients(
-        grad_loss, grad_terms, embeddings, scalars, Saved(*saved), spec, backend, group, needs_grad
-    )
-    weight_gradient = _weight_gradient(grad_loss, terms, scalars.weights) if weights_need else None
+    inputs, terms = tensors[:count], tensors[count]
+    upstream = _upstream(grad_loss, grad_terms, tensors[1])
+    weight_gradient = _weight_gradient(grad_loss, terms, tensors[1]) if weights_need else None
+    if ctx.kept_shape is None and step.repeats_backward:
+        found = iter(step.backward(inputs, upstream, tensors[-1]))
+        gradients = [next(found) if needed else None for needed in embeddings_need]
+        return None, None, None, next(found) if scale_needs else None, weight_gradient, None, *gradients
+    if ctx.kept_shape is None:
+        saved, kept = step.saved(tensors[-1])
+    else:
+        last = count + 1 + len(Saved._fields)
+        saved, kept = Saved(*tensors[count + 1 : last]), Kept.from_flattened(tensors[last:], ctx.kept_shape)
+
+    def run() -> tuple[list[Tensor | None], Tensor | None]:
+        embeddings, scalars = list(inputs[3:]), Scalars(*inputs[:3])
+        return _gradients(implementation, upstream, embeddings, scalars, saved, spec, group, needs_grad, kept)
+
+    if step is None:
+        gradients, scale_gradient = run()
+    else:
+        gradients, scale_gradient = step.record_backward(inputs, upstream, saved, kept, run)
     return None, None, None, scale_gradient, weight_gradient, None, *gradients
 
 
@@ -209,7 +249,8 @@ def _forward_operator(
         if value <= 0 or value == float("inf"):
             raise ValueError(f"the logit scale (1/temperature) must be positive and finite, got {value}")
     needs_grad = [tensor.requires_grad for tensor in (*embeddings, logit_scale)]
-    result = _evaluate(embeddings, Scalars(logit_scale, weights, uniformity_t), spec, backend, group, needs_grad)
+    scalars = Scalars(logit_scale, weights, uniformity_t)
+    result = _evaluate(backends.select(backend, embeddings[0], spec), embeddings, scalars, spec, group, needs_grad)
     return result.loss, result.terms, list(result.saved)
 
 
@@ -249,8 +290,10 @@ def _backward_operator(
 ) -> tuple[list[Tensor], Tensor]:
     spec, (backend, group, needs_grad) = _split(arguments)
     scalars = Scalars(logit_scale, weights, uniformity_t)
+    implementation = backends.select(backend, embeddings[0], spec)
+    upstream = _upstream(grad_loss, grad_terms, weights)
     gradients, scale_gradient = _gradients(
-        grad_loss, grad_terms, embeddings, scalars, Saved(*saved), spec, backend, group, needs_grad
+        implementation, upstream, embeddings, scalars, Saved(*saved), spec, group, needs_grad
     )
     return _fill_absent(embeddings, gradients), logit_scale.new_empty(0) if scale_gradient is None else scale_gradient
 

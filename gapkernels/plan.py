@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ from gapkernels.backends.contract import (
     Centroids,
     Evaluation,
     Forward,
+    Kept,
     LogSums,
     Matrix,
     Operand,
@@ -44,6 +46,9 @@ from gapkernels.backends.contract import (
 from gapkernels.distributed import DTYPES, NEEDS_GRAD, World, triangle_blocks
 from gapkernels.spec import LossSpec, Pairs
 
+KEPT_BYTES = 16 * 2**20
+"""Operands and centroids up to this size are kept for the backward pass."""
+
 
 def forward(
     embeddings: list[Tensor],
@@ -52,6 +57,7 @@ def forward(
     backend: Backend,
     world: World,
     needs_grad: list[bool] | None = None,
+    keep: bool = False,
 ) -> Forward:
     """Evaluate the loss.
 
@@ -62,6 +68,7 @@ def forward(
         backend: how to compute it.
         world: the processes that hold the batch.
         needs_grad: what the backward pass will be asked for; several processes must ask for the same.
+        keep: return in ``kept`` what spares the backward pass work, where it is little (``KEPT_BYTES``).
 
     Raises:
         ValueError: the processes do not evaluate the same loss.
@@ -76,7 +83,7 @@ def forward(
     statistics = statistics._replace(sums=world.sum(statistics.sums))
     matrices = _pair_matrices(embeddings, operands, scalars, spec, backend, world)
     num_pairs = len(matrices)
-    centroid_log_sums = None
+    own = centroid_log_sums = None
     if spec.cu:
         own = backend.centroids(embeddings, statistics.sums, scalars.uniformity_t, rows * world.size, spec)
         if world.size == 1:
@@ -85,7 +92,7 @@ def forward(
             centroid_log_sums = _centroid_log_sums(own, backend, world)
     pair_sums = None
     if matrices:
-        sums = backend.log_sums(matrices)
+        sums = backend.log_sums(matrices, statistics.zeros if world.size == 1 else None)
         if len(matrices) > num_pairs:
             centroid_log_sums = sums.rows[num_pairs]
         if num_pairs:
@@ -94,7 +101,13 @@ def forward(
     all_cosines = cosines if world.size == 1 else world.gather_rows(cosines.T.contiguous()).T.contiguous()
     first_row = world.rank * rows
     result = backend.terms(embeddings, statistics, all_cosines, pair_sums, centroid_log_sums, scalars, first_row, spec)
-    return result if world.size == 1 else _added_up(result, scalars, world)
+    if world.size > 1:
+        result = _added_up(result, scalars, world)
+    if not keep:
+        return result._replace(kept=None)
+    few = sum(x.rows.nbytes for x in (*operands, own) if x is not None) <= KEPT_BYTES
+    prepared = None if result.kept is None else result.kept.prepared
+    return result._replace(kept=Kept(operands if few else [], own if few else None, prepared))
 
 
 def backward(
@@ -106,6 +119,7 @@ def backward(
     backend: Backend,
     world: World,
     needs_grad: list[bool],
+    kept: Kept | None = None,
 ) -> tuple[list[Tensor | None], Tensor | None]:
     """Differentiate the terms that ``forward`` evaluated.
 
@@ -118,6 +132,7 @@ def backward(
         embeddings, scalars, spec, backend, world: as for the forward pass.
         saved: from the forward pass.
         needs_grad: for every embedding and, last, the logit scale, whether to differentiate with respect to it.
+        kept: from the forward pass, if it kept anything.
 
     Returns:
         ``(gradients of the embeddings, gradient of the scale)``, each shaped and typed like its input, None where not
@@ -127,30 +142,37 @@ def backward(
     *embedding_needs_grad, scale_needs_grad = needs_grad
     rows = embeddings[0].shape[0]
     total_rows = rows * world.size
-    prepared = backend.softmax_sums(saved, scalars, total_rows)
+    operands, own_centroids, prepared = kept or Kept([], None, None)
+    if prepared is None:
+        prepared = backend.softmax_sums(saved, scalars, total_rows)
     evaluation = Evaluation(embeddings, scalars, spec, saved, upstream, prepared, total_rows, world.size)
     gradients = [
         e.new_empty(e.shape) if needed else None for e, needed in zip(embeddings, embedding_needs_grad, strict=True)
     ]
     centroid_products = None
     if spec.cu and any(embedding_needs_grad):
-        centroid_products = _centroid_products(evaluation, backend, world)
+        centroid_products = _centroid_products(evaluation, own_centroids, backend, world)
 
-    def finish(row: slice, finished: list[tuple[int, Tensor | None, Tensor | None]]) -> None:
-        """Write gradients of some rows, from ``(modality, factor, products)``."""
+    def finish(
+        row: slice, finished: list[tuple[int, Tensor | None, Tensor | None]], moment: Any = None
+    ) -> Tensor | None:
+        """Write gradients of some rows, from ``(modality, factor, products)``; with the last, perhaps the scale's."""
         out = [part(g, row) for m, _, _ in finished if (g := gradients[m]) is not None]
-        if out:
-            targets = [m for m, _, _ in finished]
-            factors, products = [f for _, f, _ in finished], [p for _, _, p in finished]
-            backend.row_gradients(targets, row, factors, products, centroid_products, evaluation, out)
+        if not out:
+            return None
+        targets = [m for m, _, _ in finished]
+        factors, products = [f for _, f, _ in finished], [p for _, _, p in finished]
+        return backend.row_gradients(targets, row, factors, products, centroid_products, evaluation, out, moment)
 
     everything = slice(0, rows)
     pairs = spec.nce_pairs(len(embeddings)) if any(needs_grad) else ()
-    moment = None
+    moment = scale_gradient = None
     if not pairs:
         finish(everything, [(m, None, None) for m, needed in enumerate(embedding_needs_grad) if needed])
     else:
-        own = {k: backend.operand(embeddings[k], spec) for k in sorted({k for _, k in pairs})}
+        own = {
+            k: operands[k] if operands else backend.operand(embeddings[k], spec) for k in sorted({k for _, k in pairs})
+        }
         cols = {k: _gathered(embeddings[k], o, spec, backend, world) for k, o in own.items()}
         col_products = {k: accumulator(cols[k]) for k in cols if embedding_needs_grad[k]}
         whole = [(k, own[k].factor) for k in col_products]  # modalities that are finished last, all rows at once
@@ -165,7 +187,9 @@ def backward(
                     operand = _rows_of(own[m], row)
                     products = part(_own_rows(col_products[m], world), row) if m in col_products else None
                 else:
-                    operand = backend.operand(part(embeddings[m], row), spec)
+                    operand = (
+                        _rows_of(operands[m], row) if operands else backend.operand(part(embeddings[m], row), spec)
+                    )
                     products = accumulator(operand) if embedding_needs_grad[m] else None
                 first_rows = m not in own  # pairs in which m has the columns come before those in which it has the rows
                 for p, k in members:
@@ -196,18 +220,21 @@ def backward(
                 else:
                     finish(row, [(m, operand.factor, products)])
         del cols
-        finish(
+        scale_gradient = finish(
             everything,
             [
                 (m, factor, world.sum_own_rows(col_products.pop(m)) if m in own else row_products.pop(m))
                 for m, factor in whole
             ],
+            moment,
         )
     if not scale_needs_grad:
         return gradients, None
     if moment is None:
         return gradients, torch.zeros_like(scalars.logit_scale)
-    scale_gradient = world.sum(backend.scale_gradient(moment, evaluation))
+    if scale_gradient is None:
+        scale_gradient = backend.scale_gradient(moment, evaluation)
+    scale_gradient = world.sum(scale_gradient)
     return gradients, scale_gradient.to(scalars.logit_scale.dtype)
 
 
@@ -298,7 +325,7 @@ def _centroid_log_sums(own: Centroids, backend: Backend, world: World) -> Tensor
     return log_sum_over_processes(log_sum, world)
 
 
-def _centroid_products(evaluation: Evaluation, backend: Backend, world: World) -> Tensor:
+def _centroid_products(evaluation: Evaluation, own: Centroids | None, backend: Backend, world: World) -> Tensor:
     """``Σ_{j≠i} 2^(x_ij − centroid_reference) c_j`` of the own centroids, ``[n, D']``.
 
     Where memory is saved by working in blocks, the sums of bf16 embeddings are rounded to bf16 in the end: their
@@ -306,7 +333,8 @@ def _centroid_products(evaluation: Evaluation, backend: Backend, world: World) -
     """
     embeddings, spec = evaluation.embeddings, evaluation.spec
     uniformity_t = evaluation.scalars.uniformity_t
-    own = backend.centroids(embeddings, evaluation.saved.sums, uniformity_t, evaluation.total_rows, spec)
+    if own is None:
+        own = backend.centroids(embeddings, evaluation.saved.sums, uniformity_t, evaluation.total_rows, spec)
     c = _gathered_centroids(own, world)
     total = accumulator(c)
     if world.size > 1:
@@ -377,4 +405,4 @@ def _added_up(own: Forward, scalars: Scalars, world: World) -> Forward:
     terms = own.terms.clone()
     terms[0] = world.sum(terms[0])
     loss = torch.dot(terms[:3].to(scalars.weights.dtype), scalars.weights)
-    return Forward(loss.to(own.loss.dtype), terms, own.saved)
+    return own._replace(loss=loss.to(own.loss.dtype), terms=terms)

@@ -62,13 +62,19 @@ bool truth(PyObject* o) { return PyObject_IsTrue(o) == 1; }
 enum ResultType { operand_type, row_statistics_type, centroids_type, log_sums_type, saved_type, forward_type, prepared_type, softplus_type,
                   num_types };
 PyObject* result_types[num_types];
+Py_ssize_t result_fields[num_types];
 
+// Fields that are not given come last and are None.
 template <class... Fields>
 PyObject* named_tuple(ResultType type, Fields... fields) {
     PyTypeObject* cls = reinterpret_cast<PyTypeObject*>(result_types[type]);
-    Object result(cls->tp_alloc(cls, sizeof...(fields)));
+    Object result(cls->tp_alloc(cls, result_fields[type]));
     Py_ssize_t i = 0;
     (PyTuple_SET_ITEM(result.get(), i++, fields), ...);
+    for (; i < result_fields[type]; ++i) {
+        Py_INCREF(Py_None);
+        PyTuple_SET_ITEM(result.get(), i, Py_None);
+    }
     return result.release();
 }
 
@@ -564,6 +570,8 @@ PyObject* py_bind(PyObject* const* args) {
         Py_INCREF(item(args[1], t));
         Py_XDECREF(result_types[t]);
         result_types[t] = item(args[1], t);
+        Object fields(PyObject_GetAttrString(result_types[t], "_fields"));
+        result_fields[t] = PyTuple_GET_SIZE(fields.get());
     }
     return none();
 }

@@ -15,7 +15,9 @@ All logarithms are to base 2.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -88,10 +90,13 @@ class RowStatistics(NamedTuple):
         sums: ``[(M + 1)·D + SUM_SCALARS]`` in the statistics type, over rows: of the unit vectors of each modality; of
             the centroids; then of ‖ẑ^m − ẑ^a‖² over ATP's pairs, of the cosines of all unordered pairs of modalities,
             of ‖c‖², and of ``cosines``.
+        zeros: float32 zeros, made in passing, for ``Backend.log_sums`` of as many matrices as the evaluation has, of
+            the own rows; None where the backend needs none.
     """
 
     cosines: Tensor
     sums: Tensor
+    zeros: Tensor | None = None
 
 
 class Centroids(NamedTuple):
@@ -223,6 +228,56 @@ class Terms(NamedTuple):
     true_pair_cosine: Tensor
 
 
+class PreparedSums(NamedTuple):
+    """The log sums of all pairs as a backend's gradient reads them.
+
+    Attributes:
+        rows: ``[P, n]``, relative to ``reference``.
+        cols: ``[P, N]``, likewise.
+        reference: 0-dim exponent, near that of the positives, so that float32 logarithms are small numbers.
+        centroid_reference: 0-dim, log2 of what the entries of the centroid matrix are divided by.
+        positive_moment: in the statistics type, per pair or in all, what the positives of the own rows add to the
+            gradient of the scale, Σ negative_mass·(cosine − reference/(s·log2 e)); None where products include them.
+    """
+
+    rows: Tensor
+    cols: Tensor
+    reference: Tensor
+    centroid_reference: Tensor
+    positive_moment: Tensor | None
+
+
+class Kept(NamedTuple):
+    """What a forward pass has made that the backward pass would make again, where it is little enough to be kept.
+
+    Attributes:
+        operands: of every modality; none where they are to be made again.
+        centroids: as an operand; None where they are to be made again, or without CU.
+        prepared: what ``Backend.softmax_sums`` would return; None where the backend's terms do not make it in passing.
+    """
+
+    operands: list[Operand]
+    centroids: Centroids | None
+    prepared: PreparedSums | None
+
+    def flattened(self) -> tuple[list[Tensor | None], tuple[int, bool, bool]]:
+        """As tensors, and which of them are which."""
+        parts: list[tuple[Tensor | None, ...]] = [*self.operands, self.centroids or (), self.prepared or ()]
+        shape = len(self.operands), self.centroids is not None, self.prepared is not None
+        return [tensor for part in parts for tensor in part], shape
+
+    @classmethod
+    def from_flattened(cls, tensors: Sequence[Any], shape: tuple[int, bool, bool]) -> Kept:
+        """What ``flattened`` returned, put together again."""
+        rest = iter(tensors)
+        num_operands, has_centroids, has_prepared = shape
+        return cls(
+            [Operand(next(rest), next(rest)) for _ in range(num_operands)],
+            Centroids(*islice(rest, len(Centroids._fields))) if has_centroids else None,
+            PreparedSums(*islice(rest, len(PreparedSums._fields))) if has_prepared else None,
+        )
+
+
 class Forward(NamedTuple):
     """What a forward pass returns.
 
@@ -230,11 +285,13 @@ class Forward(NamedTuple):
         loss: 0-dim, the weighted sum of the terms.
         terms: ``[5]``, see ``Terms``.
         saved: for the backward pass.
+        kept: to spare the backward pass work; a backend fills in ``prepared`` alone, if anything.
     """
 
     loss: Tensor
     terms: Tensor
     saved: Saved
+    kept: Kept | None = None
 
 
 class SoftmaxSums(NamedTuple):
@@ -291,25 +348,6 @@ class SoftplusSums(NamedTuple):
     sigmoid: Tensor
 
 
-class PreparedSums(NamedTuple):
-    """The log sums of all pairs as a backend's gradient reads them.
-
-    Attributes:
-        rows: ``[P, n]``, relative to ``reference``.
-        cols: ``[P, N]``, likewise.
-        reference: 0-dim exponent, near that of the positives, so that float32 logarithms are small numbers.
-        centroid_reference: 0-dim, log2 of what the entries of the centroid matrix are divided by.
-        positive_moment: in the statistics type, per pair or in all, what the positives of the own rows add to the
-            gradient of the scale, Σ negative_mass·(cosine − reference/(s·log2 e)); None where products include them.
-    """
-
-    rows: Tensor
-    cols: Tensor
-    reference: Tensor
-    centroid_reference: Tensor
-    positive_moment: Tensor | None
-
-
 class Evaluation(NamedTuple):
     """What all of one backward pass has in common.
 
@@ -345,6 +383,10 @@ class Backend(Protocol):
     def gradient_block(self) -> int | None:
         """Rows and columns of a block of the gradient that is computed at a time; None for all at once."""
 
+    @property
+    def steps(self) -> Any:
+        """Evaluations that can be repeated without the plan, ``gapkernels.backends.triton.steps.Steps``, or None."""
+
     def row_statistics(self, embeddings: list[Tensor], spec: LossSpec) -> tuple[list[Operand], RowStatistics]:
         """Operands (of no modality if there is no InfoNCE) and statistics of the own rows."""
 
@@ -356,10 +398,11 @@ class Backend(Protocol):
     ) -> Centroids:
         """Centroids of the own rows; ``sums`` are over the rows of all processes."""
 
-    def log_sums(self, matrices: list[Matrix]) -> LogSums:
+    def log_sums(self, matrices: list[Matrix], zeros: Tensor | None = None) -> LogSums:
         """Sum matrices of one shape and diagonal; a sum that leaves the range of float32 is computed another way.
 
-        If there is a symmetric one, the centroids', it comes last and may have operands of another type.
+        If there is a symmetric one, the centroids', it comes last and may have operands of another type. ``zeros`` are
+        those of ``RowStatistics``, to be used once.
         """
 
     def softplus_sums(self, matrix: Matrix, bias: Tensor) -> SoftplusSums:
@@ -402,7 +445,7 @@ class Backend(Protocol):
         prepared: PreparedSums,
         row_products: Tensor | None,
         col_products: Tensor | None,
-        moment: Tensor | None,
+        moment: Any,
         first_rows: bool = False,
         first_cols: bool = False,
     ) -> None:
@@ -420,8 +463,8 @@ class Backend(Protocol):
                 it may hold anything, and is overwritten as a whole.
         """
 
-    def moment_buffer(self, like: Matrix) -> Tensor:
-        """Zeros that ``add_products`` adds to, for all blocks of an evaluation."""
+    def moment_buffer(self, like: Matrix) -> Any:
+        """Zero, in the form in which ``add_products`` adds to it, for all blocks of an evaluation like this first."""
 
     def row_gradients(
         self,
@@ -432,7 +475,8 @@ class Backend(Protocol):
         centroid_products: Tensor | None,
         evaluation: Evaluation,
         out: list[Tensor],
-    ) -> None:
+        moment: Any = None,
+    ) -> Tensor | None:
         """Gradients of rows of some modalities, from their products: everything O(N·D).
 
         Args:
@@ -442,9 +486,13 @@ class Backend(Protocol):
             centroid_products: ``[n, D']``, of all own rows; None without CU.
             evaluation: everything else.
             out: per target ``[R, D]``, written.
+            moment: of all blocks, with the last rows.
+
+        Returns:
+            What ``scale_gradient`` would, where there is a moment and the backend can do both at once; else None.
         """
 
-    def scale_gradient(self, moment: Tensor, evaluation: Evaluation) -> Tensor:
+    def scale_gradient(self, moment: Any, evaluation: Evaluation) -> Tensor:
         """This process's part of the gradient with respect to the logit scale, 0-dim.
 
         In the statistics type, or in the scale's where one process has all of it.

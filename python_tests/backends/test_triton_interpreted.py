@@ -26,6 +26,7 @@ GROUPS = {
     "tiles": "tiles",
     "distributed": "distributed",
     "products": "both_products",
+    "repeated": "repeated",
 }
 
 

@@ -34,13 +34,17 @@ def test_another_batch_size_compiles_nothing():
         assert other ^ keys[0] == set()
 
 
-def test_number_of_launches():
-    """Small batches are bound by launches: 6 kernels forward, 10 backward."""
+# Terms of many rows take two launches; operands and centroids that are not kept, three; sums prepared again, one.
+@pytest.mark.parametrize(
+    ("n", "keep", "forward", "backward"), [(1024, True, 6, 5), (4000, True, 7, 5), (4000, False, 7, 9)]
+)
+def test_number_of_launches(n, keep, forward, backward):
+    """Small batches are bound by launches."""
     with recorded() as launches:
-        evaluate(4000)
+        evaluate(n, 128, keep=keep)
     names = [launch.name for launch in launches]
     assert names.count("both_products_kernel") == 2  # of the pair and of the centroids
-    assert len(names) == 6 + 10, names
+    assert len(names) == forward + backward, names
     assert names.count("tile_sums_kernel") == 1  # the pair and the triangle
 
 
@@ -103,6 +107,7 @@ def test_a_kind_of_arguments_has_one_binary(monkeypatch, dtype):
         specs = [LossSpec(), LossSpec(cu=False), LossSpec(nce=False), LossSpec(normalize=False, all_pairs=True)]
         for n, dim, offset, spec in itertools.product((1, 16, 101), (1, 16, 40), (0, 1, 8), specs):
             evaluate(n, dim, dtype, 2 + n % 2, spec=spec, offset=offset, needs_grad=(True,) * (3 + n % 2))
-            evaluate(n, dim, dtype, spec=spec, offset=offset, needs_grad=(offset == 0, True, offset == 1))
+            needs_grad = (offset == 0, True, offset == 1)
+            evaluate(n, dim, dtype, spec=spec, offset=offset, needs_grad=needs_grad, keep=False)
         evaluate(4101, 16, dtype)  # several blocks
     assert Bound.runs > 2 * len(launch._bound) > 100

@@ -6,9 +6,9 @@ import pytest
 import torch
 from oracle import TOLERANCE, Tolerance, assert_matches_oracle, random_embeddings
 
-from gapkernels import gap_loss
+from gapkernels import backends, gap_loss
 from gapkernels.backends.triton import backend as triton_backend
-from gapkernels.backends.triton import tuning
+from gapkernels.backends.triton import steps, tuning
 from gapkernels.backends.triton.device import INTERPRETED
 from gapkernels.backends.triton.products import add_products
 
@@ -269,3 +269,101 @@ def test_both_products_in_one_launch_need_room(monkeypatch):
     h, x = torch.ones(40, 40), torch.ones(40, 16)
     with pytest.raises(AssertionError, match="room for whole tiles"):
         add_products(None, torch.ones(40, 16), h, x, x, True)
+
+
+# ---- evaluations that are repeated without the plan -----------------------------------------------------------------
+
+
+@pytest.fixture
+def repeating(monkeypatch):
+    """Let evaluations be recorded and repeated, on memory that holds no numbers; what has been recorded."""
+    monkeypatch.setattr(steps, "enabled", True)
+    empty = torch.empty
+    monkeypatch.setattr(
+        torch, "empty", lambda *a, **k: empty(*a, **k).fill_(255 if k.get("dtype") == torch.uint8 else torch.nan)
+    )
+    backends._create.cache_clear()
+    yield lambda dtype: backends._create("triton", torch.device("cpu"), dtype).steps.described
+    backends._create.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("options", "modalities"),
+    [
+        ({}, 2),
+        ({"pairs": "all"}, 3),
+        ({"cu_weight": 0.0}, 2),
+        ({"normalize_centroids": False}, 2),
+    ],
+    ids=str,
+)
+def test_repeated_evaluations(repeating, options, modalities, dtype):
+    """The third and fourth are repeated, of other numbers at other addresses."""
+    for seed in range(4):
+        embeddings = random_embeddings(45, 24, modalities, dtype=dtype, seed=seed)
+        assert_matches_oracle(embeddings, 10.0 + seed, "triton", **options)
+    # True float32 products are the vendor's, but not in the interpreter.
+    assert repeating(dtype) == [""]
+
+
+def test_repeated_evaluations_in_deterministic_mode(repeating):
+    torch.use_deterministic_algorithms(True)
+    try:
+        for seed in range(4):
+            assert_matches_oracle(random_embeddings(45, 24, seed=seed), 14.3, "triton")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert repeating(torch.float32) == [""]
+
+
+def test_repeated_evaluations_in_part(repeating):
+    """Gradients of some inputs, of single terms, a second time, of an evaluation whose predecessor had none."""
+    inputs = [*random_embeddings(40, 12), torch.tensor(7.0)]
+
+    def evaluated(*flags):
+        leaves = [v.clone().requires_grad_(flag) for v, flag in zip(inputs, flags, strict=True)]
+        return gap_loss(*leaves[:2], logit_scale=leaves[2], backend="triton", return_terms=True), leaves
+
+    for flags in ((True, False, True), (False, True, False), (False, False, False)):
+        expected = None
+        for turn in range(5):
+            terms, leaves = evaluated(*flags)
+            found = [terms.loss.detach()]
+            if any(flags) and turn != 2:
+                terms.loss.backward(retain_graph=True)
+                found += [leaf.grad.clone() for leaf in leaves if leaf.requires_grad]
+                terms.loss.backward()
+                torch.testing.assert_close([leaf.grad / 2 for leaf in leaves if leaf.requires_grad], found[1:])
+                expected = expected or found
+            torch.testing.assert_close(found, (expected or found)[: len(found)], rtol=0, atol=0)
+    expected = None
+    for _ in range(4):
+        terms, leaves = evaluated(True, True, True)
+        found = torch.autograd.grad(terms.centroid_uniformity, leaves[:2], retain_graph=True)
+        found += torch.autograd.grad(terms.info_nce + terms.loss, leaves)
+        expected = expected or found
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_repeated_evaluations_are_of_one_kind(repeating):
+    """What cannot be repeated is planned every time, and whatever the plan looks at makes another kind."""
+    x, y = random_embeddings(33, 20)
+    kinds = {
+        "": lambda: (x.clone(), y.clone()),
+        " ": lambda: (torch.cat([x, x], 1)[:, :20], y.clone()),  # another stride between rows
+        "aten.clone": lambda: (x.T.contiguous().T, y.clone()),
+        "two inputs": lambda: (x, x),
+    }
+    for _ in range(4):
+        for make in kinds.values():
+            leaves = [e.detach().requires_grad_() for e in make()]
+            loss = gap_loss(*leaves, backend="triton")
+            torch.testing.assert_close(loss, gap_loss(*make(), backend="reference"))
+            loss.backward()
+        assert_matches_oracle([x, y], 14.3, "triton", normalize=False)  # looks for the largest norm
+        assert_matches_oracle([x, y], 14.3, "triton", nce_weight=0.0)  # the scale's gradient is made by torch
+    refused = repeating(torch.float32)
+    for reason in (*kinds, "aten.linalg_vector_norm", "aten.zeros_like"):
+        assert any(found.startswith(reason.strip()) if reason.strip() else not found for found in refused), reason
+    assert refused.count("") == 2

@@ -119,6 +119,7 @@ def evaluate(
     world: World | None = None,
     spec: LossSpec | None = None,
     offset: int = 0,
+    keep: bool = True,
 ) -> None:
     """Forward and backward pass of the Triton backend, as the plan drives it; rows begin ``offset`` numbers late."""
     embeddings = [
@@ -128,9 +129,9 @@ def evaluate(
     numbers = (torch.tensor(v, dtype=torch.float64) for v in ([1.0, 1.0, 1.0], 2.0))
     scalars = Scalars(torch.tensor(14.3), *numbers)
     implementation, spec, world = triton_backend.create(), spec or LossSpec(), world or World()
-    saved = plan.forward(embeddings, scalars, spec, implementation, world).saved
+    found = plan.forward(embeddings, scalars, spec, implementation, world, keep=keep)
     upstream = torch.ones(3, dtype=torch.float64)
-    plan.backward(upstream, embeddings, scalars, saved, spec, implementation, world, list(needs_grad))
+    plan.backward(upstream, embeddings, scalars, found.saved, spec, implementation, world, list(needs_grad), found.kept)
 
 
 def compile_for(launch: Launch, arch: str) -> Compiled:

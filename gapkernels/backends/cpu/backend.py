@@ -37,6 +37,7 @@ class CpuBackend:
 
     sums_of = SUMS_OF
     gradient_block = None  # tiles are formed inside
+    steps = None
 
     def __init__(self) -> None:
         self._kernels = build.load()
@@ -53,7 +54,7 @@ class CpuBackend:
     ) -> Centroids:
         return self._kernels.centroids(embeddings, sums, uniformity_t, total_rows, spec)
 
-    def log_sums(self, matrices: list[Matrix]) -> LogSums:
+    def log_sums(self, matrices: list[Matrix], zeros: Tensor | None = None) -> LogSums:
         return self._kernels.log_sums(matrices)
 
     def softplus_sums(self, matrix: Matrix, bias: Tensor) -> SoftplusSums:
@@ -102,6 +103,7 @@ class CpuBackend:
         centroid_products: Tensor | None,
         evaluation: Evaluation,
         out: list[Tensor],
+        moment: Tensor | None = None,
     ) -> None:
         self._kernels.row_gradients(targets, rows, factors, products, centroid_products, evaluation, out)
 

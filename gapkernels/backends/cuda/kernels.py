@@ -12,6 +12,8 @@ from torch import Tensor
 
 from gapkernels.backends.contract import Matrix
 from gapkernels.backends.triton.backend import TritonBackend
+from gapkernels.backends.triton.gradient_tiles import Moment
+from gapkernels.backends.triton.tile_sums import room_for_sums
 
 MAX_MATRICES = 8
 """Of one launch, as in ``csrc/similarity.h``."""
@@ -20,19 +22,17 @@ MAX_MATRICES = 8
 class CudaBackend(TritonBackend):
     """``backend="cuda"``; what it does not replace is Triton's."""
 
-    def tile_sums(self, matrices: list[Matrix], largest: Tensor | None, headroom: int) -> tuple[Tensor, Tensor]:
+    def tile_sums(
+        self, matrices: list[Matrix], largest: Tensor | None, headroom: int, zeros: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Sums relative to the constant reference exponent; see ``gapkernels.backends.triton.tile_sums.tile_sums``.
 
         One launch for each type of operands, at most ``MAX_MATRICES`` matrices each.
         """
         first = matrices[0]
         if first.rows.dtype == torch.float32:
-            return super().tile_sums(matrices, largest, headroom)
-        num_rows, num_cols = first.rows.shape[0], first.cols.shape[0]
-        sums = torch.zeros(len(matrices) * (num_rows + num_cols), dtype=torch.float32, device=first.rows.device)
-        row_sums, col_sums = (
-            part.view(len(matrices), -1) for part in sums.split([len(matrices) * num_rows, len(matrices) * num_cols])
-        )
+            return super().tile_sums(matrices, largest, headroom, zeros)
+        _, row_sums, col_sums = room_for_sums(matrices, zeros)
         for part in _launches(matrices):
             members = matrices[part]
             torch.ops.gapkernels_cuda.similarity_stats(
@@ -58,13 +58,16 @@ class CudaBackend(TritonBackend):
         col_log_sum: Tensor | None,
         reference: Tensor,
         scale: float,
-        scale_partials: Tensor | None,
+        moment: Moment | None,
         out: Tensor,
     ) -> None:
         """Write one block of H; see ``gapkernels.backends.triton.gradient_tiles.gradient_tiles``."""
         if block.rows.dtype == torch.float32:
-            super().gradient_tiles(block, row_log_sum, col_log_sum, reference, scale, scale_partials, out)
+            super().gradient_tiles(block, row_log_sum, col_log_sum, reference, scale, moment, out)
             return
+        if moment is not None and not moment.used:  # the kernel adds
+            moment.partials.zero_()
+            moment.used = moment.partials.numel()
         torch.ops.gapkernels_cuda.similarity_grad(
             block.rows,
             block.row_factor,
@@ -77,7 +80,7 @@ class CudaBackend(TritonBackend):
             block.diagonal,
             scale,
             reference,
-            scale_partials,
+            None if moment is None else moment.partials,
             out,
         )
 

@@ -43,6 +43,7 @@ class TiledBackend:
 
     sums_of = SUMS_OF
     gradient_block = None  # tiles are formed inside
+    steps = None
 
     def row_statistics(self, embeddings: list[Tensor], spec: LossSpec) -> tuple[list[Operand], RowStatistics]:
         return row_arithmetic.row_statistics(embeddings, spec)
@@ -55,7 +56,7 @@ class TiledBackend:
     ) -> Centroids:
         return row_arithmetic.centroids(embeddings, sums, uniformity_t, total_rows, spec)
 
-    def log_sums(self, matrices: list[Matrix]) -> LogSums:
+    def log_sums(self, matrices: list[Matrix], zeros: Tensor | None = None) -> LogSums:
         sums = [tiles.log_sums(matrix) for matrix in matrices]
         return LogSums(torch.stack([s.row for s in sums]), torch.stack([s.col for s in sums]))
 
@@ -73,7 +74,7 @@ class TiledBackend:
         first_row: int,
         spec: LossSpec,
     ) -> Forward:
-        cosines, sums = statistics
+        cosines, sums, _ = statistics
         rows, dim = embeddings[0].shape
         modalities, total_rows = len(embeddings), all_cosines.shape[1]
         own = slice(first_row, first_row + rows)
@@ -146,6 +147,7 @@ class TiledBackend:
         centroid_products: Tensor | None,
         evaluation: Evaluation,
         out: list[Tensor],
+        moment: Tensor | None = None,
     ) -> None:
         row_arithmetic.row_gradients(targets, rows, products, centroid_products, evaluation, out)
 

@@ -40,6 +40,8 @@ from gapkernels.backends.triton import (
     tile_sums,
     tuning,
 )
+from gapkernels.backends.triton.gradient_tiles import Moment
+from gapkernels.backends.triton.steps import Steps
 from gapkernels.spec import LossSpec
 
 BLOCK = 4096
@@ -59,15 +61,20 @@ class TritonBackend:
 
     sums_of: frozenset[str] = frozenset()
 
+    def __init__(self) -> None:
+        self.steps = Steps()
+
     @property
     def gradient_block(self) -> int:
         return BLOCK
 
     # ---- what costs N², and what the CUDA backend replaces ----
 
-    def tile_sums(self, matrices: list[Matrix], largest: Tensor | None, headroom: int) -> tuple[Tensor, Tensor]:
+    def tile_sums(
+        self, matrices: list[Matrix], largest: Tensor | None, headroom: int, zeros: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """See ``gapkernels.backends.triton.tile_sums.tile_sums``."""
-        return tile_sums.tile_sums(matrices, largest, headroom)
+        return tile_sums.tile_sums(matrices, largest, headroom, zeros)
 
     def gradient_tiles(
         self,
@@ -76,11 +83,11 @@ class TritonBackend:
         col_log_sum: Tensor | None,
         reference: Tensor,
         scale: float,
-        scale_partials: Tensor | None,
+        moment: Moment | None,
         out: Tensor,
     ) -> None:
         """See ``gapkernels.backends.triton.gradient_tiles.gradient_tiles``."""
-        gradient_tiles.gradient_tiles(block, row_log_sum, col_log_sum, reference, scale, scale_partials, out)
+        gradient_tiles.gradient_tiles(block, row_log_sum, col_log_sum, reference, scale, moment, out)
 
     # ---- the contract ----
 
@@ -106,22 +113,32 @@ class TritonBackend:
                 )
         return result
 
-    def log_sums(self, matrices: list[Matrix]) -> LogSums:
-        groups = [list(group) for _, group in groupby(matrices, key=lambda m: m.rows.dtype.itemsize)]
-        parts = [self._log_sums(group) for group in groups]  # tiles of one size: one launch
-        if len(parts) == 1:
-            return parts[0]
-        return LogSums(*(torch.cat(both) for both in zip(*parts, strict=True)))
+    def log_sums(self, matrices: list[Matrix], zeros: Tensor | None = None) -> LogSums:
+        first = matrices[0]
+        new = first.rows.new_empty
+        rows = new((len(matrices), first.rows.shape[0]), dtype=torch.float64)
+        cols = new((len(matrices), first.cols.shape[0]), dtype=torch.float64)
+        start = 0
+        for _, group in groupby(matrices, key=lambda m: m.rows.dtype.itemsize):  # tiles of one size: one launch
+            members = list(group)
+            part = slice(start, start + len(members))
+            everything = len(members) == len(matrices)
+            out = (rows, cols) if everything else (rows[part], cols[part])
+            all_zeros = None if zeros is None else zeros.view(len(matrices), -1)
+            own = zeros if all_zeros is None or everything else all_zeros[part].view(-1)
+            self._log_sums(members, own, out)
+            start = part.stop
+        return LogSums(rows, cols)
 
-    def _log_sums(self, matrices: list[Matrix]) -> LogSums:
+    def _log_sums(self, matrices: list[Matrix], zeros: Tensor | None, out: tuple[Tensor, Tensor]) -> None:
         num_rows, num_cols = matrices[0].rows.shape[0], matrices[0].cols.shape[0]
         headroom = LARGEST_EXPONENT - max(num_rows, num_cols).bit_length()
         bounds = [m.largest for m in matrices if m.largest is not None]
         largest = torch.stack(bounds).float() if bounds else None
         sums = None
         if not torch.are_deterministic_algorithms_enabled():
-            sums = self.tile_sums(matrices, largest, headroom)
-        return LogSums(*log_sums.log_sums(matrices, sums, largest, headroom))
+            sums = self.tile_sums(matrices, largest, headroom, zeros)
+        log_sums.log_sums(matrices, sums, largest, headroom, out)
 
     def terms(
         self,
@@ -134,7 +151,17 @@ class TritonBackend:
         first_row: int,
         spec: LossSpec,
     ) -> Forward:
-        return terms.terms(embeddings, statistics, all_cosines, pair_sums, centroid_log_sums, scalars, first_row, spec)
+        return terms.terms(
+            embeddings,
+            statistics,
+            all_cosines,
+            pair_sums,
+            centroid_log_sums,
+            scalars,
+            first_row,
+            spec,
+            CENTROID_HEADROOM,
+        )
 
     def softmax_sums(self, saved: Saved, scalars: Scalars, total_rows: int) -> PreparedSums:
         return softmax_sums.softmax_sums(saved, scalars, total_rows, CENTROID_HEADROOM)
@@ -146,7 +173,7 @@ class TritonBackend:
         prepared: PreparedSums,
         row_products: Tensor | None,
         col_products: Tensor | None,
-        moment: Tensor | None,
+        moment: Moment | None,
         first_rows: bool = False,
         first_cols: bool = False,
     ) -> None:
@@ -161,13 +188,13 @@ class TritonBackend:
         h = h[:num_rows, :num_cols]
         products.add_products(row_products, col_products, h, block.cols, block.rows, first_rows, first_cols)
 
-    def moment_buffer(self, like: Matrix) -> Tensor:
+    def moment_buffer(self, like: Matrix) -> Moment:
         sides = (min(BLOCK, operand.shape[0]) for operand in (like.rows, like.cols))
         rows = like.rows
         options = tuning.candidates("gradient_tiles", device.architecture(rows.device), rows.dtype, rows.shape[1])
         smallest = min(min(config.tile_m, config.tile_n) for config in options)
         places = math.prod(-(-side // smallest) for side in sides)
-        return like.rows.new_zeros(places, dtype=torch.float64)
+        return Moment(like.rows.new_empty(places, dtype=torch.float64))
 
     def row_gradients(
         self,
@@ -178,8 +205,9 @@ class TritonBackend:
         centroid_products: Tensor | None,
         evaluation: Evaluation,
         out: list[Tensor],
-    ) -> None:
-        row_gradients.row_gradients(targets, rows, factors, products, centroid_products, evaluation, out)
+        moment: Moment | None = None,
+    ) -> Tensor | None:
+        return row_gradients.row_gradients(targets, rows, factors, products, centroid_products, evaluation, out, moment)
 
-    def scale_gradient(self, moment: Tensor, evaluation: Evaluation) -> Tensor:
+    def scale_gradient(self, moment: Moment, evaluation: Evaluation) -> Tensor:
         return softmax_sums.scale_gradient(moment, evaluation)

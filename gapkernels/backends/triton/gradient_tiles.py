@@ -42,6 +42,21 @@ HALF_SCALE = 2.0**14
 """Float16 gradients are scaled such that a soft-max weight of one becomes this; twice it is still in range."""
 
 
+class Moment:
+    """Σ_ij H_ij·(x_ij − reference), each tile of a block adding to a place of its own.
+
+    Args:
+        partials: ``[places]`` float64; may hold anything.
+
+    Attributes:
+        used: how many places the first block has written: as many as any block has tiles.
+    """
+
+    def __init__(self, partials: Tensor) -> None:
+        self.partials = partials
+        self.used = 0
+
+
 def gradient_scale(dtype: torch.dtype) -> float:
     """2^h, what H of pairs is multiplied by where operands are of this type, so that float16 does not underflow."""
     return HALF_SCALE if dtype == torch.float16 else 1.0
@@ -72,6 +87,7 @@ def store_pair(
     out,
     out_stride,
     scale_partials,
+    is_first,
     ONE_EXPONENTIAL: tl.constexpr,
     NEEDS_SCALE: tl.constexpr,
 ):
@@ -85,7 +101,8 @@ def store_pair(
         # Each tile has a place of its own, and launches follow one another: no atomics, always the same bits.
         moment = tl.sum(tl.sum(gradient * tl.maximum(x, LOWEST), axis=1), axis=0)
         place = scale_partials + tl.program_id(0)
-        tl.store(place, tl.load(place) + moment)
+        before = tl.load(place, mask=is_first == 0, other=0.0)
+        tl.store(place, before + moment)
     gradient = gradient * row_factor[:, None] * col_factor[None, :]
     store_tile(gradient, out, out_stride)
 
@@ -98,7 +115,7 @@ def store_tile(values, out, out_stride):
 
 
 @triton.jit(
-    do_not_specialize=["num_rows", "num_cols", "diagonal"],
+    do_not_specialize=["num_rows", "num_cols", "diagonal", "is_first"],
     do_not_specialize_on_alignment=[
         "row_factors",
         "col_factors",
@@ -126,6 +143,7 @@ def gradient_tiles_kernel(
     num_cols,
     dim,
     diagonal,
+    is_first,
     entry_scale,
     BIASED: tl.constexpr,
     NEEDS_SCALE: tl.constexpr,
@@ -163,12 +181,12 @@ def gradient_tiles_kernel(
         if largest - smallest <= 100.0:
             store_pair(
                 x, row_log, col_log, middle, row_factor, col_factor, out, out_stride, scale_partials,
-                True, NEEDS_SCALE,
+                is_first, True, NEEDS_SCALE,
             )  # fmt: skip
         else:
             store_pair(
                 x, row_log, col_log, middle, row_factor, col_factor, out, out_stride, scale_partials,
-                False, NEEDS_SCALE,
+                is_first, False, NEEDS_SCALE,
             )  # fmt: skip
 
 
@@ -178,7 +196,7 @@ def gradient_tiles(
     col_log_sum: Tensor | None,
     reference: Tensor,
     scale: float,
-    scale_partials: Tensor | None,
+    moment: Moment | None,
     out: Tensor,
 ) -> None:
     """Write one block of H.
@@ -188,12 +206,12 @@ def gradient_tiles(
         row_log_sum, col_log_sum: ``[R]``, ``[C]`` float32, relative to the reference; None for centroids.
         reference: 0-dim float32.
         scale: 2^h.
-        scale_partials: ``[tiles or more]`` float64, to which each tile's Σ G_ij·(x_ij − reference) is added. None if
-            not needed.
+        moment: to which each tile's Σ H_ij·(x_ij − reference) is added. None if not needed.
         out: in the type of the operands, unit stride along its columns; at least ``[R, C]``, rounded up to whole tiles.
     """
     num_rows, dim = block.rows.shape
     num_cols = block.cols.shape[0]
+    is_first = moment is not None and not moment.used
 
     def run(config: tuning.Config) -> None:
         m, n, k = config.tile_m, config.tile_n, config.tile_k
@@ -206,7 +224,7 @@ def gradient_tiles(
                 dim,
                 out.stride(0),
                 block.biased,
-                scale_partials is None,
+                moment is None,
                 config,
                 input_precision(block.rows.dtype),
             ),
@@ -223,16 +241,17 @@ def gradient_tiles(
                 reference,
                 out,
                 out.stride(0),
-                scale_partials,
+                None if moment is None else moment.partials,
                 num_rows,
                 num_cols,
                 dim,
                 block.diagonal,
+                int(is_first),
                 scale,
             ),
             lambda: {
                 "BIASED": block.biased,
-                "NEEDS_SCALE": scale_partials is not None,
+                "NEEDS_SCALE": moment is not None,
                 "TILE_M": m,
                 "TILE_N": n,
                 "TILE_K": k,
@@ -245,4 +264,7 @@ def gradient_tiles(
             },
         )
 
-    run(tuning.choose("gradient_tiles", block.rows, run, reset=scale_partials))
+    config = tuning.choose("gradient_tiles", block.rows, run, reset=None if moment is None else moment.partials)
+    run(config)
+    if moment is not None and is_first:
+        moment.used = cdiv(num_rows, config.tile_m) * cdiv(num_cols, config.tile_n)

@@ -15,6 +15,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from gapkernels.backends.triton import recording
 from gapkernels.backends.triton.device import INTERPRETED
 
 _bound: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
@@ -36,8 +37,12 @@ def launch(
         args: for the parameters that are not compile-time ones.
         constants: makes compile-time parameters and options; asked where the kind is new.
     """
-    hook = triton.knobs.runtime.launch_enter_hook if _IS_KNOWN else None
-    if not _IS_KNOWN or (hook is not None and getattr(hook, "calls", True)):  # a profiler wants to know more
+    recorder = recording.active()
+    if recorder is not None:
+        named = constants()
+        recorder.launch(kernel, grid, args, tuple(named[name] for name in kernel.arg_names[len(args) :]), named)
+        return
+    if not (_IS_KNOWN and recording.launches_directly()):
         kernel[grid](*args, **constants())
         return
     driver = triton.runtime.driver.active
@@ -64,6 +69,11 @@ def launch(
         *args,
         *compile_time,
     )
+
+
+def can_repeat() -> bool:
+    """Whether recorded launches can be repeated: this Triton is known, and no profiler listens."""
+    return INTERPRETED or (_IS_KNOWN and recording.launches_directly())
 
 
 def descriptor(tensor: Tensor, block_shape: list[int]) -> TensorDescriptor:

@@ -15,7 +15,6 @@ RECOMPUTE the results do not depend on the order of execution, which is what det
 Normal case: 12 bytes per sum. Recomputed: 2·n·N·D operations per side.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -156,22 +155,19 @@ def log_sums(
     sums: tuple[Tensor, Tensor] | None,
     largest: Tensor | None,
     headroom: int,
-) -> tuple[Tensor, Tensor]:
+    logs: tuple[Tensor, Tensor],
+) -> None:
     """Base-2 logarithms of all row and column sums, diagonal left out.
 
     Args:
         matrices: of one shape ``[n, N]``, with one diagonal.
         sums: from ``.tile_sums.tile_sums``; None to compute all of them here, without atomics.
         largest, headroom: as there.
-
-    Returns:
-        ``([m, n], [m, N])`` float64; the row of a symmetric matrix in the second is not written.
+        logs: ``([m, n], [m, N])`` float64, written; the row of a symmetric matrix in the second is not.
     """
     first = matrices[0]
     num_rows, dim = first.rows.shape
     num_cols = first.cols.shape[0]
-    new = first.rows.new_empty
-    logs = new((len(matrices), num_rows), dtype=torch.float64), new((len(matrices), num_cols), dtype=torch.float64)
 
     def run(config: tuning.Config) -> None:
         blocks = len(matrices) * (cdiv(num_rows, config.tile_m) + cdiv(num_cols, config.tile_m))
@@ -209,4 +205,3 @@ def log_sums(
         )
 
     run(tuning.choose("log_sums", first.rows, run))
-    return logs

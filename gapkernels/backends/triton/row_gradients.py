@@ -6,7 +6,8 @@
     dz_i = (g_i − ⟨g_i, ẑ_i⟩ẑ_i)/‖z_i‖
 
 with ŷ_i the matching row of a partner and J_c the derivative of the centroid's normalisation. A program takes blocks of
-whole rows of one modality. Per modality reads M·N·D·b + 2·4·N·D bytes, writes N·D·b.
+whole rows of one modality; one more writes the gradient of the logit scale (``.softmax_sums``). Per modality reads
+M·N·D·b + 2·4·N·D bytes, writes N·D·b.
 """
 
 import triton
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from gapkernels.backends.contract import Evaluation
 from gapkernels.backends.triton.device import cdiv, num_processors, row_block
-from gapkernels.backends.triton.gradient_tiles import gradient_scale
+from gapkernels.backends.triton.gradient_tiles import Moment, gradient_scale
 from gapkernels.backends.triton.launch import launch, layout
 from gapkernels.backends.triton.row_statistics import (
     centred,
@@ -25,6 +26,7 @@ from gapkernels.backends.triton.row_statistics import (
     padded,
     unit_rows,
 )
+from gapkernels.backends.triton.softmax_sums import PARTIALS_AT_ONCE, scale_gradient_like, write_scale_gradient
 
 
 @triton.jit
@@ -35,7 +37,7 @@ def through_normalization(gradient, unit, inverse, clamped):
 
 
 @triton.jit(
-    do_not_specialize=["num_rows", "all_rows", "first_row", "total_rows"],
+    do_not_specialize=["num_rows", "all_rows", "first_row", "total_rows", "num_moments"],
     do_not_specialize_on_alignment=[
         "negative_mass",
         "centroid_logs",
@@ -61,6 +63,10 @@ def row_gradients_kernel(
     upstream,
     logit_scale,
     out,
+    moments,
+    positive_moments,
+    scale_gradient,
+    num_moments,
     num_rows,
     all_rows,
     first_row,
@@ -80,7 +86,14 @@ def row_gradients_kernel(
     NORMALIZE_CENTROIDS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):
+    if scale_gradient is not None:  # noqa: SIM102 (by itself: what is absent is not compiled)
+        if (tl.program_id(1) == len(TARGETS)) & (tl.program_id(0) == 0):
+            write_scale_gradient(
+                moments, positive_moments, upstream, logit_scale, scale_gradient, num_moments, total_rows, NUM_PAIRS,
+                AT_ONCE,
+            )  # fmt: skip
     for t in tl.static_range(len(TARGETS)):
         if tl.program_id(1) == t:
             one_target(
@@ -194,13 +207,16 @@ def row_gradients(
     centroid_products: Tensor | None,
     evaluation: Evaluation,
     out: list[Tensor],
-) -> None:
+    moment: Moment | None,
+) -> Tensor | None:
     """See ``gapkernels.backends.contract.Backend.row_gradients``."""
     embeddings, spec, saved = evaluation.embeddings, evaluation.spec, evaluation.saved
     (all_rows, dim), modalities = embeddings[0].shape, len(embeddings)
     num_rows = rows.stop - rows.start
     block_rows, block_dim = row_block(dim, 2048)
     has_products = products[0] is not None
+    scale_gradient = None if moment is None else scale_gradient_like(evaluation)
+    scalars = evaluation.scalars
 
     def constants() -> dict[str, object]:
         pairs = spec.nce_pairs(modalities) if has_products else []
@@ -220,12 +236,15 @@ def row_gradients(
             "NORMALIZE_CENTROIDS": spec.normalize_centroids,
             "BLOCK_N": block_rows,
             "BLOCK_D": block_dim,
+            "AT_ONCE": PARTIALS_AT_ONCE,
         }
 
-    scalars = evaluation.scalars
     launch(
         row_gradients_kernel,
-        (min(cdiv(num_rows, block_rows), 8 * num_processors(embeddings[0].device)), len(targets)),
+        (
+            min(cdiv(num_rows, block_rows), 8 * num_processors(embeddings[0].device)),
+            len(targets) + (moment is not None),
+        ),
         (
             layout(embeddings),
             layout(out),
@@ -236,6 +255,7 @@ def row_gradients(
             scalars.logit_scale.dtype,
             scalars.uniformity_t.dtype,
             evaluation.upstream.dtype,
+            None if scale_gradient is None else scale_gradient.dtype,
             dim,
             spec,
         ),
@@ -253,6 +273,10 @@ def row_gradients(
             evaluation.upstream,
             scalars.logit_scale,
             tuple(out),
+            None if moment is None else moment.partials,
+            evaluation.prepared.positive_moment,
+            scale_gradient,
+            0 if moment is None else moment.used,
             num_rows,
             all_rows,
             rows.start,
@@ -265,3 +289,4 @@ def row_gradients(
         ),
         constants,
     )
+    return scale_gradient

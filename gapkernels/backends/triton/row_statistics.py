@@ -2,7 +2,8 @@
 
     operands          z_i·2^q with norm in [1, 2), rows padded to whole 32-byte sectors, and the inverse of that norm
     row_statistics    the same, and cos(z_i^m, z_i^a) per pair; per program the sums over its rows of ẑ^m, c,
-                      ‖ẑ^m − ẑ^a‖², cosines and ‖c‖²                  (a reduction over programs gives the means)
+                      ‖ẑ^m − ẑ^a‖², cosines and ‖c‖²
+    add_up            these added up over the programs; zeros for the sums of the matrices, in passing
     centroids         2^k·(c_i − mean c), rounded, and its bias −t·log2 e·‖c_i − mean c‖²
 
 Operands of the matrix products are the embeddings themselves but for a power of two: no rounding, so products on the
@@ -228,6 +229,23 @@ def row_statistics_kernel(
     tl.store(scalars + 3, positive_sum)
 
 
+@triton.jit(do_not_specialize=["num_partials", "num_zeros"])
+def add_up_kernel(
+    partials, sums, zeros, num_partials, num_zeros, width, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr
+):  # fmt: skip
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    k = program * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((AT_ONCE, BLOCK), tl.float64)
+    for start in tl.range(0, num_partials, AT_ONCE):
+        p = start + tl.arange(0, AT_ONCE)
+        exists = (p < num_partials)[:, None] & (k < width)[None, :]
+        total += tl.load(partials + (p.to(tl.int64)[:, None] * width + k[None, :]), mask=exists, other=0.0)
+    tl.store(sums + k, tl.sum(total, axis=0), mask=k < width)
+    for start in tl.range(program * BLOCK, num_zeros, programs * BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        tl.store(zeros + place, tl.zeros((BLOCK,), tl.float32), mask=place < num_zeros)
+
+
 @triton.jit
 def centroid_exponent(sums, num_modalities: tl.constexpr, dim, total_rows, BLOCK_D: tl.constexpr):
     """The power of two that brings the root mean square distance from the mean centroid near one; float64."""
@@ -318,8 +336,9 @@ def row_statistics(embeddings: list[Tensor], spec: LossSpec) -> tuple[list[Opera
     block_rows, block_dim = row_block(padded_dim, 2048)
     grid = _grid(embeddings[0], block_rows)
     new = embeddings[0].new_empty
+    width = (modalities + 1) * dim + SUM_SCALARS
     cosines = new((len(nce_pairs), num_rows), dtype=torch.float64)
-    sums = new((*grid, (modalities + 1) * dim + SUM_SCALARS), dtype=torch.float64)
+    partials = new((*grid, width), dtype=torch.float64)
     rows = factors = None
     if nce_pairs:
         rows = new((modalities, num_rows, padded_dim))
@@ -336,7 +355,7 @@ def row_statistics(embeddings: list[Tensor], spec: LossSpec) -> tuple[list[Opera
             factors,
             padded(num_rows),
             cosines,
-            sums,
+            partials,
             num_rows,
             dim,
             padded_dim,
@@ -352,10 +371,19 @@ def row_statistics(embeddings: list[Tensor], spec: LossSpec) -> tuple[list[Opera
             "BLOCK_D": block_dim,
         },
     )
+    sums = new(width, dtype=torch.float64)
+    zeros = new((len(nce_pairs) + spec.cu) * 2 * num_rows, dtype=torch.float32)
+    launch(
+        add_up_kernel,
+        (cdiv(width, 64),),
+        (width,),
+        (partials, sums, zeros, grid[0], zeros.numel(), width),
+        lambda: {"BLOCK": 64, "AT_ONCE": 32},
+    )
     operands = []
     if rows is not None and factors is not None:
         operands = [Operand(rows[m], factors[m, :num_rows]) for m in range(modalities)]
-    return operands, RowStatistics(cosines, sums.sum(dim=0))
+    return operands, RowStatistics(cosines, sums, zeros)
 
 
 def _centroid_dtype(embedding: Tensor, total_rows: int) -> torch.dtype:

@@ -9,23 +9,34 @@ One program per pair: O(N) numbers take it less time than a second launch. About
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from gapkernels.backends.contract import Evaluation, PreparedSums, Saved, Scalars
+from gapkernels.backends.triton.gradient_tiles import Moment
 from gapkernels.backends.triton.launch import launch
 from gapkernels.backends.triton.row_statistics import padded
 from gapkernels.backends.triton.tiles import LOG2_E
 
 BLOCK, NUM_WARPS = 4096, 16
+PARTIALS_AT_ONCE = 1024
 
 
 @triton.jit
-def relative_logs(source, base, i, exists, reference):
-    """Logarithms relative to a reference, in float32: small numbers, which keep their digits."""
-    return (tl.load(source + base + i, mask=exists, other=0.0) - reference).to(tl.float32)
+def mean_exponent(positive_sum, exponent_per_cosine, total_rows, NUM_PAIRS: tl.constexpr):
+    """The mean of the positives: Σ H_ij·x_ij then loses no digits to what positives and negatives have in common."""
+    mean = tl.load(positive_sum) / (total_rows.to(tl.float64) * NUM_PAIRS)
+    return (mean * exponent_per_cosine).to(tl.float32)
+
+
+@triton.jit
+def relative_log(log, reference):
+    """A logarithm relative to a reference, in float32: a small number, which keeps its digits."""
+    return (log - reference).to(tl.float32)
 
 
 @triton.jit(
@@ -58,9 +69,7 @@ def softmax_sums_kernel(
         tl.store(references + 1, largest - centroid_headroom)
     if NUM_PAIRS > 0:
         exponent_per_cosine = tl.load(logit_scale).to(tl.float64) * LOG2_E
-        # The mean of the positives: Σ H_ij·x_ij then loses no digits to what positives and negatives have in common.
-        mean = tl.load(positive_sum) / (total_rows.to(tl.float64) * NUM_PAIRS)
-        reference = (mean * exponent_per_cosine).to(tl.float32)
+        reference = mean_exponent(positive_sum, exponent_per_cosine, total_rows, NUM_PAIRS)
         if pair == 0:
             tl.store(references, reference)
         row_base, col_base = pair * num_rows.to(tl.int64), pair * num_cols.to(tl.int64)
@@ -69,7 +78,8 @@ def softmax_sums_kernel(
         for start in tl.range(0, num_rows, BLOCK):
             i = start + tl.arange(0, BLOCK)
             exists = i < num_rows
-            tl.store(logs + row_line + i, relative_logs(row_log_sum, row_base, i, exists, reference), mask=exists)
+            log = tl.load(row_log_sum + row_base + i, mask=exists, other=0.0)
+            tl.store(logs + row_line + i, relative_log(log, reference), mask=exists)
             mass = tl.load(negative_mass + row_base + i, mask=exists, other=0.0)
             cosine = tl.load(cosines + row_base + i, mask=exists, other=0.0)
             moment += mass * (cosine - reference / exponent_per_cosine)
@@ -77,12 +87,30 @@ def softmax_sums_kernel(
         for start in tl.range(0, num_cols, BLOCK):
             j = start + tl.arange(0, BLOCK)
             exists = j < num_cols
-            tl.store(logs + col_line + j, relative_logs(col_log_sum, col_base, j, exists, reference), mask=exists)
+            log = tl.load(col_log_sum + col_base + j, mask=exists, other=0.0)
+            tl.store(logs + col_line + j, relative_log(log, reference), mask=exists)
+
+
+@triton.jit
+def write_scale_gradient(
+    partials, positive_moments, upstream, logit_scale, out, num_partials, total_rows, NUM_PAIRS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """By one program."""
+    total = tl.zeros((BLOCK,), tl.float64)
+    for start in tl.range(0, num_partials, BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        total += tl.load(partials + place, mask=place < num_partials, other=0.0)
+    gradient = tl.sum(total, axis=0) / (tl.load(logit_scale).to(tl.float64) * LOG2_E)
+    for p in tl.static_range(NUM_PAIRS):
+        gradient -= tl.load(positive_moments + p)
+    gradient *= tl.load(upstream) / (2.0 * NUM_PAIRS * total_rows.to(tl.float64))
+    tl.store(out, gradient)
 
 
 @triton.jit(
     do_not_specialize=["num_partials", "total_rows"],
-    do_not_specialize_on_alignment=["partials", "upstream", "logit_scale"],
+    do_not_specialize_on_alignment=["upstream", "logit_scale"],
 )
 def scale_gradient_kernel(
     partials,
@@ -95,15 +123,43 @@ def scale_gradient_kernel(
     NUM_PAIRS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    total = tl.zeros((BLOCK,), tl.float64)
-    for start in tl.range(0, num_partials, BLOCK):
-        place = start + tl.arange(0, BLOCK)
-        total += tl.load(partials + place, mask=place < num_partials, other=0.0)
-    gradient = tl.sum(total, axis=0) / (tl.load(logit_scale).to(tl.float64) * LOG2_E)
-    for p in tl.static_range(NUM_PAIRS):
-        gradient -= tl.load(positive_moments + p)
-    gradient *= tl.load(upstream) / (2.0 * NUM_PAIRS * total_rows.to(tl.float64))
-    tl.store(out, gradient)
+    write_scale_gradient(
+        partials, positive_moments, upstream, logit_scale, out, num_partials, total_rows, NUM_PAIRS, BLOCK
+    )
+
+
+class Room(NamedTuple):
+    """Where prepared sums are written.
+
+    Attributes:
+        lines: ``[P, 2, ≥ max(n, N)]`` float32, of rows and of columns; they begin at aligned addresses whatever n is.
+        references: ``[2]`` float32, of pairs and of centroids.
+        moments: ``[P]`` float64.
+    """
+
+    lines: Tensor
+    references: Tensor
+    moments: Tensor
+
+    def prepared(self, num_rows: int, num_cols: int) -> PreparedSums:
+        """The sums that have been written here."""
+        num_pairs = self.moments.shape[0]
+        return PreparedSums(
+            rows=self.lines[:num_pairs, 0, :num_rows],
+            cols=self.lines[:num_pairs, 1, :num_cols],
+            reference=self.references[0],
+            centroid_reference=self.references[1],
+            positive_moment=self.moments,
+        )
+
+
+def room(like: Tensor, num_pairs: int, num_rows: int, num_cols: int) -> Room:
+    """On the device of ``like``."""
+    return Room(
+        lines=like.new_empty((max(num_pairs, 1), 2, padded(max(num_rows, num_cols))), dtype=torch.float32),
+        references=like.new_empty(2, dtype=torch.float32),
+        moments=like.new_empty(num_pairs, dtype=torch.float64),
+    )
 
 
 def softmax_sums(saved: Saved, scalars: Scalars, total_rows: int, centroid_headroom: float) -> PreparedSums:
@@ -115,10 +171,7 @@ def softmax_sums(saved: Saved, scalars: Scalars, total_rows: int, centroid_headr
     num_pairs, num_rows = saved.cosines.shape
     num_cols = saved.col_log_sum.shape[1]
     has_centroids = saved.centroid_summary.shape[0] > 0
-    # Lines begin at aligned addresses whatever n is.
-    lines = saved.sums.new_empty((max(num_pairs, 1), 2, padded(max(num_rows, num_cols))), dtype=torch.float32)
-    references = saved.sums.new_empty(2, dtype=torch.float32)
-    moments = saved.sums.new_empty(num_pairs)
+    out = room(saved.sums, num_pairs, num_rows, num_cols)
     if num_pairs or has_centroids:
         launch(
             softmax_sums_kernel,
@@ -132,10 +185,10 @@ def softmax_sums(saved: Saved, scalars: Scalars, total_rows: int, centroid_headr
                 saved.sums[-1:],
                 scalars.logit_scale,
                 saved.centroid_summary[1:],
-                lines,
-                lines.stride(1),
-                moments,
-                references,
+                out.lines,
+                out.lines.stride(1),
+                out.moments,
+                out.references,
                 num_rows,
                 num_cols,
                 total_rows,
@@ -143,34 +196,34 @@ def softmax_sums(saved: Saved, scalars: Scalars, total_rows: int, centroid_headr
             ),
             lambda: {"NUM_PAIRS": num_pairs, "CENTROIDS": has_centroids, "BLOCK": BLOCK, "num_warps": NUM_WARPS},
         )
-    return PreparedSums(
-        rows=lines[:num_pairs, 0, :num_rows],
-        cols=lines[:num_pairs, 1, :num_cols],
-        reference=references[0],
-        centroid_reference=references[1],
-        positive_moment=moments,
-    )
+    return out.prepared(num_rows, num_cols)
 
 
-def scale_gradient(partials: Tensor, evaluation: Evaluation) -> Tensor:
+def scale_gradient_like(evaluation: Evaluation) -> Tensor:
+    """Room for the gradient of the logit scale: in the scale's type where nothing is added to it, else float64."""
+    scale = evaluation.scalars.logit_scale
+    return scale.new_empty((), dtype=scale.dtype if evaluation.world_size == 1 else torch.float64)
+
+
+def scale_gradient(moment: Moment, evaluation: Evaluation) -> Tensor:
     """Σ_ij G_ij·cos_ij of all pairs, from Σ G_ij·(x_ij − reference) off the diagonal; there Σ G_ij = Σ negative mass.
 
     Args:
-        partials: ``[any]`` float64, with the sums off the diagonal as their sum.
+        moment: what is off the diagonal.
         evaluation: everything else.
 
     Returns:
-        0-dim; in the scale's type where nothing is added to it, else float64.
+        0-dim, see ``scale_gradient_like``.
     """
     moments = evaluation.prepared.positive_moment
     assert moments is not None
     scale = evaluation.scalars.logit_scale
-    out = partials.new_empty((), dtype=scale.dtype if evaluation.world_size == 1 else None)
+    out = scale_gradient_like(evaluation)
     launch(
         scale_gradient_kernel,
         (1,),
         (moments.numel(), scale.dtype, out.dtype, evaluation.upstream.dtype),
-        (partials, moments, evaluation.upstream, scale, out, partials.numel(), evaluation.total_rows),
-        lambda: {"NUM_PAIRS": moments.numel(), "BLOCK": 1024},
+        (moment.partials, moments, evaluation.upstream, scale, out, moment.used, evaluation.total_rows),
+        lambda: {"NUM_PAIRS": moments.numel(), "BLOCK": PARTIALS_AT_ONCE},
     )
     return out

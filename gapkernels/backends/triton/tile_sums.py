@@ -120,7 +120,9 @@ def tile_sums_kernel(
         first_tile += num_tiles
 
 
-def tile_sums(matrices: list[Matrix], largest: torch.Tensor | None, headroom: int) -> tuple[torch.Tensor, torch.Tensor]:
+def tile_sums(
+    matrices: list[Matrix], largest: torch.Tensor | None, headroom: int, zeros: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums relative to the constant reference exponent.
 
     Args:
@@ -128,6 +130,7 @@ def tile_sums(matrices: list[Matrix], largest: torch.Tensor | None, headroom: in
         largest: ``[len(matrices)]`` float32, the largest product of a row norm and a column norm where vectors are
             taken as they are; None for unit vectors.
         headroom: largest exponent an entry may have.
+        zeros: ``[m·(n + N)]`` float32 zeros that the sums may take; None to make them.
 
     Returns:
         ``([m, n], [m, N])`` float32; a symmetric matrix has all of its sums in the first.
@@ -135,8 +138,7 @@ def tile_sums(matrices: list[Matrix], largest: torch.Tensor | None, headroom: in
     first = matrices[0]
     num_rows, dim = first.rows.shape
     num_cols = first.cols.shape[0]
-    sums = torch.zeros(len(matrices) * (num_rows + num_cols), dtype=torch.float32, device=first.rows.device)
-    row_sums, col_sums = sums.split([len(matrices) * num_rows, len(matrices) * num_cols])
+    sums, row_sums, col_sums = room_for_sums(matrices, zeros)
 
     def run(config: tuning.Config) -> None:
         tiles = len(matrices) * cdiv(num_rows, config.tile_m) * cdiv(num_cols, config.tile_n)
@@ -172,7 +174,20 @@ def tile_sums(matrices: list[Matrix], largest: torch.Tensor | None, headroom: in
         )
 
     run(tuning.choose("tile_sums", first.rows, run, reset=sums))
-    return row_sums.view(-1, num_rows), col_sums.view(-1, num_cols)
+    return row_sums, col_sums
+
+
+def room_for_sums(
+    matrices: list[Matrix], zeros: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Zeros, ``[m·(n + N)]`` and its parts ``[m, n]`` and ``[m, N]``."""
+    (num_rows, _), num_cols = matrices[0].rows.shape, matrices[0].cols.shape[0]
+    size = len(matrices) * (num_rows + num_cols)
+    if zeros is None:
+        zeros = torch.zeros(size, dtype=torch.float32, device=matrices[0].rows.device)
+    assert zeros.numel() == size
+    rows, cols = zeros.split([len(matrices) * num_rows, len(matrices) * num_cols])
+    return zeros, rows.view(-1, num_rows), cols.view(-1, num_cols)
 
 
 def matrix_arguments(matrices: list[Matrix]) -> tuple[tuple[object, ...], ...]:
