@@ -147,19 +147,6 @@ def test_sums_are_those_of_the_loss_and_can_be_weighted(backend):
         assert (gradient - expected).norm() <= 1e-5 * expected.norm()
 
 
-def test_memory_does_not_grow_with_the_square_of_the_batch():
-    from benchmarks.memory import cpu_peak_bytes
-
-    def bytes_of(rows):
-        embeddings = [e.requires_grad_() for e in random_embeddings(rows, 16)]
-        ids = torch.arange(rows) // 2
-        return cpu_peak_bytes(
-            lambda: info_nce(*embeddings, ids=ids, same_side=True, backend="torch", decoupled=True).backward()
-        )
-
-    assert bytes_of(8192) < 8192 * 8192
-
-
 @pytest.mark.parametrize("case", [CASES[4], CASES[15], CASES[24], CASES[27], CASES[18]], ids=contrast_cases.name_of)
 def test_compiles_as_one_graph(case):
     embeddings = [e.requires_grad_() for e in random_embeddings(16, 8)]
