@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from gapkernels import __version__
-from gapkernels.errors import UserError, printable
+from gapkernels.errors import SharedError, Stopped, UserError, printable
 
 _USER_ERROR = 2
 _INTERRUPTED = 130
+_TERMINATED = 143
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,7 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0, 2 for a mistake that lies outside the program (one line on the error stream says which), 130
-        if interrupted. A bug in the program shows its traceback.
+        if interrupted, 143 if a training was told to end (SIGTERM) and has written a checkpoint. A bug in the program
+        shows its traceback.
     """
     try:
         overrides, words = split_overrides(sys.argv[1:] if arguments is None else arguments)
@@ -37,8 +39,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.overrides = overrides
         options.run(options)
         sys.stdout.flush()
+    except SharedError as error:
+        return _report_mistake(str(error)) if _is_first_process() else _USER_ERROR
     except UserError as error:
         return _report_mistake(str(error))
+    except Stopped as stopped:
+        if _is_first_process():
+            print(f"gapkernels: {stopped}", file=sys.stderr)
+        return _TERMINATED
     except KeyboardInterrupt:
         print("gapkernels: interrupted; a training run goes on from its last checkpoint when repeated", file=sys.stderr)
         return _INTERRUPTED
@@ -48,6 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:  # a full disk, a folder without the right to write, a folder in place of a file
         return _report_mistake(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     return 0
+
+
+def _is_first_process() -> bool:
+    """Whether this is the only process, or the first that torchrun has started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _report_mistake(message: str) -> int:
@@ -233,6 +246,8 @@ def _train(options: argparse.Namespace) -> None:
         device=options.device,
         existing="overwrite" if options.overwrite else "require" if options.resume else "continue",
     )
+    if not _is_first_process():
+        return
     _write_report([folder], folder / "report.html")
 
 
@@ -257,6 +272,8 @@ def _reproduce(options: argparse.Namespace) -> None:
         data_dir=options.data_dir,
         device=options.device,
     )
+    if not _is_first_process():
+        return
     _write_report([experiment.folder for experiment in experiments], folder / "report.html")
     print(f"results: {folder / 'results.json'}")
 
@@ -265,8 +282,8 @@ def _eval(options: argparse.Namespace) -> None:
     from gapkernels.environment import require
 
     require("train", "gapkernels eval")
+    from gapkernels.training.device import choose_device
     from gapkernels.training.evaluation import evaluate_file
-    from gapkernels.training.experiment import choose_device
     from gapkernels.training.results import format_table
 
     metrics = evaluate_file(options.path, options.anchor, options.data_dir, choose_device(options.device))

@@ -11,6 +11,14 @@ class UserError(Exception):
     """An error whose cause is what the user asked for: the command line prints it as one line and exits with code 2."""
 
 
+class SharedError(UserError):
+    """One that every process of a training raises together: only the first process needs to print it."""
+
+
+class Stopped(Exception):
+    """A training was asked to end (SIGTERM) and has written a checkpoint; the message says where."""
+
+
 def shown(value: Any) -> str:
     """Return a value for a message: on one line and short, whatever it is."""
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -61,6 +62,26 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """
     with atomic_write(path) as file:
         torch.save(state, file)
+
+
+def keep_newest(path: Path, step: int, count: int) -> None:
+    """Keep the checkpoint just written under the name of its step too, with the newest `count` of that kind.
+
+    Args:
+        path: of the checkpoint; the others are `checkpoint-<step>.pt` beside it.
+        step: at which it was written.
+        count: how many to keep, this one included; of one alone no second name is made.
+    """
+    kept = path.with_name(f"{path.stem}-{step:09d}{path.suffix}")
+    if count > 1:
+        kept.unlink(missing_ok=True)
+        try:
+            os.link(path, kept)  # no second copy of the bytes
+        except OSError:  # a file system without links
+            shutil.copyfile(path, kept)
+    older = sorted(path.parent.glob(f"{path.stem}-*{path.suffix}"))
+    for file in older if count == 1 else older[:-count]:
+        file.unlink()
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -167,6 +188,11 @@ def restore_random_state(state: Mapping[str, Any], device: torch.device) -> None
         raise ValueError(
             f"the state of a random number generator is damaged, {type(error).__name__}: {error}"
         ) from error
+
+
+def seed_torch(*numbers: int) -> None:
+    """Seed torch's generators with several numbers at once, each of which matters."""
+    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]))
 
 
 def seed_everything(seed: int) -> None:

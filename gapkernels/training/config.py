@@ -276,20 +276,24 @@ class Optim(Section):
     )
     epochs: Integer = Field(default=100, gt=0, le=10**6, description="passes over the training data")
     batch_size: Integer = Field(
-        default=256, gt=1, le=_LARGEST_SIZE, description="samples per step; the incomplete last batch is dropped"
+        default=256,
+        gt=1,
+        le=_LARGEST_SIZE,
+        description="samples per step, of all processes together; the incomplete last batch is dropped",
     )
     micro_batch_size: Integer | None = Field(
         default=None,
         gt=0,
         le=_LARGEST_SIZE,
-        description="samples encoded at a time, by gradient caching (null: the whole batch)",
+        description="samples encoded at a time, by gradient caching (null: all that a process has of a batch)",
     )
     grad_clip: Number | None = Field(
         default=None, gt=0, le=1e9, description="largest gradient norm (null: no clipping)"
     )
-    precision: Literal["fp32", "bf16", "auto"] = Field(
+    precision: Literal["fp32", "bf16", "fp64", "auto"] = Field(
         default="fp32",
-        description="bf16 runs the encoders under autocast; auto does so where the device multiplies in bf16",
+        description="bf16 runs the encoders under autocast; auto does so where the device multiplies in bf16; fp64 is "
+        "for comparing runs beyond rounding",
     )
 
 
@@ -301,6 +305,9 @@ class Run(Section):
         default=5, gt=0, le=_LARGEST_SIZE, description="epochs between evaluations on the test split"
     )
     checkpoint_every: Integer = Field(default=100, gt=0, le=_LARGEST_SIZE, description="steps between checkpoints")
+    keep_checkpoints: Integer = Field(
+        default=1, gt=0, le=1000, description="how many checkpoints to keep, the older ones as checkpoint-<step>.pt"
+    )
     threads: Integer | None = Field(
         default=None,
         gt=0,

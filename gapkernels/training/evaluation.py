@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from gapkernels.cpu import multiplies_bfloat16
 from gapkernels.errors import UserError
@@ -18,6 +19,7 @@ from gapkernels.training.data import Split, load_dataset
 from gapkernels.training.embeddings import NO_CLASS, SUFFIXES, Embeddings, read_embeddings
 from gapkernels.training.encoders import MultimodalModel
 from gapkernels.training.layout import CHECKPOINT
+from gapkernels.training.processes import Processes
 
 # A class of so many groups has one in the fifth that kNN and linear probe are tested on, and others to train on.
 _CLASSIFIABLE = 5
@@ -25,16 +27,24 @@ _CLASSIFIABLE = 5
 _SPLITS_OF_GROUPS = 5
 
 
-def computes_in_bfloat16(precision: str, device: torch.device) -> bool:
-    """Tell whether encoders run under autocast; `auto` asks for it where the device multiplies in bfloat16."""
+def compute_precision(precision: str, device: torch.device) -> str:
+    """Return the precision that encoders run in; `auto` is bf16 where the device multiplies in it, else fp32."""
     if precision != "auto":
-        return precision == "bf16"
+        return precision
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and multiplies_bfloat16()
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = device.type == "cpu" and multiplies_bfloat16()
+    return "bf16" if fast else "fp32"
 
 
-def embed(model: MultimodalModel, split: Split, batch_size: int = 1024, bfloat16: bool = False) -> Embeddings:
+def embed(
+    model: MultimodalModel,
+    split: Split,
+    batch_size: int = 1024,
+    bfloat16: bool = False,
+    processes: Processes | None = None,
+) -> Embeddings:
     """Encode a whole split, in batches and without gradients, on the device that model and split are on.
 
     Args:
@@ -42,16 +52,24 @@ def embed(model: MultimodalModel, split: Split, batch_size: int = 1024, bfloat16
         split: N samples.
         batch_size: samples to encode at a time.
         bfloat16: run the encoders under autocast, as in training.
+        processes: which share the split; each encodes its part, and all get the whole.
 
     Returns:
         Embeddings, float32 on the CPU, with what the split says of its samples.
     """
     model.eval()
     device = split.modalities[next(iter(split.modalities))].device
+    processes = processes or Processes(device)
+    share = -(-len(split) // processes.size)
+    own = torch.arange(len(split))[processes.rank * share : (processes.rank + 1) * share]
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-        batches = (split.batch(indices) for indices in torch.arange(len(split)).split(batch_size))
-        parts = [model(split.prepare(batch)) for batch in batches]
-    modalities = {name: torch.cat([part[name].float().cpu() for part in parts]) for name in model.encoders}
+        parts = [model(split.prepare(split.batch(indices))) for indices in own.split(batch_size)] if len(own) else []
+    modalities = {}
+    for name in model.encoders:
+        head = model.heads[name]
+        assert isinstance(head, nn.Linear)
+        rows = [part[name].float() for part in parts] or [torch.empty(0, head.out_features, device=device)]
+        modalities[name] = processes.gather_rows(torch.cat(rows), len(split))
     return Embeddings(modalities, split.labels, split.ids, split.groups)
 
 
@@ -128,9 +146,11 @@ def _embed_with_checkpoint(path: Path, data_dir: Path | None, device: torch.devi
         raise UserError(f"{foreign} ({error})") from error
     dataset = load_dataset(config.data, data_dir)
     model = MultimodalModel(config.model, dataset.specs).to(device)
+    precision = compute_precision(config.optim.precision, device)
+    if precision == "fp64":
+        model.double()
     try:
         load_weights(model, checkpoint.model)
     except ValueError as error:
         raise UserError(f"{foreign}, or of other data ({error})") from error
-    bfloat16 = computes_in_bfloat16(config.optim.precision, device)
-    return embed(model, dataset.test.to(device), bfloat16=bfloat16), config.model.anchor
+    return embed(model, dataset.test.to(device), bfloat16=precision == "bf16"), config.model.anchor

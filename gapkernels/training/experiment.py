@@ -6,22 +6,22 @@ import json
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
-
-import torch
 
 from gapkernels.environment import describe_environment
 from gapkernels.errors import UserError, printable
 from gapkernels.training.checkpoint import write_text
 from gapkernels.training.config import Config, did_you_mean, dump_config, read_config
-from gapkernels.training.data import load_dataset
+from gapkernels.training.data import Dataset, load_dataset
 from gapkernels.training.embeddings import read_embeddings
 from gapkernels.training.evaluation import score
 from gapkernels.training.layout import CONFIG, EMBEDDINGS, ENVIRONMENT, RESULT, is_finished, run_folder
 from gapkernels.training.locks import is_lock, only_process
 from gapkernels.training.loop import Trainer
+from gapkernels.training.processes import Processes, training_processes
 from gapkernels.training.results import load_run, load_runs
 
 Existing = Literal["continue", "require", "overwrite"]
@@ -36,6 +36,8 @@ def run_experiment(
     existing: Existing = "continue",
 ) -> None:
     """Train every method with every seed; finished runs stay as they are, an interrupted one goes on.
+
+    Under torchrun all processes train each model together; the first one alone reads and writes the folder.
 
     Args:
         config: the experiment.
@@ -55,32 +57,59 @@ def run_experiment(
             raise UserError(
                 f"unknown method {method!r}{did_you_mean(method, config.methods)}; methods: {', '.join(config.methods)}"
             )
-    target = choose_device(device)
+    with training_processes(device) as processes:
+        config, dataset = processes.everywhere(lambda: _load(config, data_dir, processes.is_first))
+        processes.require_same("the data set", dataset.fingerprint)
+        with ExitStack() as stack:
+            processes.on_first(lambda: _take_folder(folder, config, existing, stack))
+            runs = [(method, seed) for seed in config.seeds for method in methods or config.methods]
+            for number, (method, seed) in enumerate(runs, start=1):
+                label = f"[{number}/{len(runs)}] {method}, seed {seed}"
+                outcome = _run(config, method, seed, dataset, folder, label, processes)
+                if processes.is_first:
+                    _say(f"{label}: {outcome}")
+
+
+def _load(config: Config, data_dir: Path | None, speak: bool) -> tuple[Config, Dataset]:
+    """Read the data, and return them with the configuration that fits their modalities."""
     dataset = load_dataset(config.data, data_dir)
     if config.optim.batch_size > len(dataset.train):
         raise UserError(
             f"optim.batch_size is {config.optim.batch_size}, but the training split has {len(dataset.train)} samples"
         )
-    asked_for, config = config.model.anchor, config.for_modalities(dataset.specs)
-    if config.model.anchor != asked_for:
-        _say(f"model.anchor: {printable(config.model.anchor)}, as no modality is called {asked_for}")
+    complete = config.for_modalities(dataset.specs)
+    if speak and complete.model.anchor != config.model.anchor:
+        _say(f"model.anchor: {printable(complete.model.anchor)}, as no modality is called {config.model.anchor}")
+    return complete, dataset
+
+
+def _take_folder(folder: Path, config: Config, existing: Existing, stack: ExitStack) -> None:
+    """Lock the run folder for as long as the stack lasts, and make it ready."""
     _earlier_run(folder, config, existing)  # before a folder is made
     folder.mkdir(parents=True, exist_ok=True)
-    with only_process(folder):
-        prepare_folder(folder, config, existing)
-        runs = [(method, seed) for seed in config.seeds for method in methods or config.methods]
-        for number, (method, seed) in enumerate(runs, start=1):
-            label = f"[{number}/{len(runs)}] {method}, seed {seed}"
-            where = run_folder(folder, method, seed)
-            if is_finished(where):
-                _require_same_run(where, config, dataset.fingerprint)
-                _say(f"{label}: already finished")
-                continue
-            trainer = Trainer(config, method, seed, dataset, where, target)
-            result = trainer.fit(label)
-            metrics = result["metrics"]
-            grouping = f", V-measure {metrics['v_measure']:.3f}" if "v_measure" in metrics else ""
-            _say(f"{label}: gap {metrics['gap']:.3f}{grouping} ({result['seconds']:.0f} s)")
+    stack.enter_context(only_process(folder))
+    prepare_folder(folder, config, existing)
+
+
+def _run(
+    config: Config, method: str, seed: int, dataset: Dataset, folder: Path, label: str, processes: Processes
+) -> str:
+    """Train one method with one seed, unless that is done; say in a few words what came of it."""
+    where = run_folder(folder, method, seed)
+
+    def finished() -> bool:
+        if not is_finished(where):
+            return False
+        _require_same_run(where, config, dataset.fingerprint)
+        return True
+
+    if processes.on_first(finished):
+        return "already finished"
+    trainer = processes.everywhere(lambda: Trainer(config, method, seed, dataset, where, processes))
+    result = trainer.fit(label)
+    metrics = result["metrics"]
+    grouping = f", V-measure {metrics['v_measure']:.3f}" if "v_measure" in metrics else ""
+    return f"gap {metrics['gap']:.3f}{grouping} ({result['seconds']:.0f} s)"
 
 
 def rescore_experiment(folder: Path) -> None:
@@ -100,25 +129,6 @@ def rescore_experiment(folder: Path) -> None:
         result["metrics"] = score(ordered, anchor)
         write_text(run.folder / RESULT, json.dumps(result, indent=2) + "\n")
         _say(f"{run.method}, seed {run.seed}: measured anew")
-
-
-def choose_device(name: str) -> torch.device:
-    """Return the device called `name`; `auto` is CUDA, then MPS, then the CPU.
-
-    Raises:
-        UserError: if there is no such device here.
-    """
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.ones(2, device=device).sum().item()  # `meta` makes tensors that hold nothing
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"device {name!r} cannot be used: {reason}") from error
-    return device
 
 
 def prepare_folder(folder: Path, config: Config, existing: Existing) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from gapkernels.training.config import Config, load_config
 from gapkernels.training.experiment import run_experiment
 from gapkernels.training.layout import SUMMARY
 from gapkernels.training.paper import paper_results
+from gapkernels.training.processes import training_processes
 from gapkernels.training.results import Experiment, experiment_content, load_experiment
 
 LearningRateRule = Literal["sqrt", "none"]
@@ -66,20 +68,29 @@ def reproduce(
         device: `auto`, or anything `torch.device` takes.
 
     Returns:
-        The experiments, in the order of the configurations.
+        The experiments, in the order of the configurations; of several processes the first returns them, the others
+        none.
 
     Raises:
         UserError: as `run_experiment`, or if the folder holds something else.
     """
-    if folder.is_dir() and any(folder.iterdir()) and not any(folder.glob("batch-*")):
-        raise UserError(f"{folder} is not empty and holds no experiment; choose another folder with --out")
-    experiments = []
-    for size, config in configs.items():
-        where = folder / f"batch-{size}"
-        run_experiment(config, where, methods=methods, data_dir=data_dir, device=device)
+    experiments: list[Experiment] = []
+
+    def check_folder() -> None:
+        if folder.is_dir() and any(folder.iterdir()) and not any(folder.glob("batch-*")):
+            raise UserError(f"{folder} is not empty and holds no experiment; choose another folder with --out")
+
+    def add_results(where: Path) -> None:
         experiments.append(load_experiment(where))
         # After each batch size: an interruption loses nothing.
         write_results(experiments, folder / SUMMARY)
+
+    with training_processes(device) as processes:
+        processes.on_first(check_folder)
+        for size, config in configs.items():
+            where = folder / f"batch-{size}"
+            run_experiment(config, where, methods=methods, data_dir=data_dir, device=device)
+            processes.on_first(partial(add_results, where))
     return experiments
 
 

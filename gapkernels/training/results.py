@@ -104,6 +104,7 @@ class _Result(Strict):
     steps: Count
     seconds: Annotated[Quantity, Field(ge=0)]
     device: str
+    processes: Count = 1
     class_names: list[str]
     config: dict[str, Any] | None = None
     data: str | None = None

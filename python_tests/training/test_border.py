@@ -270,7 +270,7 @@ def test_any_value_in_a_checkpoint_is_refused_or_harmless(half_way: Trainer, dat
     for parameter, moments in trainer.optimizer.state.items():
         assert moments["exp_avg"].shape == parameter.shape
     trainer._record = lambda split, values: None  # type: ignore[method-assign]
-    trainer._train_step(trainer.dataset.train.batch(torch.arange(trainer.config.optim.batch_size)))
+    trainer._train_step(torch.arange(trainer.config.optim.batch_size))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 
 import gapkernels.training.evaluation
 from gapkernels.errors import UserError
-from gapkernels.training.evaluation import computes_in_bfloat16, evaluate_file
+from gapkernels.training.evaluation import compute_precision, evaluate_file
 from gapkernels.training.layout import CHECKPOINT, EMBEDDINGS, RESULT, run_folder
 
 CPU = torch.device("cpu")
@@ -42,10 +42,10 @@ def test_a_foreign_checkpoint_is_named(tmp_path: Path) -> None:
 def test_auto_takes_bfloat16_where_the_processor_multiplies_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for fast in (True, False):
         monkeypatch.setattr(gapkernels.training.evaluation, "multiplies_bfloat16", lambda fast=fast: fast)
-        assert computes_in_bfloat16("auto", CPU) == fast
-        assert computes_in_bfloat16("bf16", CPU)
-        assert not computes_in_bfloat16("fp32", CPU)
-    assert not computes_in_bfloat16("auto", torch.device("mps"))
+        assert compute_precision("auto", CPU) == ("bf16" if fast else "fp32")
+        assert compute_precision("bf16", CPU) == "bf16"
+        assert compute_precision("fp32", CPU) == "fp32"
+    assert compute_precision("auto", torch.device("mps")) == "fp32"
 
 
 def test_samples_without_a_class_are_counted_aloud(tmp_path, capsys):

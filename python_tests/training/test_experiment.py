@@ -9,7 +9,8 @@ import torch
 
 from gapkernels.errors import UserError
 from gapkernels.training.config import Config, load_config, read_config
-from gapkernels.training.experiment import choose_device, prepare_folder, run_experiment
+from gapkernels.training.device import choose_device
+from gapkernels.training.experiment import prepare_folder, run_experiment
 from gapkernels.training.layout import CHECKPOINT, CONFIG, ENVIRONMENT, RESULT, run_folder
 from gapkernels.training.report import write_report
 from gapkernels.training.results import load_experiment

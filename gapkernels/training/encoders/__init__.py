@@ -60,6 +60,8 @@ class MultimodalModel(nn.Module):
 
     def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Encode inputs by modality into embeddings [N, D] by modality, not normalised."""
+        dtype = next(self.heads.parameters()).dtype
+        inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
         return {name: self.heads[name](encoder(inputs[name])) for name, encoder in self.encoders.items()}
 
 
