@@ -1,21 +1,36 @@
 """The batch as several processes hold it: what the loss needs from ``torch.distributed``, and nothing more.
 
 Every process holds ``n`` of the ``N = n·W`` rows, in rank order. A process gathers the modality that other processes'
-rows are compared with, computes its own ``n×N`` blocks and sums what belongs to columns over the processes.
+rows are compared with, computes its own ``n×N`` blocks and sums what belongs to columns over the processes. Where that
+takes too much memory, rows go around the circle of processes instead, and nobody holds more than two parts of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gapkernels.spec import LossSpec
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 NEEDS_GRAD = "inputs that require grad (embeddings in order, then the logit scale)"
+_DESCRIBED = 4 + len(LossSpec._fields) + 3
+"""How many numbers ``agree`` is told beside the scalars."""
+
 STEP_SCALARS = ("logit scale", "nce_weight", "atp_weight", "cu_weight", "uniformity_t")
+
+MODES = ("auto", "gather", "ring")
+
+_FAILED = -1.0  # in place of a number of rows: a process that could not call the loss
+_SEPARATOR = ":"
+_SHIFT_TAG = 64  # of what overtakes the tensors that circulate
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 # Their old names warn from torch 2.13 on.
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -27,6 +42,7 @@ class World:
 
     rank = 0
     size = 1
+    mode = "gather"
 
     def agree(self, description: Mapping[str, float], scalars: Sequence[Tensor] = ()) -> None:
         """Raise on every process if the processes evaluate different things."""
@@ -45,40 +61,78 @@ class World:
         """Sum ``[N, ...]`` over the processes and return this process's ``[n, ...]``."""
         return x
 
+    def start_gather(self, x: Tensor) -> Callable[[], Tensor]:
+        """Begin ``gather_rows``; the function returned waits for it."""
+        return lambda: x
+
+    def circulate(self, tensors: list[Tensor], steps: int) -> Iterator[tuple[int, list[Tensor]]]:
+        """Yield ``(owner, tensors of that process)``: the own ones, then those of the following processes."""
+        yield 0, tensors
+
+    def shift(self, x: Tensor, by: int) -> Tensor:
+        """Give a tensor to the process ``by`` places on, and return what this one is given."""
+        return x
+
 
 class ProcessGroupWorld(World):
     """The processes of one ``torch.distributed`` group."""
 
     _agreed: ClassVar[set[tuple[Any, ...]]] = set()
+    _unread: ClassVar[dict[str, tuple[Any, Tensor, list[str]]]] = {}
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, mode: str = "auto") -> None:
         self._group = group
+        self.mode = mode
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
 
     def agree(self, description: Mapping[str, float], scalars: Sequence[Tensor] = ()) -> None:
         """Raise on every process if the processes evaluate different things, which would hang or be silently wrong.
 
-        Every call exchanges a few numbers. On a GPU reading them would wait for the device, so there they are looked at
-        only when this process describes something that it has not described before.
+        Every call exchanges a few numbers. On a GPU reading them would wait for the device: there they are looked at
+        when this process describes something that it has not described before, and otherwise by the next call, when
+        they have long arrived on the host.
 
         Args:
             description: name and number, the same names on every process.
             scalars: what may change from step to step, on the device of the embeddings.
 
         Raises:
-            ValueError: names what differs, with every process's value.
+            ValueError: names what differs, with every process's value, or the process that could not call the loss.
         """
+        _count_agreement()
         names = [*description, *STEP_SCALARS]
         device = scalars[0].device
         numbers = torch.tensor(list(description.values()), dtype=torch.float64, device=device)
         own = torch.cat([numbers, *(s.detach().double().reshape(-1) for s in scalars)])
         everyone = self.gather_rows(own[None])
-        key = (self._group.group_name, *description.items())
-        if device.type != "cpu" and key in self._agreed:
+        if device.type == "cpu":
+            self._compare(everyone, names)
             return
-        self._agreed.add(key)
-        values = everyone.cpu()
+        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        key = (self._group.group_name, *description.items())
+        if not capturing:
+            self._look_at_last()
+        if key not in self._agreed and not capturing:
+            self._compare(everyone.cpu(), names)
+            self._agreed.add(key)
+        elif device.type == "cuda" and not capturing:
+            values = torch.empty(everyone.shape, dtype=everyone.dtype, pin_memory=True)
+            values.copy_(everyone, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+            self._unread[self._group.group_name] = arrived, values, names
+
+    def _look_at_last(self) -> None:
+        """Compare the numbers of the last call, if they have arrived."""
+        arrived, values, names = self._unread.pop(self._group.group_name, (None, None, None))
+        if arrived is not None and values is not None and names is not None and arrived.query():
+            self._compare(values, names)
+
+    def _compare(self, values: Tensor, names: list[str]) -> None:
+        failed = (values[:, 0] == _FAILED).nonzero().flatten().tolist()
+        if failed:
+            raise ValueError(f"rank {failed[0]} of `group` could not call the loss{self._messages(values.device)}")
         rows = values[:, 0].long().tolist()
         if min(rows) != max(rows):
             raise ValueError(
@@ -91,25 +145,140 @@ class ProcessGroupWorld(World):
                 each = ", ".join(f"rank {rank} has {_spelled(name, value)}" for rank, value in enumerate(column))
                 raise ValueError(f"every process of `group` must call the loss with the same {name}: {each}")
 
+    def _messages(self, device: torch.device, own: str | None = None) -> str:
+        if device.type != "cpu" or self._device().type != "cpu":
+            return "; its own message says why"
+        messages: list[str | None] = [None] * self.size
+        dist.all_gather_object(messages, own, group=self._group)
+        return "".join(f": {message}" for message in messages[:] if message is not None)
+
+    def _device(self) -> torch.device:
+        return torch.device("cuda" if "nccl" in dist.get_backend(self._group) else "cpu")
+
+    def report_failure(self, error: Exception, device: torch.device) -> None:
+        """Tell the processes that wait in ``agree`` that this one will not come."""
+        count = _DESCRIBED + len(STEP_SCALARS)
+        own = torch.zeros(count, dtype=torch.float64, device=device)
+        own[0] = _FAILED
+        self.gather_rows(own[None])
+        self._messages(device, str(error))
+
     def gather_rows(self, x: Tensor) -> Tensor:
+        return self.start_gather(x)()
+
+    def start_gather(self, x: Tensor) -> Callable[[], Tensor]:
         out = x.new_empty((self.size * x.shape[0], *x.shape[1:]))
-        _all_gather(out, x.contiguous(), group=self._group)
-        return out
+        work = _answered(_all_gather, out, x.contiguous(), group=self._group, async_op=True)
+
+        def finish() -> Tensor:
+            _answered(work.wait)
+            return out
+
+        return finish
 
     def sum(self, x: Tensor) -> Tensor:
         out = x.clone()
-        dist.all_reduce(out, dist.ReduceOp.SUM, group=self._group)
+        _answered(dist.all_reduce, out, dist.ReduceOp.SUM, group=self._group)
         return out
 
     def max(self, x: Tensor) -> Tensor:
         out = x.clone()
-        dist.all_reduce(out, dist.ReduceOp.MAX, group=self._group)
+        _answered(dist.all_reduce, out, dist.ReduceOp.MAX, group=self._group)
         return out
 
     def sum_own_rows(self, x: Tensor) -> Tensor:
+        """Sums of bfloat16 are formed here in float32, of parts that are each rounded once, wherever they come from."""
         out = x.new_empty((x.shape[0] // self.size, *x.shape[1:]))
-        _reduce_scatter(out, x.contiguous(), dist.ReduceOp.SUM, group=self._group)
+        if x.dtype != torch.bfloat16:
+            _answered(_reduce_scatter, out, x.contiguous(), dist.ReduceOp.SUM, group=self._group)
+            return out
+        parts = torch.empty_like(x)
+        _answered(dist.all_to_all_single, parts, x.contiguous(), group=self._group)
+        return parts.view(self.size, *out.shape).sum(dim=0, dtype=torch.float32)
+
+    def circulate(self, tensors: list[Tensor], steps: int) -> Iterator[tuple[int, list[Tensor]]]:
+        held = [x.contiguous() for x in tensors]
+        for step in range(steps):
+            on_the_way: list[Any] = []
+            coming = []
+            if step < steps - 1:  # travels while the caller computes with what is here
+                coming = [torch.empty_like(x) for x in held]
+                on_the_way = self._exchange(held, coming, -1)
+            yield (self.rank + step) % self.size, held
+            for work in on_the_way:
+                _answered(work.wait)
+            held = coming
+
+    def shift(self, x: Tensor, by: int) -> Tensor:
+        out = torch.empty_like(x)
+        for work in self._exchange([x.contiguous()], [out], by, first_tag=_SHIFT_TAG):
+            _answered(work.wait)
         return out
+
+    def _exchange(self, out: list[Tensor], into: list[Tensor], by: int, first_tag: int = 0) -> list[Any]:
+        """Begin to send tensors to the process ``by`` places on, and to receive from the one as many places back."""
+        target, source = (dist.get_global_rank(self._group, (self.rank + k) % self.size) for k in (by, -by))
+        operations = [
+            operation
+            for tag, (x, y) in enumerate(zip(out, into, strict=True), start=first_tag)
+            for operation in (
+                dist.P2POp(dist.isend, x, target, self._group, tag),
+                dist.P2POp(dist.irecv, y, source, self._group, tag),
+            )
+        ]
+        return _answered(dist.batch_isend_irecv, operations)
+
+
+def _answered(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Call what waits for other processes.
+
+    Raises:
+        RuntimeError: one of them has ended or does not answer in time.
+    """
+    try:
+        return call(*arguments, **options)
+    except RuntimeError as error:
+        raise RuntimeError(
+            "a process of `group` has ended, failed, or has not answered within the time-out of the group "
+            f"({str(error).partition(chr(10))[0]}); its own message says why"
+        ) from error
+
+
+_agreements = [0]
+
+
+def _count_agreement() -> None:
+    _agreements[0] += 1
+
+
+def heard_by_all(loss: Function) -> Function:
+    """Let a loss that fails on this process before the processes agree tell those that wait: they fail too."""
+
+    @functools.wraps(loss)
+    def checked(*embeddings: Any, **options: Any) -> Any:
+        group = options.get("group")
+        if group is None or torch.compiler.is_compiling():
+            return loss(*embeddings, **options)
+        before = _agreements[0]
+        try:
+            return loss(*embeddings, **options)
+        except (TypeError, ValueError) as error:
+            if before == _agreements[0]:
+                _report(group, embeddings, error)
+            raise
+
+    return cast(Function, checked)
+
+
+def _report(group: Any, embeddings: Sequence[Any], error: Exception) -> None:
+    try:
+        name, size = group_name_and_size(group)
+    except (TypeError, ValueError):  # this process is not a member, or there is no such group
+        return
+    world = world_of(name)
+    if size > 1 and isinstance(world, ProcessGroupWorld):
+        devices = [e.device for e in embeddings if isinstance(e, Tensor)]
+        world.report_failure(error, devices[0] if devices else world._device())
 
 
 def _spelled(name: str, value: float) -> str:
@@ -121,22 +290,26 @@ def _spelled(name: str, value: float) -> str:
 
 
 def world_of(group_name: str) -> World:
-    """The processes of the group registered under ``group_name``; the empty name means this process alone."""
+    """The processes of the group that ``group_name_and_size`` has named; the empty name means this process alone."""
     if not group_name:
         return World()
-    return ProcessGroupWorld(dist.distributed_c10d._resolve_process_group(group_name))  # type: ignore[arg-type]
+    mode, _, name = group_name.partition(_SEPARATOR)
+    return ProcessGroupWorld(dist.distributed_c10d._resolve_process_group(name), mode)  # type: ignore[arg-type]
 
 
-def group_name_and_size(group: dist.ProcessGroup | str | None) -> tuple[str, int]:
-    """How operators name a group (the empty name is this process alone), and its number of processes.
+def group_name_and_size(group: dist.ProcessGroup | str | None, mode: str = "auto") -> tuple[str, int]:
+    """How operators name a group and its mode (the empty name is this process alone), and its number of processes.
 
     Args:
         group: a process group, None, or ``"world"``: all processes there are when this is called.
+        mode: how rows of other processes come here, one of ``MODES``.
 
     Raises:
-        ValueError: the text is another, or this process is not a member of the group.
+        ValueError: the text or the mode is another, or this process is not a member of the group.
         TypeError: it is nothing of that.
     """
+    if mode not in MODES:
+        raise ValueError(f"`group_mode` must be {', '.join(map(repr, MODES[:-1]))} or {MODES[-1]!r}, got {mode!r}")
     if isinstance(group, str):
         if group != "world":
             raise ValueError(f"`group` must be a process group, 'world' or None, got {group!r}")
@@ -154,7 +327,7 @@ def group_name_and_size(group: dist.ProcessGroup | str | None) -> tuple[str, int
         raise TypeError(
             f"`group` must be a torch.distributed process group, 'world' or None, got {type(group).__name__}"
         )
-    return group.group_name, dist.get_world_size(group)
+    return f"{mode}{_SEPARATOR}{group.group_name}", dist.get_world_size(group)
 
 
 def triangle_blocks(rank: int, size: int, rows: int) -> list[tuple[slice, slice]]:

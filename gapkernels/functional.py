@@ -22,7 +22,7 @@ from gapkernels.checks import (
     refuse_dtensor,
 )
 from gapkernels.contrast import How
-from gapkernels.distributed import DTYPES, group_name_and_size
+from gapkernels.distributed import DTYPES, group_name_and_size, heard_by_all
 from gapkernels.evaluation import GapLossTerms
 from gapkernels.options import ContrastOptions
 from gapkernels.spec import LossSpec, SimilaritySums
@@ -77,6 +77,7 @@ def gap_loss(*embeddings: Tensor, return_terms: Literal[True], **options: Unpack
 def gap_loss(*embeddings: Tensor, return_terms: bool, **options: Unpack[_Options]) -> Tensor | GapLossTerms: ...
 
 
+@heard_by_all
 def gap_loss(
     *embeddings: Tensor,
     logit_scale: float | Tensor | None = None,
@@ -92,6 +93,7 @@ def gap_loss(
     backend: str = "auto",
     return_terms: bool = False,
     group: ProcessGroup | str | None = None,
+    group_mode: str = "auto",
     **contrast_options: Unpack[ContrastOptions],
 ) -> Tensor | GapLossTerms:
     """Contrastive loss that closes the modality gap: InfoNCE + align true pairs + centroid uniformity.
@@ -125,6 +127,9 @@ def gap_loss(
             ``"world"`` means all processes there are at the time of the call.
             Every process then returns the loss of the whole batch; gradients are scaled such that their mean over
             processes, which DistributedDataParallel takes, is the gradient of that loss.
+        group_mode: ``"gather"``: every process holds the columns' rows of all processes, O(N·D) memory, and sends the
+            least. ``"ring"``: they go around the circle of processes, O(N·D/W) memory for W processes.
+            ``"auto"``: gather up to 1 GiB of them, see ``docs/scaling.md``.
         **contrast_options: another contrast than symmetric InfoNCE of the batch: negatives, ids, directions, sigmoid
             and more, see ``gapkernels.ContrastOptions``.
 
@@ -153,7 +158,7 @@ def gap_loss(
     # Eager calls with the same numbers are checked once: small batches are bound by what the host does.
     spec, weights, t = _kept_settings(*settings) if _are_plain(settings) else _settings(*settings)
     check_backend(backend)
-    group_name, world_size = group_name_and_size(group)
+    group_name, world_size = group_name_and_size(group, group_mode)
     if spec.cu and tensors[0].shape[0] * world_size < 2:
         raise ValueError(
             "the centroid uniformity needs at least 2 samples, got embeddings of shape "

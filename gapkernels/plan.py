@@ -19,15 +19,16 @@ that only has rows is taken and finished block by block, where the backend works
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from gapkernels import ring
 from gapkernels.backends.contract import (
-    NO_DIAGONAL,
+    SUM_SCALARS,
     Backend,
     Centroids,
     Evaluation,
@@ -43,11 +44,22 @@ from gapkernels.backends.contract import (
     part,
     statistics_dtype,
 )
-from gapkernels.distributed import DTYPES, NEEDS_GRAD, World, triangle_blocks
-from gapkernels.spec import LossSpec, Pairs
+from gapkernels.blocks import (
+    accumulator,
+    blocks_of,
+    centroid_matrix,
+    largest_products,
+    log_sum_over_processes,
+    readable,
+)
+from gapkernels.distributed import DTYPES, MODES, NEEDS_GRAD, World, triangle_blocks
+from gapkernels.spec import LossSpec
 
 KEPT_BYTES = 16 * 2**20
 """Operands and centroids up to this size are kept for the backward pass."""
+
+GATHERED_BYTES = 2**30
+"""Rows of all processes up to this size are gathered, and kept for the backward pass; beyond it they circulate."""
 
 
 def forward(
@@ -74,29 +86,44 @@ def forward(
         ValueError: the processes do not evaluate the same loss.
     """
     if world.size > 1:
-        world.agree(_description(embeddings, spec, needs_grad or []), scalars)
+        world.agree(_description(embeddings, spec, needs_grad or [], world, keep), scalars)
     if embeddings[0].shape[0] == 0:
         raise ValueError(f"embedding 0 must have shape [N, D] with N, D ≥ 1, got {list(embeddings[0].shape)}")
     embeddings = readable(embeddings)
     rows = embeddings[0].shape[0]
+    circulates = _circulates(embeddings, spec, world)
+    arriving = {} if circulates else _start_gathers(embeddings, spec, backend, world)
     operands, statistics = backend.row_statistics(embeddings, spec)
     statistics = statistics._replace(sums=world.sum(statistics.sums))
-    matrices = _pair_matrices(embeddings, operands, scalars, spec, backend, world)
-    num_pairs = len(matrices)
-    own = centroid_log_sums = None
-    if spec.cu:
+    own = centroid_log_sums = pair_sums = None
+    if spec.cu and len(arriving) < len(embeddings):
         own = backend.centroids(embeddings, statistics.sums, scalars.uniformity_t, rows * world.size, spec)
-        if world.size == 1:
-            matrices.append(_centroid_matrix(own, slice(0, rows), slice(0, rows)))
-        else:
-            centroid_log_sums = _centroid_log_sums(own, backend, world)
-    pair_sums = None
-    if matrices:
-        sums = backend.log_sums(matrices, statistics.zeros if world.size == 1 else None)
-        if len(matrices) > num_pairs:
-            centroid_log_sums = sums.rows[num_pairs]
-        if num_pairs:
-            pair_sums = LogSums(sums.rows[:num_pairs], log_sum_over_processes(sums.cols[:num_pairs], world))
+    gathered = Gathered({m: wait() for m, wait in arriving.items()}, None)
+    if circulates:
+        largest = largest_products(embeddings, spec.nce_pairs(len(embeddings)), spec, world)
+        if operands:
+            pair_sums = ring.pair_log_sums(operands, scalars, largest, spec, backend, world)
+        if own is not None:
+            centroid_log_sums = ring.centroid_log_sums(own, backend, world)
+    else:
+        matrices = _pair_matrices(embeddings, operands, gathered, scalars, spec, backend, world)
+        num_pairs = len(matrices)
+        if spec.cu and world.size == 1:
+            assert own is not None
+            matrices.append(centroid_matrix(own, slice(0, rows), slice(0, rows)))
+        elif spec.cu:
+            c = _centroids_of_all(own, gathered, statistics.sums, scalars, spec, backend, world)
+            if own is not None:
+                gathered = gathered._replace(centroids=c)
+            centroid_log_sums = _centroid_log_sums(c, backend, world)
+        if matrices:
+            sums = backend.log_sums(matrices, statistics.zeros if world.size == 1 else None)
+            if len(matrices) > num_pairs:
+                centroid_log_sums = sums.rows[num_pairs]
+            if num_pairs:
+                pair_sums = LogSums(sums.rows[:num_pairs], sums.cols[:num_pairs])
+    if world.size > 1:
+        pair_sums, centroid_log_sums = _over_processes(pair_sums, centroid_log_sums, world)
     cosines = statistics.cosines
     all_cosines = cosines if world.size == 1 else world.gather_rows(cosines.T.contiguous()).T.contiguous()
     first_row = world.rank * rows
@@ -107,7 +134,16 @@ def forward(
         return result._replace(kept=None)
     few = sum(x.rows.nbytes for x in (*operands, own) if x is not None) <= KEPT_BYTES
     prepared = None if result.kept is None else result.kept.prepared
-    return result._replace(kept=Kept(operands if few else [], own if few else None, prepared))
+    columns = [gathered.embeddings[m] for m in sorted(gathered.embeddings)] if world.size > 1 else []
+    return result._replace(
+        kept=Kept(
+            operands if few else [],
+            own if few else None,
+            prepared,
+            columns,
+            gathered.centroids,
+        )
+    )
 
 
 def backward(
@@ -142,16 +178,35 @@ def backward(
     *embedding_needs_grad, scale_needs_grad = needs_grad
     rows = embeddings[0].shape[0]
     total_rows = rows * world.size
-    operands, own_centroids, prepared = kept or Kept([], None, None)
+    operands, own_centroids, prepared, columns, all_centroids = kept or Kept([], None, None)
     if prepared is None:
         prepared = backend.softmax_sums(saved, scalars, total_rows)
     evaluation = Evaluation(embeddings, scalars, spec, saved, upstream, prepared, total_rows, world.size)
     gradients = [
         e.new_empty(e.shape) if needed else None for e, needed in zip(embeddings, embedding_needs_grad, strict=True)
     ]
+    circulates = _circulates(embeddings, spec, world)
+    gathered = Gathered({}, None)
+    if world.size > 1 and not circulates and any(needs_grad):
+        which = _gathered_modalities(embeddings, spec, backend)
+        if kept is None:  # as a compiled function, which keeps O(N) only
+            columns = [world.gather_rows(embeddings[m]) for m in which]
+        gathered = Gathered(dict(zip(which, columns, strict=True)), all_centroids)
     centroid_products = None
     if spec.cu and any(embedding_needs_grad):
-        centroid_products = _centroid_products(evaluation, own_centroids, backend, world)
+        if own_centroids is None and not (gathered.centroids is not None or _all_gathered(gathered, embeddings)):
+            own_centroids = backend.centroids(embeddings, saved.sums, scalars.uniformity_t, total_rows, spec)
+        if circulates:
+            assert own_centroids is not None
+            centroid_products = ring.centroid_products(own_centroids, prepared, backend, world)
+        else:
+            c = gathered.centroids or _centroids_of_all(
+                own_centroids, gathered, saved.sums, scalars, spec, backend, world
+            )
+            centroid_products = _centroid_products(c, evaluation, backend, world)
+        if embeddings[0].dtype == torch.bfloat16 and len(blocks_of(rows, backend.gradient_block)) > 1:
+            # Memory is saved by working in blocks: their gradients will be rounded so, and it saves a copy.
+            centroid_products = centroid_products.to(torch.bfloat16)
 
     def finish(
         row: slice, finished: list[tuple[int, Tensor | None, Tensor | None]], moment: Any = None
@@ -167,13 +222,19 @@ def backward(
     everything = slice(0, rows)
     pairs = spec.nce_pairs(len(embeddings)) if any(needs_grad) else ()
     moment = scale_gradient = None
-    if not pairs:
+    if pairs and circulates:
+        own_operands = operands or [backend.operand(e, spec) for e in embeddings]
+        largest = largest_products(embeddings, pairs, spec, world)
+        products_of, moment = ring.pair_products(own_operands, largest, evaluation, needs_grad, backend, world)
+        targets = [m for m, needed in enumerate(embedding_needs_grad) if needed]
+        scale_gradient = finish(everything, [(m, own_operands[m].factor, products_of.get(m)) for m in targets], moment)
+    elif not pairs:
         finish(everything, [(m, None, None) for m, needed in enumerate(embedding_needs_grad) if needed])
     else:
         own = {
             k: operands[k] if operands else backend.operand(embeddings[k], spec) for k in sorted({k for _, k in pairs})
         }
-        cols = {k: _gathered(embeddings[k], o, spec, backend, world) for k, o in own.items()}
+        cols = {k: _column_operand(k, o, gathered, spec, backend) for k, o in own.items()}
         col_products = {k: accumulator(cols[k]) for k in cols if embedding_needs_grad[k]}
         whole = [(k, own[k].factor) for k in col_products]  # modalities that are finished last, all rows at once
         row_products: dict[int, Tensor | None] = {}
@@ -223,7 +284,7 @@ def backward(
         scale_gradient = finish(
             everything,
             [
-                (m, factor, world.sum_own_rows(col_products.pop(m)) if m in own else row_products.pop(m))
+                (m, factor, _own_sum(col_products.pop(m), embeddings, world) if m in own else row_products.pop(m))
                 for m, factor in whole
             ],
             moment,
@@ -241,9 +302,94 @@ def backward(
 # ---- pairs --------------------------------------------------------------------------------------------------------
 
 
+class Gathered(NamedTuple):
+    """Rows of all processes.
+
+    Attributes:
+        embeddings: by modality, ``[N, D]`` in their own type.
+        centroids: as an operand; None where they are made of the embeddings, or not yet.
+    """
+
+    embeddings: dict[int, Tensor]
+    centroids: Centroids | None
+
+
+def _circulates(embeddings: list[Tensor], spec: LossSpec, world: World) -> bool:
+    """Whether rows go around the circle of processes instead of being gathered: depends on shapes and options only."""
+    raw = spec.cu and not (spec.normalize or spec.normalize_centroids)
+    if raw and world.size > 1 and world.mode == "ring":
+        raise ValueError(
+            "`group_mode`='ring' cannot send raw centroids (normalize=False, normalize_centroids=False), whose type "
+            "depends on the largest of all; choose group_mode='gather'"
+        )
+    if world.size == 1 or world.mode == "gather" or raw:
+        return False
+    if world.mode == "ring":
+        return True
+    modalities = len({k for _, k in spec.nce_pairs(len(embeddings))}) + spec.cu
+    return modalities * world.size * embeddings[0].nbytes > GATHERED_BYTES
+
+
+def _gathered_modalities(embeddings: list[Tensor], spec: LossSpec, backend: Backend) -> list[int]:
+    """The modalities whose rows all processes need: those with columns, and all where centroids cost more to send.
+
+    Raw centroids are always made of all embeddings: only then do the processes see the same largest one, which decides
+    in which type they are multiplied.
+    """
+    columns = sorted({k for _, k in spec.nce_pairs(len(embeddings))})
+    if spec.cu:
+        size_of_centroids = (
+            embeddings[0].dtype.itemsize if backend.gradient_block else compute_dtype(embeddings[0].dtype).itemsize
+        )
+        missing = (len(embeddings) - len(columns)) * embeddings[0].dtype.itemsize
+        if missing <= size_of_centroids or not (spec.normalize or spec.normalize_centroids):
+            return list(range(len(embeddings)))
+    return columns
+
+
+def _start_gathers(
+    embeddings: list[Tensor], spec: LossSpec, backend: Backend, world: World
+) -> dict[int, Callable[[], Tensor]]:
+    """Send for the rows of other processes; what waits for them, by modality. The own rows are worked on meanwhile."""
+    if world.size == 1:
+        return {}
+    return {m: world.start_gather(embeddings[m]) for m in _gathered_modalities(embeddings, spec, backend)}
+
+
+def _column_operand(m: int, own: Operand, gathered: Gathered, spec: LossSpec, backend: Backend) -> Operand:
+    """The operand of a modality's rows of all processes."""
+    return backend.operand(gathered.embeddings[m], spec) if m in gathered.embeddings else own
+
+
+def _all_gathered(gathered: Gathered, embeddings: list[Tensor]) -> bool:
+    return len(gathered.embeddings) == len(embeddings)
+
+
+def _centroids_of_all(
+    own: Centroids | None,
+    gathered: Gathered,
+    sums: Tensor,
+    scalars: Scalars,
+    spec: LossSpec,
+    backend: Backend,
+    world: World,
+) -> Centroids:
+    """The centroids of all rows: made of all embeddings if these are here, else gathered."""
+    here = gathered.embeddings
+    modalities = (sums.numel() - SUM_SCALARS) // next(iter(here.values())).shape[1] - 1 if here else None
+    if len(here) == modalities:
+        everything = [here[m] for m in sorted(here)]
+        return backend.centroids(everything, sums, scalars.uniformity_t, everything[0].shape[0], spec)
+    assert own is not None
+    if world.size == 1:
+        return own
+    return own._replace(rows=world.gather_rows(own.rows), bias=world.gather_rows(own.bias))
+
+
 def _pair_matrices(
     embeddings: list[Tensor],
     operands: list[Operand],
+    gathered: Gathered,
     scalars: Scalars,
     spec: LossSpec,
     backend: Backend,
@@ -251,7 +397,7 @@ def _pair_matrices(
 ) -> list[Matrix]:
     """The matrix of each pair, its columns from all processes."""
     pairs = spec.nce_pairs(len(embeddings))
-    cols = {k: _gathered(embeddings[k], operands[k], spec, backend, world) for k in sorted({k for _, k in pairs})}
+    cols = {k: _column_operand(k, operands[k], gathered, spec, backend) for k in sorted({k for _, k in pairs})}
     largest = largest_products(embeddings, pairs, spec, world)
     diagonal = world.rank * embeddings[0].shape[0]
     return [
@@ -260,49 +406,11 @@ def _pair_matrices(
     ]
 
 
-def _gathered(embedding: Tensor, own: Operand, spec: LossSpec, backend: Backend, world: World) -> Operand:
-    """The operand of a modality's rows of all processes. Embeddings travel in their own type."""
-    return own if world.size == 1 else backend.operand(world.gather_rows(embedding), spec)
-
-
-def largest_products(embeddings: list[Tensor], pairs: Pairs, spec: LossSpec, world: World) -> list[Tensor] | list[None]:
-    """Per pair, the largest norm of a row times the largest of a column: no inner product exceeds it."""
-    if spec.normalize or not pairs:
-        return [None] * len(pairs)
-    statistics = statistics_dtype(embeddings[0].device)
-    norms = [torch.linalg.vector_norm(e, dim=1, dtype=statistics).max() for e in embeddings]
-    largest = world.max(torch.stack(norms))
-    return [largest[m] * largest[k] for m, k in pairs]
-
-
 def _rows_of(operand: Operand, row: slice) -> Operand:
     return Operand(part(operand.rows, row), None if operand.factor is None else part(operand.factor, row))
 
 
-def accumulator(operand: Operand | Centroids) -> Tensor:
-    """Room for the products of an operand's rows, float32 or wider: the first ones overwrite it."""
-    return torch.empty_like(operand.rows, dtype=compute_dtype(operand.rows.dtype))
-
-
 # ---- centroids ----------------------------------------------------------------------------------------------------
-
-
-def _centroid_matrix(c: Centroids, row: slice, col: slice) -> Matrix:
-    symmetric = row == col
-    return Matrix(
-        rows=part(c.rows, row),
-        row_factor=part(c.bias, row),
-        cols=part(c.rows, col),
-        col_factor=part(c.bias, col),
-        scale=c.scale,
-        diagonal=0 if symmetric else NO_DIAGONAL,
-        biased=True,
-        symmetric=symmetric,
-    )
-
-
-def _gathered_centroids(own: Centroids, world: World) -> Centroids:
-    return own._replace(rows=world.gather_rows(own.rows), bias=world.gather_rows(own.bias))
 
 
 def _triangle(world: World, rows: int) -> Iterator[tuple[slice, slice]]:
@@ -312,35 +420,25 @@ def _triangle(world: World, rows: int) -> Iterator[tuple[slice, slice]]:
             yield row, col
 
 
-def _centroid_log_sums(own: Centroids, backend: Backend, world: World) -> Tensor:
-    """log2 Σ_{j≠i} e_ij for the rows of all processes, each of which computes a part of the triangle, ``[N]``."""
-    c = _gathered_centroids(own, world)
+def _centroid_log_sums(c: Centroids, backend: Backend, world: World) -> Tensor:
+    """log2 Σ_{j≠i} e_ij over this process's part of the triangle, for the rows of all processes, ``[N]``."""
     log_sum = torch.full(c.bias.shape, -torch.inf, dtype=statistics_dtype(c.bias.device), device=c.bias.device)
-    for row, col in _triangle(world, own.rows.shape[0]):
-        matrix = _centroid_matrix(c, row, col)
+    for row, col in _triangle(world, c.rows.shape[0] // world.size):
+        matrix = centroid_matrix(c, row, col)
         sums = backend.log_sums([matrix])
         log_sum[row] = torch.logaddexp2(log_sum[row], sums.rows[0])
         if not matrix.symmetric:
             log_sum[col] = torch.logaddexp2(log_sum[col], sums.cols[0])
-    return log_sum_over_processes(log_sum, world)
+    return log_sum
 
 
-def _centroid_products(evaluation: Evaluation, own: Centroids | None, backend: Backend, world: World) -> Tensor:
-    """``Σ_{j≠i} 2^(x_ij − centroid_reference) c_j`` of the own centroids, ``[n, D']``.
-
-    Where memory is saved by working in blocks, the sums of bf16 embeddings are rounded to bf16 in the end: their
-    gradients will be, and it saves a copy.
-    """
-    embeddings, spec = evaluation.embeddings, evaluation.spec
-    uniformity_t = evaluation.scalars.uniformity_t
-    if own is None:
-        own = backend.centroids(embeddings, evaluation.saved.sums, uniformity_t, evaluation.total_rows, spec)
-    c = _gathered_centroids(own, world)
+def _centroid_products(c: Centroids, evaluation: Evaluation, backend: Backend, world: World) -> Tensor:
+    """``Σ_{j≠i} 2^(x_ij − centroid_reference) c_j`` of the own centroids, ``[n, D']``."""
     total = accumulator(c)
     if world.size > 1:
         total.zero_()  # this process's part of the triangle does not touch all rows
-    for shard_row, shard_col in _triangle(world, own.rows.shape[0]):
-        matrix = _centroid_matrix(c, shard_row, shard_col)
+    for shard_row, shard_col in _triangle(world, c.rows.shape[0] // world.size):
+        matrix = centroid_matrix(c, shard_row, shard_col)
         row_total, col_total = part(total, shard_row), part(total, shard_col)
         for row in blocks_of(row_total.shape[0], backend.gradient_block):
             for col in blocks_of(col_total.shape[0], backend.gradient_block):
@@ -353,25 +451,37 @@ def _centroid_products(evaluation: Evaluation, own: Centroids | None, backend: B
                 backend.add_products(
                     block, None, evaluation.prepared, part(row_total, row), cols, None, first_rows, first_cols
                 )
-    products = world.sum_own_rows(total)
-    blocks = len(blocks_of(products.shape[0], backend.gradient_block))
-    return products.to(torch.bfloat16) if blocks > 1 and embeddings[0].dtype == torch.bfloat16 else products
+    return _own_sum(total, evaluation.embeddings, world)
 
 
 # ---- blocks and processes -----------------------------------------------------------------------------------------
 
 
-def readable(embeddings: list[Tensor]) -> list[Tensor]:
-    """Embeddings as backends read them: any stride between rows, unit stride along them."""
-    return [e if e.stride(1) == 1 or e.shape[1] == 1 else e.contiguous() for e in embeddings]
+def _own_sum(products: Tensor, embeddings: list[Tensor], world: World) -> Tensor:
+    """Products of the own rows, summed over the processes. Those of bfloat16 embeddings travel in their type."""
+    if world.size > 1 and embeddings[0].dtype == torch.bfloat16:
+        return world.sum_own_rows(products.to(torch.bfloat16))
+    return world.sum_own_rows(products)
 
 
-def blocks_of(length: int, side: int | None) -> list[slice]:
-    side = side or length
-    return [slice(start, min(start + side, length)) for start in range(0, length, side)]
+def _over_processes(
+    pair_sums: LogSums | None, centroid_log_sums: Tensor | None, world: World
+) -> tuple[LogSums | None, Tensor | None]:
+    """Add column sums and sums of centroids up over the processes, all at once."""
+    parts = [] if pair_sums is None else [pair_sums.cols]
+    parts += [] if centroid_log_sums is None else [centroid_log_sums[None]]
+    if not parts:
+        return None, None
+    total = log_sum_over_processes(torch.cat(parts), world)
+    return (
+        None if pair_sums is None else LogSums(pair_sums.rows, total[: len(pair_sums.cols)]),
+        None if centroid_log_sums is None else total[-1],
+    )
 
 
-def _description(embeddings: list[Tensor], spec: LossSpec, needs_grad: list[bool]) -> dict[str, float]:
+def _description(
+    embeddings: list[Tensor], spec: LossSpec, needs_grad: list[bool], world: World, keep: bool
+) -> dict[str, float]:
     """What processes must agree on before they talk about anything else: always as many numbers."""
     rows, dim = embeddings[0].shape
     return {
@@ -381,6 +491,8 @@ def _description(embeddings: list[Tensor], spec: LossSpec, needs_grad: list[bool
         "dtype": DTYPES.index(embeddings[0].dtype),
         **{{"nce": "InfoNCE", "atp": "ATP", "cu": "CU"}.get(k, k): float(v) for k, v in spec._asdict().items()},
         NEEDS_GRAD: sum(2**place for place, needed in enumerate(needs_grad) if needed),
+        "group_mode (auto, gather, ring)": MODES.index(world.mode),
+        "choice between torch.compile and eager": keep,
     }
 
 
@@ -389,15 +501,6 @@ def _own_rows(x: Tensor, world: World) -> Tensor:
         return x
     rows = x.shape[0] // world.size
     return x[world.rank * rows : (world.rank + 1) * rows]
-
-
-def log_sum_over_processes(log_sum: Tensor, world: World) -> Tensor:
-    """log2 Σ 2^log_sum over the processes, elementwise."""
-    if world.size == 1:
-        return log_sum
-    largest = world.max(log_sum)
-    reference = torch.where(largest == -torch.inf, 0.0, largest)
-    return reference + world.sum(torch.exp2(log_sum - reference)).log2()
 
 
 def _added_up(own: Forward, scalars: Scalars, world: World) -> Forward:

@@ -254,27 +254,34 @@ class Kept(NamedTuple):
         operands: of every modality; none where they are to be made again.
         centroids: as an operand; None where they are to be made again, or without CU.
         prepared: what ``Backend.softmax_sums`` would return; None where the backend's terms do not make it in passing.
+        columns: embeddings of all processes that were gathered, ``[N, D]`` each; none of one process alone.
+        all_centroids: of all processes; None where they are made of the embeddings again.
     """
 
     operands: list[Operand]
     centroids: Centroids | None
     prepared: PreparedSums | None
+    columns: Sequence[Tensor] = ()
+    all_centroids: Centroids | None = None
 
-    def flattened(self) -> tuple[list[Tensor | None], tuple[int, bool, bool]]:
-        """As tensors, and which of them are which."""
-        parts: list[tuple[Tensor | None, ...]] = [*self.operands, self.centroids or (), self.prepared or ()]
-        shape = len(self.operands), self.centroids is not None, self.prepared is not None
+    def flattened(self) -> tuple[list[Tensor | None], tuple[int, ...]]:
+        """As tensors, and how many of them are which."""
+        optional = (self.centroids or (), self.prepared or (), self.all_centroids or ())
+        shape = len(self.operands), len(self.columns), *(len(part) for part in optional)
+        parts: list[Sequence[Tensor | None]] = [*self.operands, self.columns, *optional]
         return [tensor for part in parts for tensor in part], shape
 
     @classmethod
-    def from_flattened(cls, tensors: Sequence[Any], shape: tuple[int, bool, bool]) -> Kept:
+    def from_flattened(cls, tensors: Sequence[Any], shape: tuple[int, ...]) -> Kept:
         """What ``flattened`` returned, put together again."""
         rest = iter(tensors)
-        num_operands, has_centroids, has_prepared = shape
+        operands, columns, centroids, prepared, all_centroids = shape
         return cls(
-            [Operand(next(rest), next(rest)) for _ in range(num_operands)],
-            Centroids(*islice(rest, len(Centroids._fields))) if has_centroids else None,
-            PreparedSums(*islice(rest, len(PreparedSums._fields))) if has_prepared else None,
+            operands=[Operand(next(rest), next(rest)) for _ in range(operands)],
+            columns=list(islice(rest, columns)),
+            centroids=Centroids(*islice(rest, centroids)) if centroids else None,
+            prepared=PreparedSums(*islice(rest, prepared)) if prepared else None,
+            all_centroids=Centroids(*islice(rest, all_centroids)) if all_centroids else None,
         )
 
 

@@ -192,13 +192,14 @@ class Trainer:
         """Let several processes average the gradients of the encoders; all start from the first one's weights."""
         if self.processes.size == 1 or not any(p.requires_grad for p in self.model.parameters()):
             return
+        sync: dict[str, Any] = {_SYNC_BUFFERS: False}  # `_average_buffers` takes all processes into account
         self._encoders = DistributedDataParallel(
             self.model,
             gradient_as_bucket_view=True,
             # Parameters that travel together change places after the first step, of a resumed run too, and with their
             # places the order in which three and more processes are summed. One at a time, each keeps its own.
             bucket_cap_mb=2**-20 if self.config.run.deterministic else None,
-            **{_SYNC_BUFFERS: False},  # `_average_buffers` takes all processes into account
+            **sync,
         )
 
     def _average_buffers(self) -> None:

@@ -1,0 +1,66 @@
+"""What the plan and its variant for many processes share: blocks of matrices, and room for their products."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gapkernels.backends.contract import (
+    NO_DIAGONAL,
+    Centroids,
+    Matrix,
+    Operand,
+    compute_dtype,
+    part,
+    statistics_dtype,
+)
+from gapkernels.distributed import World
+from gapkernels.spec import LossSpec, Pairs
+
+
+def readable(embeddings: list[Tensor]) -> list[Tensor]:
+    """Embeddings as backends read them: any stride between rows, unit stride along them."""
+    return [e if e.stride(1) == 1 or e.shape[1] == 1 else e.contiguous() for e in embeddings]
+
+
+def blocks_of(length: int, side: int | None) -> list[slice]:
+    side = side or length
+    return [slice(start, min(start + side, length)) for start in range(0, length, side)]
+
+
+def largest_products(embeddings: list[Tensor], pairs: Pairs, spec: LossSpec, world: World) -> list[Tensor] | list[None]:
+    """Per pair, the largest norm of a row times the largest of a column: no inner product exceeds it."""
+    if spec.normalize or not pairs:
+        return [None] * len(pairs)
+    statistics = statistics_dtype(embeddings[0].device)
+    norms = [torch.linalg.vector_norm(e, dim=1, dtype=statistics).max() for e in embeddings]
+    largest = world.max(torch.stack(norms))
+    return [largest[m] * largest[k] for m, k in pairs]
+
+
+def accumulator(operand: Operand | Centroids) -> Tensor:
+    """Room for the products of an operand's rows, float32 or wider: the first ones overwrite it."""
+    return torch.empty_like(operand.rows, dtype=compute_dtype(operand.rows.dtype))
+
+
+def centroid_matrix(c: Centroids, row: slice, col: slice) -> Matrix:
+    symmetric = row == col
+    return Matrix(
+        rows=part(c.rows, row),
+        row_factor=part(c.bias, row),
+        cols=part(c.rows, col),
+        col_factor=part(c.bias, col),
+        scale=c.scale,
+        diagonal=0 if symmetric else NO_DIAGONAL,
+        biased=True,
+        symmetric=symmetric,
+    )
+
+
+def log_sum_over_processes(log_sum: Tensor, world: World) -> Tensor:
+    """log2 Σ 2^log_sum over the processes, elementwise."""
+    if world.size == 1:
+        return log_sum
+    largest = world.max(log_sum)
+    reference = torch.where(largest == -torch.inf, 0.0, largest)
+    return reference + world.sum(torch.exp2(log_sum - reference)).log2()
