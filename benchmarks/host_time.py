@@ -3,7 +3,8 @@
     python -m benchmarks.host_time --size 1024x512
 
 Small batches are bound by the host: a GPU waits for launches longer than it computes. Everything up to the driver's
-call is real here: autograd, the plan, buffers, and the way from arguments to a compiled kernel. Kernels are never
+call is real here: autograd, buffers, and the way from arguments to a compiled kernel; steps are those of a training
+that has begun, which repeat the launches of the second without the plan. Kernels are never
 compiled, library products do nothing, nothing is filled with zeros, sums take one row, and tensors lie in the CPU's
 memory, where an allocation costs about as much as from torch's cache of GPU memory. Left out are therefore the driver's
 calls (2 to 3 µs each) and the second thread, in which autograd runs the backward pass of a GPU. What is counted is the
@@ -20,6 +21,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +30,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from benchmarks.results import commit, device_name, versions
 from gapkernels import gap_loss
 
 # What torch does without launching anything: memory, views, and what only asks.
@@ -268,7 +271,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found = measure(samples, width, options.modalities, seconds=options.seconds)
     print(described(found))
     if options.out is not None:
-        options.out.write_text(json.dumps(asdict(found), indent=1) + "\n", encoding="utf-8")
+        content = {
+            "device": device_name(torch.device("cpu")),
+            "versions": versions(),
+            "commit": commit(),
+            "datetime": datetime.now(timezone.utc).isoformat(),
+            "samples": samples,
+            "width": width,
+            "modalities": options.modalities,
+            "host_time": asdict(found),
+        }
+        options.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

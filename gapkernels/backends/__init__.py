@@ -156,9 +156,11 @@ def _triton_status() -> Status:
     reason = triton_backend.unusable_because()
     if reason is not None:
         return Status("triton", False, reason)
+    from gapkernels.backends.triton.launch import described as launches
+
     cuda_is_faster = cuda_backend.unusable_because() is None and cuda_backend.is_compiled() and speed_record.regions()
     choice = "auto's choice there" + (" but where cuda is faster" if cuda_is_faster else "")
-    return Status("triton", True, f"fused kernels on {triton_backend.device_name()}; {choice}")
+    return Status("triton", True, f"fused kernels on {triton_backend.device_name()}, {launches()}; {choice}")
 
 
 def _cuda_status() -> Status:

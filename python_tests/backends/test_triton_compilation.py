@@ -23,6 +23,7 @@ MATRIX_KERNELS = ("tile_sums_kernel", "log_sums_kernel", "gradient_tiles_kernel"
 def distinct_launches(arch, all_candidates=False, **evaluation):
     with recorded(arch, all_candidates) as launches:
         evaluate(4100, **evaluation)
+        evaluate(1100, keep=False, **evaluation)  # terms in one launch; what is not kept is made again
         deterministic = torch.are_deterministic_algorithms_enabled()
         torch.use_deterministic_algorithms(True)  # another way to the log sums, no library products
         try:

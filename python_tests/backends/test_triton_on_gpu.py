@@ -4,6 +4,8 @@ Sizes that the shared tests run over all backends are not repeated here; those t
 says.
 """
 
+from pathlib import Path
+
 import pytest
 import torch
 from oracle import (
@@ -15,13 +17,14 @@ from oracle import (
     trained_embeddings,
 )
 
-from gapkernels import backends, gap_loss
+from gapkernels import GapLoss, backends, gap_loss
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or not {s.name: s.usable for s in backends.available()}["triton"],
     reason="needs a GPU that Triton compiles for",
 )
 
+DOCUMENT = Path(__file__).parents[2] / "docs" / "cuda-graphs.md"
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
@@ -191,6 +194,48 @@ def test_cuda_graph(n, dim, scale):
         # Sums by atomics come in any order: a number in bf16 may end up on the other side, and one step is 2^-7 of it.
         rtol = 2**-6 if ours.dtype == torch.bfloat16 else 1e-3
         torch.testing.assert_close(ours, eager, rtol=rtol, atol=1e-6)
+
+
+def test_cuda_graph_of_a_training_step():
+    """Encoders, loss with a learned temperature, backward pass and optimizer, as docs/cuda-graphs.md captures them."""
+    code = DOCUMENT.read_text(encoding="utf-8").split("```python")[1].split("```")[0]
+    names: dict = {}
+    exec(code, names)
+    batches = [[x.cuda() for x in random_embeddings(256, 64, seed=seed)] for seed in range(5)]
+
+    def trained(step_of):
+        torch.manual_seed(0)
+        encoders = [torch.nn.Linear(64, 32, device="cuda") for _ in range(2)]
+        criterion = GapLoss(learn_temperature=True, backend="triton").cuda()
+        parameters = [p for module in (*encoders, criterion) for p in module.parameters()]
+        optimizer = torch.optim.Adam(parameters, lr=1e-3, capturable=True)
+        train = step_of(encoders, criterion, optimizer)
+        losses = [train(*batch).item() for batch in batches]
+        return losses, parameters
+
+    def eagerly(encoders, criterion, optimizer):
+        def train(*batch):
+            optimizer.zero_grad()
+            loss = criterion(*(encoder(x) for encoder, x in zip(encoders, batch, strict=True)))
+            loss.backward()
+            optimizer.step()
+            return loss
+
+        for _ in range(3):
+            train(*batches[0])
+        return train
+
+    losses, parameters = trained(lambda *parts: names["captured_step"](*parts, batches[0]))
+    expected_losses, expected = trained(eagerly)
+    torch.testing.assert_close(losses, expected_losses, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(parameters, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_repeated_steps_match_the_first():
+    """From the third on launches are repeated without the plan."""
+    for seed in range(5):
+        for dtype in DTYPES:
+            assert_matches_oracle(random_embeddings(1000, 128, dtype=dtype, seed=seed), 14.3, "triton")
 
 
 def test_compiled_without_a_graph_break():

@@ -71,6 +71,15 @@ def launch(
     )
 
 
+def described() -> str:
+    """How kernels are launched here, for reports."""
+    if _IS_KNOWN:
+        return "launched directly, small batches without the plan"
+    if INTERPRETED:
+        return "interpreted"
+    return f"launched by Triton {triton.__version__}, whose binaries only 3.6 and 3.7 let launch directly"
+
+
 def can_repeat() -> bool:
     """Whether recorded launches can be repeated: this Triton is known, and no profiler listens."""
     return INTERPRETED or (_IS_KNOWN and recording.launches_directly())
