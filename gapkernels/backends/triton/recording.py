@@ -32,9 +32,6 @@ from gapkernels.backends.triton.device import INTERPRETED
 ALIGNMENT = 512
 """Of buffers in a workspace, as torch's allocator aligns them."""
 
-MOST_BOUND = 8
-"""Sets of addresses whose arguments are remembered: training allocates the same ones again and again."""
-
 _ALLOCATIONS = {
     torch.ops.aten.empty.memory_format,
     torch.ops.aten.empty_like.default,
@@ -188,7 +185,7 @@ class Recording:
         self.kept_places: list[Place | None] = []
         self.kept_bytes = self.scratch_bytes = 0
         self._launches: list[Launch] = []
-        self._bound: dict[tuple[int, ...], list[tuple[Any, ...]]] = {}
+        self._written: Callable[[tuple[int, ...], int], None] | None = None
         exact = {tensor.data_ptr(): base for base, tensor in enumerate(inputs)}
         if len(exact) < len(inputs):
             self.refused = self.refused or "two inputs lie at one address"
@@ -278,33 +275,50 @@ class Recording:
             addresses: of the inputs, of what was saved (if anything was), of the outputs, of the two workspaces.
             stream: to launch on.
         """
-        launches = self._bound.get(addresses)
-        if launches is None:
-            launches = self._bind(addresses)
-        for run, x, y, function, metadata, args in launches:
-            run(x, y, 1, stream, function, metadata, None, None, None, *args)
+        if self._written is None:
+            self._written = self._as_function()
+        self._written(addresses, stream)
 
-    def _bind(self, addresses: tuple[int, ...]) -> list[tuple[Any, ...]]:
-        def argument(arg: Any) -> Any:
-            kind = type(arg)
-            if kind is Place:
-                return addresses[arg.base] + arg.offset
-            if kind is tuple:
-                return tuple(map(argument, arg))
-            if kind is DescriptorPlace:
-                return _descriptor(_Address(addresses[arg.place.base] + arg.place.offset), arg)
-            return arg
+    def _as_function(self) -> Callable[[tuple[int, ...], int], None]:
+        """All launches written out as one function: additions of offsets are then all that is left to do.
 
-        bound = []
+        A loop that puts addresses into the arguments takes longer than everything else of a step.
+        """
+        values: dict[str, Any] = {"descriptor": _descriptor, "Address": _Address}
+        bases: set[int] = set()
+
+        def named(value: Any) -> str:
+            name = f"v{len(values)}"
+            values[name] = value
+            return name
+
+        def address(place: Place) -> str:
+            bases.add(place.base)
+            return f"b{place.base}+{place.offset}" if place.offset else f"b{place.base}"
+
+        def written(arg: Any) -> str:
+            if isinstance(arg, Place):
+                return address(arg)
+            if isinstance(arg, DescriptorPlace):
+                return f"descriptor(Address({address(arg.place)}), {named(arg)})"
+            if type(arg) is tuple:
+                return f"({''.join(written(a) + ', ' for a in arg)})"
+            return repr(arg) if arg is None or type(arg) in (int, bool) else named(arg)
+
+        lines = []
         for launch in self._launches:
-            compiled, grid = launch.compiled, launch.grid
-            args = (*map(argument, launch.args), *launch.compile_time)
-            rows = grid[1] if len(grid) > 1 else 1
-            bound.append((compiled.run, grid[0], rows, compiled.function, compiled.packed_metadata, args))
-        if len(self._bound) >= MOST_BOUND:
-            self._bound = {}
-        self._bound[addresses] = bound
-        return bound
+            grid = (*launch.grid, 1, 1)[:3]
+            known = [launch.compiled.function, launch.compiled.packed_metadata, None, None, None]
+            args = [*map(written, grid), "stream", *map(written, (*known, *launch.args, *launch.compile_time))]
+            lines.append(f" {named(launch.compiled.run)}({', '.join(args)})")
+        lines = [
+            "def launch(addresses, stream):",
+            *(f" b{b} = addresses[{b}]" for b in sorted(bases)),
+            *lines,
+            " return",
+        ]
+        exec("\n".join(lines), values)
+        return values["launch"]
 
     def run_by_triton(self, bases: Sequence[Tensor]) -> None:
         """The same through Triton's own launcher, with tensors for addresses: what its interpreter takes."""
