@@ -89,7 +89,7 @@ class Step:
         self.refused = ""
         self._forward: Recording | None = None
         self._backward: Recording | None = None
-        self._kept_shape: tuple[int, bool, bool] = (0, False, False)
+        self._kept_shape: tuple[int, ...] = ()
 
     @property
     def repeats_forward(self) -> bool:
