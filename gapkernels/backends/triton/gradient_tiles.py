@@ -87,9 +87,9 @@ def store_pair(
     out,
     out_stride,
     scale_partials,
-    is_first,
     ONE_EXPONENTIAL: tl.constexpr,
     NEEDS_SCALE: tl.constexpr,
+    IS_FIRST: tl.constexpr,
 ):
     """From exponents to H: the whole epilogue, so that nothing outlives the branch it is called in."""
     if ONE_EXPONENTIAL:
@@ -101,8 +101,9 @@ def store_pair(
         # Each tile has a place of its own, and launches follow one another: no atomics, always the same bits.
         moment = tl.sum(tl.sum(gradient * tl.maximum(x, LOWEST), axis=1), axis=0)
         place = scale_partials + tl.program_id(0)
-        before = tl.load(place, mask=is_first == 0, other=0.0)
-        tl.store(place, before + moment)
+        if not IS_FIRST:
+            moment += tl.load(place)
+        tl.store(place, moment)
     gradient = gradient * row_factor[:, None] * col_factor[None, :]
     store_tile(gradient, out, out_stride)
 
@@ -115,7 +116,7 @@ def store_tile(values, out, out_stride):
 
 
 @triton.jit(
-    do_not_specialize=["num_rows", "num_cols", "diagonal", "is_first"],
+    do_not_specialize=["num_rows", "num_cols", "diagonal"],
     do_not_specialize_on_alignment=[
         "row_factors",
         "col_factors",
@@ -143,10 +144,10 @@ def gradient_tiles_kernel(
     num_cols,
     dim,
     diagonal,
-    is_first,
     entry_scale,
     BIASED: tl.constexpr,
     NEEDS_SCALE: tl.constexpr,
+    IS_FIRST: tl.constexpr,
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
     TILE_K: tl.constexpr,
@@ -181,12 +182,12 @@ def gradient_tiles_kernel(
         if largest - smallest <= 100.0:
             store_pair(
                 x, row_log, col_log, middle, row_factor, col_factor, out, out_stride, scale_partials,
-                is_first, True, NEEDS_SCALE,
+                True, NEEDS_SCALE, IS_FIRST,
             )  # fmt: skip
         else:
             store_pair(
                 x, row_log, col_log, middle, row_factor, col_factor, out, out_stride, scale_partials,
-                is_first, False, NEEDS_SCALE,
+                False, NEEDS_SCALE, IS_FIRST,
             )  # fmt: skip
 
 
@@ -225,6 +226,7 @@ def gradient_tiles(
                 out.stride(0),
                 block.biased,
                 moment is None,
+                is_first,
                 config,
                 input_precision(block.rows.dtype),
             ),
@@ -246,12 +248,12 @@ def gradient_tiles(
                 num_cols,
                 dim,
                 block.diagonal,
-                int(is_first),
                 scale,
             ),
             lambda: {
                 "BIASED": block.biased,
                 "NEEDS_SCALE": moment is not None,
+                "IS_FIRST": is_first,
                 "TILE_M": m,
                 "TILE_N": n,
                 "TILE_K": k,
