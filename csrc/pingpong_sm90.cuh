@@ -1,12 +1,14 @@
 // The part of a Hopper kernel that all kernels here share: inner products of 128×128 tiles, and what happens to a tile
 // left to an epilogue.
 //
-//     warpgroup 0   copies operand tiles into shared memory (TMA; a cluster of two blocks shares the column tile)
+//     warpgroup 0   warp 0: copies operands into shared memory (TMA; a cluster of two blocks shares the column tile)
+//                   warps 1, 2: for warpgroups 1 and 2, which tile is next, and what its entries need besides products
 //     warpgroup 1   tile 0: products │ epilogue          │ tile 2: products │ epilogue …
 //     warpgroup 2                    │ tile 1: products  │ epilogue         │ tile 3: products …
 //
 // One warpgroup multiplies while the other is in its epilogue: the exponentials cost no time as long as they take less
-// than the products. The products come from CUTLASS's collective; persistent, one block per processor.
+// than the products. Persistent, one block per processor. Where the operands of a product come from is a feed's affair:
+// streamed_sm90.cuh copies both for every tile, resident_sm90.cuh keeps the rows in shared memory.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -22,15 +24,32 @@
 
 #include "fragments.h"
 #include "launch_checks.h"
+#include "residency.h"
 #include "similarity.h"
 #include "tiles.h"
 
-// Blocks that share a column tile: 2 takes a quarter off what comes from the L2 cache, 1 has nobody to wait for.
+// Blocks that share a column tile: 2 halves what column tiles take from the L2 cache, 1 has nobody to wait for.
 #ifndef GAPKERNELS_CLUSTER
 #define GAPKERNELS_CLUSTER 2
 #endif
 
 namespace gapkernels {
+
+constexpr int kCluster = GAPKERNELS_CLUSTER;
+constexpr int kGroupThreads = cutlass::NumThreadsPerWarpGroup;
+constexpr int kWarp = 32;
+constexpr int kDepth = 64;  // of a step of the products: a row of the swizzle's pattern, 128 bytes
+constexpr int kBarrierBytes = 2048;  // of shared memory, with what alignment costs
+
+using TileShape = cute::Shape<cute::Int<kTile>, cute::Int<kTile>, cute::Int<kDepth>>;
+using ClusterShape = cute::Shape<cute::Int<kCluster>, cute::_1, cute::_1>;
+
+// The collective whose copies, layouts and instruction all feeds use.
+template <class ElementType, class StageCount>
+using MainloopOf = typename cutlass::gemm::collective::CollectiveBuilder<
+    cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, ElementType, cutlass::layout::RowMajor, 8, ElementType,
+    cutlass::layout::ColumnMajor, 8, float, TileShape, ClusterShape, StageCount,
+    cutlass::gemm::KernelTmaWarpSpecializedPingpong>::CollectiveOp;
 
 template <class TiledCopy>
 bool descriptor_encoded(const TiledCopy& copy) {
@@ -44,45 +63,79 @@ inline const char* machine_problem() {
   return error == cudaSuccess ? driver_problem(version) : cudaGetErrorString(error);
 }
 
-template <class ElementType, class Epilogue>
+// A barrier in shared memory that whole warps wait for and arrive at. Neither the compiler nor the lanes of a warp
+// carry reads or writes of shared memory across.
+struct WarpBarrier {
+  __device__ void init(int warps) { barrier().init(warps); }
+
+  __device__ void wait(uint32_t phase) const {
+    barrier().wait(phase);
+    __syncwarp();
+  }
+
+  __device__ void arrive() const {
+    __syncwarp();
+    if (threadIdx.x % kWarp == 0) barrier().arrive();
+  }
+
+ private:
+  __device__ const cutlass::arch::ClusterBarrier& barrier() const {
+    return reinterpret_cast<const cutlass::arch::ClusterBarrier&>(value_);
+  }
+
+  uint64_t value_;
+};
+
+// What a warp prepares for each of a consumer's tiles, two tiles ahead at most.
+//
+//     warp      … ready[0] ─► ready[1] ─► wait free[0] ─► ready[0] …
+//     consumer      wait ready[0] ─► free[0] ─► wait ready[1] ─► free[1] …
+template <class Prepared>
+struct Handoff {
+  static constexpr int kSlots = 2;
+
+  alignas(16) Prepared slots[kSlots];
+  WarpBarrier ready[kSlots];
+  WarpBarrier free[kSlots];
+
+  __device__ void init() {
+    for (int s = 0; s < kSlots; ++s) {
+      ready[s].init(1);
+      free[s].init(kGroupThreads / kWarp);
+    }
+  }
+};
+
+template <class ElementType, class Epilogue, template <class, int> class FeedOf>
 struct PingPong {
-  static constexpr int kCluster = GAPKERNELS_CLUSTER;
-  using TileShape = cute::Shape<cute::Int<kTile>, cute::Int<kTile>, cute::_64>;
-  using ClusterShape = cute::Shape<cute::Int<kCluster>, cute::_1, cute::_1>;
-  static constexpr int kConsumers = 2;
-  static constexpr int kGroupThreads = cutlass::NumThreadsPerWarpGroup;
+  using Prepared = typename Epilogue::Prepared;
   static constexpr int kThreads = (1 + kConsumers) * kGroupThreads;
   // Of 65,536 registers, in steps of eight: 128·(40 + 2·232). 128 of a consumer's hold accumulators.
   static constexpr int kProducerRegisters = 40;
   static constexpr int kConsumerRegisters = 232;
-  static constexpr int kBarrierBytes = 2048;  // with what alignment costs
-
-  using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
-      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, ElementType, cutlass::layout::RowMajor, 8, ElementType,
-      cutlass::layout::ColumnMajor, 8, float, TileShape, ClusterShape,
-      cutlass::gemm::collective::StageCountAutoCarveout<
-          static_cast<int>(kConsumers * sizeof(typename Epilogue::Storage)) + kBarrierBytes>,
-      cutlass::gemm::KernelTmaWarpSpecializedPingpong>::CollectiveOp;
-  using Pipeline = typename Mainloop::MainloopPipeline;
+  using Feed = FeedOf<ElementType, static_cast<int>(kConsumers * (sizeof(typename Epilogue::Scratch) +
+                                                                  sizeof(Handoff<Prepared>))) +
+                                       kBarrierBytes>;
+  using Order = typename Feed::Order;
+  using Walk = typename Feed::Walk;
+  using TiledMma = typename Feed::Mainloop::TiledMma;
   using OrderBarrier = cutlass::OrderedSequenceBarrier<1, kConsumers>;
-  using TiledMma = typename Mainloop::TiledMma;
   static_assert(cute::size(TiledMma{}) == kGroupThreads, "a warpgroup computes a whole tile");
 
   struct Params {
-    typename Mainloop::Params operands[kMaxMatrices];
-    TileOrder<kCluster> order;
+    typename Feed::Mainloop::Params operands[kMaxMatrices];
+    Order order;
     int dim;
     typename Epilogue::Params epilogue;
   };
 
-  struct SharedStorage {
-    // The swizzle that copies and products share repeats every 1024 bytes, counted from address zero.
-    alignas(1024) typename Mainloop::TensorStorage operands;
-    alignas(1024) typename Epilogue::Storage epilogue[kConsumers];
-    alignas(16) typename Mainloop::PipelineStorage pipeline;
+  // What does not depend on the number of steps; operands follow.
+  struct alignas(1024) SharedStorage {
+    typename Epilogue::Scratch scratch[kConsumers];
+    Handoff<Prepared> handoffs[kConsumers];
     alignas(16) typename OrderBarrier::SharedStorage order;
+    alignas(16) typename Feed::Barriers feed;
   };
-  static_assert(sizeof(SharedStorage) <= cutlass::gemm::collective::detail::sm90_smem_capacity_bytes);
 
   // The layout that fragments.h describes, checked against the instruction's own.
   static constexpr bool fragments_agree() {
@@ -112,11 +165,15 @@ struct PingPong {
     return Epilogue::encoded(params.epilogue);
   }
 
-  static typename Mainloop::Params operand_params(const Matrix& matrix, int num_rows, int num_cols, int dim) {
-    const typename Mainloop::Arguments arguments{
+  static typename Feed::Mainloop::Params operand_params(const Matrix& matrix, int num_rows, int num_cols, int dim) {
+    const typename Feed::Mainloop::Arguments arguments{
         static_cast<const ElementType*>(matrix.rows), {matrix.row_stride, cute::_1{}, int64_t{0}},
         static_cast<const ElementType*>(matrix.cols), {matrix.col_stride, cute::_1{}, int64_t{0}}};
-    return Mainloop::to_underlying_arguments(cute::make_shape(num_rows, num_cols, dim, 1), arguments, nullptr);
+    return Feed::Mainloop::to_underlying_arguments(cute::make_shape(num_rows, num_cols, dim, 1), arguments, nullptr);
+  }
+
+  static int shared_bytes(int dim) {
+    return static_cast<int>(sizeof(SharedStorage)) + Feed::operand_bytes(ceil_div(dim, kDepth));
   }
 
   __device__ static void run(const Params& params, char* shared_memory) {
@@ -124,20 +181,20 @@ struct PingPong {
     const int warpgroup = cutlass::canonical_warp_group_idx();
     const int thread = threadIdx.x % kGroupThreads;
     const bool producer = warpgroup == 0;
-    if (threadIdx.x < params.order.space.num_matrices) Mainloop::prefetch_tma_descriptors(params.operands[threadIdx.x]);
+    const TileSpace& space = params.order.space;
+    if (threadIdx.x < space.num_matrices) Feed::Mainloop::prefetch_tma_descriptors(params.operands[threadIdx.x]);
 
-    typename Pipeline::Params pipeline_params;
-    pipeline_params.role = producer ? Pipeline::ThreadCategory::Producer : Pipeline::ThreadCategory::Consumer;
-    pipeline_params.is_leader = thread == 0;
-    pipeline_params.num_consumers = kGroupThreads;
-    pipeline_params.num_producers = 1;
-    pipeline_params.transaction_bytes = Mainloop::TmaTransactionBytes;
-    Pipeline pipeline(shared.pipeline, pipeline_params, ClusterShape{});
-
+    const int block_in_cluster = kCluster > 1 ? static_cast<int>(cute::block_rank_in_cluster()) : 0;
+    Feed feed(shared.feed, shared_memory + sizeof(SharedStorage), ceil_div(params.dim, kDepth), block_in_cluster,
+              producer, thread);
     typename OrderBarrier::Params order_params;
     order_params.group_id = warpgroup - 1;
     order_params.group_size = kGroupThreads;
     OrderBarrier order(shared.order, order_params);
+    if (threadIdx.x == 0) {
+      for (Handoff<Prepared>& handoff : shared.handoffs) handoff.init();
+      cutlass::arch::fence_barrier_init();
+    }
 
     // Barriers are initialised before anyone, in any block of the cluster, uses them.
     if constexpr (kCluster > 1) {
@@ -147,72 +204,65 @@ struct PingPong {
       __syncthreads();
     }
 
-    const int block_in_cluster = kCluster > 1 ? static_cast<int>(cute::block_rank_in_cluster()) : 0;
-    const int row_offset = block_in_cluster * kTile;
-    const int k_tiles = ceil_div(params.dim, cute::get<2>(TileShape{}));
-    TileWalk<kCluster> walk(params.order, blockIdx.x / kCluster, gridDim.x / kCluster);
-
     if (producer) {
       cutlass::arch::warpgroup_reg_dealloc<kProducerRegisters>();
-      if (thread < 32) load(params, walk, pipeline, shared, k_tiles, row_offset, block_in_cluster);
+      const int warp = cutlass::canonical_warp_idx_sync();
+      Walk walk(params.order, blockIdx.x / kCluster);
+      if (warp == 0) feed.load(params.operands, space, params.dim, walk);
+      else if (warp <= kConsumers) prepare(params, walk, shared.handoffs[warp - 1], warp - 1, block_in_cluster);
     } else {
       cutlass::arch::warpgroup_reg_alloc<kConsumerRegisters>();
-      compute(params, walk, pipeline, order, shared, k_tiles, row_offset, warpgroup - 1, thread);
+      const int consumer = warpgroup - 1;
+      compute(params, feed, order, shared.handoffs[consumer], shared.scratch[consumer], consumer, thread);
     }
   }
 
  private:
-  __device__ static void load(const Params& params, TileWalk<kCluster>& walk, Pipeline& pipeline,
-                              SharedStorage& shared, int k_tiles, int row_offset, int block_in_cluster) {
-    Mainloop mainloop;
-    auto state = cutlass::make_producer_start_state<Pipeline>();
-    for (; walk.valid(); walk.advance()) {
-      const Item& item = walk.item();
-      const auto& operands = params.operands[item.matrix];
-      auto inputs = mainloop.load_init(
-          cute::make_shape(params.order.space.num_rows, params.order.space.num_cols, params.dim, 1), operands);
-      auto tile = cute::make_coord((item.row_start + row_offset) / kTile, item.col_start / kTile, cute::_, 0);
-      mainloop.load(operands, pipeline, state, inputs, tile, cute::make_coord_iterator(k_tiles),
-                    k_tiles, threadIdx.x % 32, block_in_cluster, shared.operands);
-      state.advance(k_tiles);
+  // Everything that a consumer's tiles need besides products, so that consumers neither walk nor wait for device memory.
+  __device__ static void prepare(const Params& params, Walk& walk, Handoff<Prepared>& handoff, int consumer,
+                                 int block_in_cluster) {
+    const int lane = threadIdx.x % kWarp;
+    Place slot;
+    for (int i = 0; i < consumer && walk.valid(); ++i) walk.advance();
+    while (walk.valid()) {
+      Item tile = walk.item();
+      tile.row_start += block_in_cluster * kTile;
+      const auto fetched = Epilogue::fetch(params.epilogue, params.order.space, tile, lane);
+      handoff.free[slot.index].wait(slot.phase ^ 1);
+      Prepared& prepared = handoff.slots[slot.index];
+      Epilogue::prepare(params.epilogue, params.order.space, tile, fetched, prepared, lane);
+      if (lane == 0) prepared.tile = tile;
+      handoff.ready[slot.index].arrive();
+      slot.advance(1, Handoff<Prepared>::kSlots);
+      for (int i = 0; i < kConsumers && walk.valid(); ++i) walk.advance();
     }
-    mainloop.load_tail(pipeline, state);  // no block leaves while another of its cluster may still write to it
+    handoff.free[slot.index].wait(slot.phase ^ 1);
+    if (lane == 0) handoff.slots[slot.index].tile.matrix = kNoMatrix;
+    handoff.ready[slot.index].arrive();
   }
 
-  __device__ static void compute(const Params& params, TileWalk<kCluster>& walk, Pipeline& pipeline,
-                                 OrderBarrier& order, SharedStorage& shared, int k_tiles, int row_offset, int consumer,
-                                 int thread) {
-    Mainloop mainloop;
+  __device__ static void compute(const Params& params, Feed& feed, OrderBarrier& order, Handoff<Prepared>& handoff,
+                                 typename Epilogue::Scratch& scratch, int consumer, int thread) {
     TiledMma tiled_mma;
-    typename Mainloop::PipelineState state;
-    if (consumer == 1) {
-      if (walk.valid()) walk.advance();
-      state.advance(k_tiles);
-    }
-    Epilogue epilogue(params.epilogue, params.order.space, shared.epilogue[consumer], thread, 1 + consumer);
-    const auto own_tile = [&] {
-      Item tile = walk.item();
-      tile.row_start += row_offset;
-      return tile;
-    };
-    if (walk.valid()) epilogue.fetch(own_tile());
-    while (walk.valid()) {
-      const Item tile = own_tile();
-      epilogue.prepare(tile);
+    Epilogue epilogue(params.epilogue, params.order.space, scratch, thread, 1 + consumer);
+    Place slot;
+    if (consumer == 1) feed.skip();
+    for (;;) {
+      handoff.ready[slot.index].wait(slot.phase);
+      const Prepared& prepared = handoff.slots[slot.index];
+      const Item tile = prepared.tile;
+      if (tile.matrix == kNoMatrix) break;
       auto accumulators = cute::partition_fragment_C(tiled_mma, cute::take<0, 2>(TileShape{}));
       order.wait();
-      mainloop.mma(pipeline, state, accumulators, k_tiles, thread, shared.operands, params.operands[tile.matrix]);
-      order.arrive();
-      mainloop.mma_tail(pipeline, state, k_tiles);
-      cute::warpgroup_fence_operand(accumulators);  // complete from here on, for the compiler too
-      state.advance(k_tiles * kConsumers);
-      // What the next tile needs of device memory travels while this one is finished.
-      for (int i = 0; i < kConsumers && walk.valid(); ++i) walk.advance();
-      if (walk.valid()) epilogue.fetch(own_tile());
-      epilogue.finish(tile, accumulators, tiled_mma);
+      feed.multiply(tile, params.operands[0], accumulators, thread, [&] { order.arrive(); });
+      feed.skip();
+      epilogue.finish(tile, prepared, accumulators, tiled_mma, [&] { handoff.free[slot.index].arrive(); });
+      slot.advance(1, Handoff<Prepared>::kSlots);
     }
     epilogue.end();
   }
+
+  static constexpr int kNoMatrix = -1;  // after the last tile
 };
 
 // The kernel. Descriptors for the copy engine are read where the argument lies, so it must not be copied.
@@ -226,31 +276,31 @@ __global__ void __launch_bounds__(Kernel::kThreads, 1)
 }
 
 template <class Kernel>
-const char* launch(const typename Kernel::Params& params, void* stream) {
-  constexpr int kCluster = Kernel::kCluster;
-  constexpr int kSharedBytes = sizeof(typename Kernel::SharedStorage);
+const char* launch(typename Kernel::Params& params, void* stream) {
   if (!Kernel::operands_encoded(params)) return "the driver refused to describe an operand to the copy engine";
+  const int shared_bytes = Kernel::shared_bytes(params.dim);
   const void* kernel = reinterpret_cast<const void*>(&pingpong_kernel<Kernel>);
   int device = 0, processors = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   if (error == cudaSuccess) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   }
   if (error != cudaSuccess) return cudaGetErrorString(error);
   const int items = params.order.num_items();
   const int clusters = items < processors / kCluster ? items : processors / kCluster;
+  params.order.deal(clusters);
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim = {kCluster, 1, 1};
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(clusters * kCluster);
   config.blockDim = dim3(Kernel::kThreads);
-  config.dynamicSmemBytes = kSharedBytes;
+  config.dynamicSmemBytes = shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &attribute;
   config.numAttrs = 1;
-  void* arguments[] = {const_cast<typename Kernel::Params*>(&params)};
+  void* arguments[] = {&params};
   error = cudaLaunchKernelExC(&config, kernel, arguments);
   if (error == cudaSuccess) return nullptr;
   cudaGetLastError();  // reported here, not once more by whoever asks next

@@ -15,6 +15,7 @@ namespace gapkernels {
 enum class Element : int { kBFloat16, kFloat16 };
 
 constexpr int kMaxMatrices = 8;  // of one launch; their copy descriptors travel as a kernel argument
+constexpr int kLargestResidentDim = 512;  // a panel of 128 rows of this length takes 128 KiB of shared memory
 
 // One matrix. Rows are [num_rows, dim], columns [num_cols, dim], contiguous along dim, 16-byte aligned, strides in
 // elements and multiples of eight.
@@ -33,10 +34,14 @@ struct Matrix {
 
 // row_sums[m][i] += Σ_j 2^(x_ij − shift), col_sums[m][j] += Σ_i 2^(x_ij − shift); a symmetric matrix has all of its
 // sums in row_sums. shift = max(0, bound of x − headroom): zero if biased, else the bound is s·log2 e·largest[m].
+//
+// resident: rows stay in shared memory for a walk along the columns, instead of being copied again for every tile; dim
+// must not exceed kLargestResidentDim.
 struct StatsArguments {
   Matrix matrices[kMaxMatrices];
   int num_matrices;
   Element element;
+  bool resident;
   int num_rows;
   int num_cols;
   int dim;
@@ -56,6 +61,7 @@ struct StatsArguments {
 struct GradArguments {
   Matrix matrix;
   Element element;
+  bool resident;
   int num_rows;
   int num_cols;
   int dim;

@@ -1,9 +1,11 @@
 // Row and column sums of matrices of exponentials, nothing of size N×N stored.
 //
-// A thread adds up its four rows and 32 columns in registers; quads finish the rows, a butterfly over the warp and
-// shared memory finish the columns, and each sum of a tile reaches device memory by one atomic addition.
+// A thread adds up its four rows and 32 columns in registers. Rows stay there as long as a consumer's tiles have the same
+// ones; then quads finish them. A butterfly over the warp and shared memory finish the columns of a tile. Each finished
+// sum reaches device memory by one atomic addition.
 #include "entries.h"
-#include "pingpong_sm90.cuh"
+#include "resident_sm90.cuh"
+#include "streamed_sm90.cuh"
 
 namespace gapkernels {
 namespace {
@@ -26,52 +28,79 @@ struct StatsEpilogue {
     float* col_sums;
   };
 
-  struct Storage {
+  struct Prepared {
+    Item tile;
+    float scale;
+    float shift;
+    bool biased;
     float row_terms[kTile];
     alignas(16) float col_factors[kTile];
-    float col_sums[4][kTile];  // of each warp
   };
 
-  __device__ StatsEpilogue(const Params& params, const TileSpace& space, Storage& storage, int thread, int barrier)
-      : params_(params), space_(space), storage_(storage), thread_(thread), barrier_(kTile, barrier) {}
+  struct Scratch {
+    float col_sums[2][4][kTile];  // of every other tile, of each warp
+  };
+
+  struct Fetched {
+    float row_factors[kTile / kWarp];  // of rows lane, lane + 32, …
+    float col_factors[kTile / kWarp];
+    float scale;
+    float shift;
+  };
+
+  // Reads device memory for prepare(), which is called once its place is free.
+  __device__ static Fetched fetch(const Params& params, const TileSpace& space, const Item& tile, int lane) {
+    const MatrixParams& matrix = params.matrices[tile.matrix];
+    Fetched fetched;
+#pragma unroll
+    for (int q = 0; q < kTile / kWarp; ++q) {
+      const int i = tile.row_start + lane + kWarp * q, j = tile.col_start + lane + kWarp * q;
+      fetched.row_factors[q] = i < space.num_rows ? matrix.row_factors[i] : 0.0f;
+      fetched.col_factors[q] = j < space.num_cols ? matrix.col_factors[j] : 0.0f;
+    }
+    fetched.scale = load_scale(matrix.scale, matrix.scale_is_double);
+    const float* largest = params.largest == nullptr ? nullptr : params.largest + tile.matrix;
+    fetched.shift = constant_shift(fetched.scale, largest, matrix.biased, params.headroom);
+    return fetched;
+  }
+
+  __device__ static void prepare(const Params& params, const TileSpace&, const Item& tile, const Fetched& fetched,
+                                 Prepared& prepared, int lane) {
+    const bool biased = params.matrices[tile.matrix].biased;
+#pragma unroll
+    for (int q = 0; q < kTile / kWarp; ++q) {
+      const float factor = fetched.row_factors[q];
+      prepared.row_terms[lane + kWarp * q] =
+          biased ? row_term<true>(factor, fetched.scale) : row_term<false>(factor, fetched.scale);
+      prepared.col_factors[lane + kWarp * q] = fetched.col_factors[q];
+    }
+    if (lane != 0) return;
+    prepared.scale = fetched.scale;
+    prepared.shift = fetched.shift;
+    prepared.biased = biased;
+  }
+
+  __device__ StatsEpilogue(const Params& params, const TileSpace& space, Scratch& scratch, int thread, int barrier)
+      : params_(params), space_(space), scratch_(scratch), thread_(thread), barrier_(kTile, barrier) {}
 
   static bool encoded(const Params&) { return true; }
 
-  // Starts to read what prepare() needs of a tile; nothing is done with it yet, so that nobody waits.
-  __device__ void fetch(const Item& tile) {
-    const MatrixParams& matrix = params_.matrices[tile.matrix];
-    const int i = tile.row_start + thread_, j = tile.col_start + thread_;
-    row_factor_ = i < space_.num_rows ? matrix.row_factors[i] : 0.0f;
-    col_factor_ = j < space_.num_cols ? matrix.col_factors[j] : 0.0f;
-  }
-
-  __device__ void prepare(const Item& tile) {
-    const MatrixParams& matrix = params_.matrices[tile.matrix];
-    if (tile.matrix != matrix_) {
-      matrix_ = tile.matrix;
-      scale_ = load_scale(matrix.scale, matrix.scale_is_double);
-      const float* largest = params_.largest == nullptr ? nullptr : params_.largest + tile.matrix;
-      shift_ = constant_shift(scale_, largest, matrix.biased, params_.headroom);
-    }
-    storage_.row_terms[thread_] =
-        matrix.biased ? row_term<true>(row_factor_, scale_) : row_term<false>(row_factor_, scale_);
-    storage_.col_factors[thread_] = col_factor_;
-    barrier_.arrive_and_wait();
-  }
-
-  template <class Accumulators, class TiledMma>
-  __device__ void finish(const Item& tile, const Accumulators& accumulators, const TiledMma&) {
+  // Calls `release` when it needs nothing more of `prepared`.
+  template <class Accumulators, class TiledMma, class Release>
+  __device__ void finish(const Item& tile, const Prepared& prepared, const Accumulators& accumulators, const TiledMma&,
+                         Release release) {
     const Mask mask = mask_of(tile);
     const bool masked = mask.needed(tile.row_start, tile.col_start);
-    float row_sums[kRowsPerThread] = {}, col_sums[kColsPerThread];
-    if (params_.matrices[tile.matrix].biased) {
-      if (masked) add_up<true, true>(tile, accumulators, mask, row_sums, col_sums);
-      else add_up<true, false>(tile, accumulators, mask, row_sums, col_sums);
+    float col_sums[kColsPerThread];
+    if (prepared.biased) {
+      if (masked) add_up<true, true>(tile, prepared, accumulators, mask, col_sums);
+      else add_up<true, false>(tile, prepared, accumulators, mask, col_sums);
     } else {
-      if (masked) add_up<false, true>(tile, accumulators, mask, row_sums, col_sums);
-      else add_up<false, false>(tile, accumulators, mask, row_sums, col_sums);
+      if (masked) add_up<false, true>(tile, prepared, accumulators, mask, col_sums);
+      else add_up<false, false>(tile, prepared, accumulators, mask, col_sums);
     }
-    store_rows(tile, row_sums);
+    release();
+    if (tile.left <= kConsumers) store_rows(tile);  // the next ones of these rows, if any, are the other consumer's
     store_cols(tile, col_sums);
   }
 
@@ -83,11 +112,12 @@ struct StatsEpilogue {
   }
 
   template <bool kBiased, bool kMasked, class Accumulators>
-  __device__ void add_up(const Item& tile, const Accumulators& accumulators, const Mask& mask,
-                         float (&row_sums)[kRowsPerThread], float (&col_sums)[kColsPerThread]) const {
+  __device__ void add_up(const Item& tile, const Prepared& prepared, const Accumulators& accumulators, const Mask& mask,
+                         float (&col_sums)[kColsPerThread]) {
+    const float scale = prepared.scale, shift = prepared.shift;
     float row_terms[kRowsPerThread];
 #pragma unroll
-    for (int r = 0; r < kRowsPerThread; ++r) row_terms[r] = storage_.row_terms[fragment_row(thread_, r / 2, r % 2)];
+    for (int r = 0; r < kRowsPerThread; ++r) row_terms[r] = prepared.row_terms[fragment_row(thread_, r / 2, r % 2)];
     RowMask counted[kRowsPerThread];
 #pragma unroll
     for (int r = 0; r < kRowsPerThread; ++r) {
@@ -96,17 +126,17 @@ struct StatsEpilogue {
     }
 #pragma unroll
     for (int n = 0; n < kColsPerThread / 2; ++n) {
-      const float2 factors = *reinterpret_cast<const float2*>(&storage_.col_factors[fragment_col(thread_, n, 0)]);
+      const float2 factors = *reinterpret_cast<const float2*>(&prepared.col_factors[fragment_col(thread_, n, 0)]);
 #pragma unroll
       for (int b = 0; b < 2; ++b) {
         float total = 0.0f;
 #pragma unroll
         for (int r = 0; r < kRowsPerThread; ++r) {
           const float product = accumulators(cute::make_coord(b, r % 2, n), r / 2, 0);
-          const float x = exponent<kBiased>(product, row_terms[r], b == 0 ? factors.x : factors.y, scale_, shift_);
+          const float x = exponent<kBiased>(product, row_terms[r], b == 0 ? factors.x : factors.y, scale, shift);
           float entry = fast_exp2(x);
           if (kMasked) entry = counted[r].counts(fragment_col(0, n, b)) ? entry : 0.0f;
-          row_sums[r] += entry;
+          row_sums_[r] += entry;
           total += entry;
         }
         col_sums[2 * n + b] = total;
@@ -114,11 +144,13 @@ struct StatsEpilogue {
     }
   }
 
-  __device__ void store_rows(const Item& tile, float (&sums)[kRowsPerThread]) const {
+  __device__ void store_rows(const Item& tile) {
+    float sums[kRowsPerThread];
 #pragma unroll
     for (int r = 0; r < kRowsPerThread; ++r) {
-      sums[r] += __shfl_xor_sync(0xffffffff, sums[r], 1);
+      sums[r] = row_sums_[r] + __shfl_xor_sync(0xffffffff, row_sums_[r], 1);
       sums[r] += __shfl_xor_sync(0xffffffff, sums[r], 2);
+      row_sums_[r] = 0.0f;
     }
     // Each lane of a quad adds one of the four rows that all of it now know.
     const int r = thread_ % 4;
@@ -127,17 +159,21 @@ struct StatsEpilogue {
     if (i < space_.num_rows) atomicAdd(params_.row_sums + offset(tile, space_.num_rows) + i, sum);
   }
 
-  __device__ void store_cols(const Item& tile, float (&sums)[kColsPerThread]) const {
+  __device__ void store_cols(const Item& tile, float (&sums)[kColsPerThread]) {
     const int lane = thread_ % 32;
+    // A thread that is fast may be here with the next tile while another still reads the sums of this one; with the tile
+    // after that it cannot, for the barrier in between.
+    auto& of_warps = scratch_.col_sums[parity_];
+    parity_ ^= 1;
     exchange<16>(sums, lane, 16);
     exchange<8>(sums, lane, 8);
     exchange<4>(sums, lane, 4);
 #pragma unroll
-    for (int q = 0; q < 4; ++q) storage_.col_sums[thread_ / 32][ColumnReduction::col(lane, q)] = sums[q];
+    for (int q = 0; q < 4; ++q) of_warps[thread_ / 32][ColumnReduction::col(lane, q)] = sums[q];
     barrier_.arrive_and_wait();
     float sum = 0.0f;
 #pragma unroll
-    for (int warp = 0; warp < 4; ++warp) sum += storage_.col_sums[warp][thread_];
+    for (int warp = 0; warp < 4; ++warp) sum += of_warps[warp][thread_];
     const int j = tile.col_start + thread_;
     if (j < space_.num_cols) {
       atomicAdd((space_.is_symmetric(tile.matrix) ? params_.row_sums : params_.col_sums) + offset(tile, space_.num_cols) + j, sum);
@@ -156,19 +192,16 @@ struct StatsEpilogue {
 
   const Params& params_;
   const TileSpace& space_;
-  Storage& storage_;
+  Scratch& scratch_;
   int thread_;
   mutable cutlass::arch::NamedBarrier barrier_;
-  int matrix_ = -1;  // that scale and shift are of
-  float scale_;
-  float shift_;
-  float row_factor_;  // of the tile fetched last
-  float col_factor_;
+  int parity_ = 0;
+  float row_sums_[kRowsPerThread] = {};  // of this consumer's tiles of the rows at hand
 };
 
-template <class ElementType>
+template <class ElementType, template <class, int> class Feed>
 const char* run(const StatsArguments& arguments, void* stream) {
-  using Kernel = PingPong<ElementType, StatsEpilogue>;
+  using Kernel = PingPong<ElementType, StatsEpilogue, Feed>;
   typename Kernel::Params params;
   TileSpace space{arguments.num_rows, arguments.num_cols, arguments.num_matrices, 0};
   params.dim = arguments.dim;
@@ -184,8 +217,14 @@ const char* run(const StatsArguments& arguments, void* stream) {
                                    matrix.biased};
     space.symmetric |= static_cast<unsigned>(matrix.symmetric) << m;
   }
-  params.order = TileOrder<Kernel::kCluster>::of(space);
+  params.order = Kernel::Order::of(space);
   return launch<Kernel>(params, stream);
+}
+
+template <class ElementType>
+const char* run(const StatsArguments& arguments, void* stream) {
+  return arguments.resident ? run<ElementType, Resident>(arguments, stream)
+                            : run<ElementType, Streamed>(arguments, stream);
 }
 
 }  // namespace

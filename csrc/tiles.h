@@ -64,6 +64,11 @@ struct Item {
   int matrix;
   int row_start;  // of the first tile of the cluster; tile r begins at row_start + r·kTile
   int col_start;
+  // What a walk along rows that stay (strips.h) adds: which panel of rows the item has, counted by the cluster from
+  // zero, whether it is the panel's first item, and how many of the panel's items are left, this one included.
+  int panel = 0;
+  bool first = true;
+  int left = 1;
 };
 
 // The numbering of a space, with everything that does not depend on the item found out before the launch.
@@ -83,6 +88,7 @@ struct TileOrder {
   Divisor group_width;   // items of a group of a matrix
   Divisor last_height;   // of the last group of a matrix
   Divisor fold_width;    // items of two groups of a triangle that have one length together
+  int clusters = 1;      // that share the items
 
   static TileOrder of(const TileSpace& space) {
     TileOrder order{};
@@ -109,6 +115,8 @@ struct TileOrder {
     for (int m = 0; m < space.num_matrices; ++m) total += items_of_matrix(m);
     return total;
   }
+
+  void deal(int num_clusters) { clusters = num_clusters; }
 
   GAPKERNELS_HOST_DEVICE Item whole(int matrix, int number) const {
     const int first = group_width.divide(number) * kGroup;
@@ -152,8 +160,8 @@ struct TileOrder {
 template <int kCluster>
 class TileWalk {
  public:
-  GAPKERNELS_HOST_DEVICE TileWalk(const TileOrder<kCluster>& order, int cluster, int num_clusters)
-      : order_(order), number_(cluster - num_clusters), step_(num_clusters), matrix_(0) {
+  GAPKERNELS_HOST_DEVICE TileWalk(const TileOrder<kCluster>& order, int cluster)
+      : order_(order), number_(cluster - order.clusters), step_(order.clusters), matrix_(0) {
     advance();
   }
 

@@ -1,0 +1,76 @@
+// A feed that copies both operands of every tile: CUTLASS's collective, 64 deep at a time, any length of rows.
+//
+//     per tile and step of 64 (512 clocks of the tensor cores): 16 KiB of the row tile for this block, 16 KiB of the
+//     column tile, of which a cluster of two reads half each and sends it to both
+#pragma once
+
+#include "pingpong_sm90.cuh"
+
+namespace gapkernels {
+
+template <class ElementType, int kOtherBytes>
+class Streamed {
+ public:
+  using Order = TileOrder<kCluster>;
+  using Walk = TileWalk<kCluster>;
+  using Mainloop = MainloopOf<ElementType, cutlass::gemm::collective::StageCountAutoCarveout<kOtherBytes>>;
+  using Operands = typename Mainloop::TensorStorage;
+  using Pipeline = typename Mainloop::MainloopPipeline;
+  using Barriers = typename Mainloop::PipelineStorage;
+
+  static constexpr int operand_bytes(int) { return sizeof(Operands); }
+
+  __device__ Streamed(Barriers& barriers, char* operands, int steps, int block_in_cluster, bool producer, int thread)
+      : operands_(*reinterpret_cast<Operands*>(operands)),
+        pipeline_(barriers, pipeline_params(producer, thread), ClusterShape{}),
+        steps_(steps),
+        block_in_cluster_(block_in_cluster) {}
+
+  __device__ void load(const typename Mainloop::Params* matrices, const TileSpace& space, int dim, Walk& walk) {
+    Mainloop mainloop;
+    auto state = cutlass::make_producer_start_state<Pipeline>();
+    for (; walk.valid(); walk.advance()) {
+      const Item& item = walk.item();
+      const auto& matrix = matrices[item.matrix];
+      auto inputs = mainloop.load_init(cute::make_shape(space.num_rows, space.num_cols, dim, 1), matrix);
+      auto tile = cute::make_coord(item.row_start / kTile + block_in_cluster_, item.col_start / kTile, cute::_, 0);
+      mainloop.load(matrix, pipeline_, state, inputs, tile, cute::make_coord_iterator(steps_), steps_,
+                    threadIdx.x % kWarp, block_in_cluster_, operands_);
+      state.advance(steps_);
+    }
+    mainloop.load_tail(pipeline_, state);  // no block leaves while another of its cluster may still write to it
+  }
+
+  template <class Accumulators, class Issued>
+  __device__ void multiply(const Item&, const typename Mainloop::Params& matrix, Accumulators& accumulators, int thread,
+                           Issued issued) {
+    Mainloop mainloop;
+    mainloop.mma(pipeline_, state_, accumulators, steps_, thread, operands_, matrix);
+    issued();
+    mainloop.mma_tail(pipeline_, state_, steps_);
+    cute::warpgroup_fence_operand(accumulators);  // complete from here on, for the compiler too
+    state_.advance(steps_);
+  }
+
+  // A tile that the other consumer multiplies.
+  __device__ void skip() { state_.advance(steps_); }
+
+ private:
+  __device__ static typename Pipeline::Params pipeline_params(bool producer, int thread) {
+    typename Pipeline::Params params;
+    params.role = producer ? Pipeline::ThreadCategory::Producer : Pipeline::ThreadCategory::Consumer;
+    params.is_leader = thread == 0;
+    params.num_consumers = kGroupThreads;
+    params.num_producers = 1;
+    params.transaction_bytes = Mainloop::TmaTransactionBytes;
+    return params;
+  }
+
+  Operands& operands_;
+  Pipeline pipeline_;
+  typename Mainloop::PipelineState state_;
+  int steps_;
+  int block_in_cluster_;
+};
+
+}  // namespace gapkernels
