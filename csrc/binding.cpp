@@ -43,6 +43,12 @@ void check_copyable(const Tensor& t, const char* name) {
                   " must be aligned to 16 bytes with a stride of 8 elements' multiple, got stride ", t.stride(0));
 }
 
+bool checked_resident(bool resident, const Tensor& rows) {
+  STD_TORCH_CHECK(!resident || rows.size(1) <= gapkernels::kLargestResidentDim, "rows of at most ",
+                  gapkernels::kLargestResidentDim, " numbers can stay in shared memory, got ", rows.size(1));
+  return resident;
+}
+
 const float* floats(const Tensor& t, int64_t size, const char* name) {
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.numel() == size && t.is_contiguous(), name, " must be ",
                   size, " contiguous float32 numbers, got ", t.numel());
@@ -87,7 +93,7 @@ void check_success(const char* error, const char* kernel) {
 void similarity_stats(std::vector<Tensor> rows, std::vector<Tensor> row_factors, std::vector<Tensor> cols,
                       std::vector<Tensor> col_factors, std::vector<Tensor> scales, std::vector<bool> biased,
                       std::vector<bool> symmetric, std::optional<Tensor> largest, int64_t diagonal, double headroom,
-                      Tensor row_sums, Tensor col_sums) {
+                      bool resident, Tensor row_sums, Tensor col_sums) {
   const size_t count = rows.size();
   STD_TORCH_CHECK(count >= 1 && count <= gapkernels::kMaxMatrices, "1 to ", gapkernels::kMaxMatrices,
                   " matrices are accepted, got ", count);
@@ -99,6 +105,7 @@ void similarity_stats(std::vector<Tensor> rows, std::vector<Tensor> row_factors,
   gapkernels::StatsArguments arguments{};
   arguments.num_matrices = static_cast<int>(count);
   arguments.element = element_of(rows[0]);
+  arguments.resident = checked_resident(resident, rows[0]);
   arguments.num_rows = static_cast<int>(rows[0].size(0));
   arguments.num_cols = static_cast<int>(cols[0].size(0));
   arguments.dim = static_cast<int>(rows[0].size(1));
@@ -119,10 +126,11 @@ void similarity_stats(std::vector<Tensor> rows, std::vector<Tensor> row_factors,
 
 void similarity_grad(Tensor rows, Tensor row_factors, Tensor cols, Tensor col_factors, Tensor scale, bool biased,
                      std::optional<Tensor> row_log_sums, std::optional<Tensor> col_log_sums, int64_t diagonal,
-                     double unit, Tensor reference, std::optional<Tensor> scale_partials, Tensor out) {
+                     double unit, Tensor reference, bool resident, std::optional<Tensor> scale_partials, Tensor out) {
   gapkernels::GradArguments arguments{};
   arguments.matrix = matrix_of(rows, row_factors, cols, col_factors, scale, biased, false);
   arguments.element = element_of(rows);
+  arguments.resident = checked_resident(resident, rows);
   arguments.num_rows = static_cast<int>(rows.size(0));
   arguments.num_cols = static_cast<int>(cols.size(0));
   arguments.dim = static_cast<int>(rows.size(1));
@@ -154,11 +162,11 @@ void similarity_grad(Tensor rows, Tensor row_factors, Tensor cols, Tensor col_fa
 STABLE_TORCH_LIBRARY(gapkernels_cuda, m) {
   m.def(
       "similarity_stats(Tensor[] rows, Tensor[] row_factors, Tensor[] cols, Tensor[] col_factors, Tensor[] scales, "
-      "bool[] biased, bool[] symmetric, Tensor? largest, int diagonal, float headroom, Tensor(a!) row_sums, "
+      "bool[] biased, bool[] symmetric, Tensor? largest, int diagonal, float headroom, bool resident, Tensor(a!) row_sums, "
       "Tensor(b!) col_sums) -> ()");
   m.def(
       "similarity_grad(Tensor rows, Tensor row_factors, Tensor cols, Tensor col_factors, Tensor scale, bool biased, "
-      "Tensor? row_log_sums, Tensor? col_log_sums, int diagonal, float unit, Tensor reference, "
+      "Tensor? row_log_sums, Tensor? col_log_sums, int diagonal, float unit, Tensor reference, bool resident, "
       "Tensor(a!)? scale_partials, Tensor(b!) out) -> ()");
 }
 

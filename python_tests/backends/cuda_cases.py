@@ -9,6 +9,7 @@ import ctypes
 import itertools
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -17,13 +18,14 @@ from oracle import TOLERANCE, Tolerance, assert_matches_oracle, random_embedding
 from gapkernels import backends, gap_loss
 from gapkernels.backends import cuda
 from gapkernels.backends.contract import Matrix
-from gapkernels.backends.cuda import build
+from gapkernels.backends.cuda import build, kernels
 from gapkernels.backends.cuda.kernels import CudaBackend
 from gapkernels.backends.triton import backend as triton_backend
 from gapkernels.backends.triton import products, tile_sums
 from gapkernels.backends.triton.device import INTERPRETED
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy on infinities that are meant
+HOST = Path(__file__).parent / "cuda_host"
 SIXTEEN_BIT = [torch.bfloat16, torch.float16]
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 
@@ -37,7 +39,7 @@ def library(tmp_path_factory):
     with build.ninja_on_path():
         cpp_extension.load(
             "gapkernels_cuda_host",
-            [str(build.source_folder() / "binding.cpp"), str(Path(__file__).parent / "cuda_host" / "kernels.cpp")],
+            [str(build.source_folder() / "binding.cpp"), *map(str, sorted(HOST.glob("*.cpp")))],
             extra_cflags=[*WARNINGS, *(flag for flag in build.BINDING_FLAGS if flag != "-DUSE_CUDA")],
             extra_include_paths=[str(build.source_folder())],
             build_directory=str(folder),
@@ -46,6 +48,7 @@ def library(tmp_path_factory):
     loaded = ctypes.CDLL(str(folder / "gapkernels_cuda_host.so"))
     loaded.gapkernels_driver_problem.restype = ctypes.c_char_p
     loaded.gapkernels_is_encoded.restype = ctypes.c_bool
+    loaded.gapkernels_residency.restype = ctypes.c_char_p
     return loaded
 
 
@@ -55,7 +58,10 @@ def on_cpu(library, monkeypatch):
     assert INTERPRETED
     monkeypatch.setattr(cuda, "unusable_because", lambda device=None, dtype=None: None)
     monkeypatch.setattr(build, "load", lambda: None)
-    product = lambda total, left, right, first: total.addmm_(left.float(), right.float())  # noqa: E731
+
+    def product(total, left, right, first):
+        total.addmm_(left.float(), right.float(), beta=0 if first else 1)
+
     monkeypatch.setattr(products, "_by_library", lambda dtype: True)
     monkeypatch.setattr(products, "_library_product", product)
 
@@ -67,9 +73,21 @@ def test_schemas_are_registered(library):
         assert schema.endswith("-> ()")
 
 
+class Item(NamedTuple):
+    """What a walk yields, see ``csrc/tiles.h``."""
+
+    matrix: int
+    row_start: int
+    col_start: int
+    panel: int
+    first: int
+    left: int
+
+
+@pytest.mark.parametrize("resident", [False, True], ids=["streamed", "resident"])
 @pytest.mark.parametrize("height", [1, 2])
 @pytest.mark.parametrize("clusters", [1, 7])
-def test_order_of_tiles_visits_each_once(library, clusters, height):
+def test_order_of_tiles_visits_each_once(library, clusters, height, resident):
     """Every tile with an entry that counts, of every matrix, by exactly one cluster, and no tile twice."""
     sizes = [1, 127, 128, 129, 300, 1024, 1025, 2500, 5000]
     shapes = [(rows, cols, symmetric) for rows, cols in itertools.product(sizes, sizes) for symmetric in (0,)]
@@ -78,7 +96,8 @@ def test_order_of_tiles_visits_each_once(library, clusters, height):
         matrices = 3 if symmetric else 2
         visited = Counter()
         for cluster in range(clusters):
-            visited.update(walk(library, rows, cols, matrices, symmetric, cluster, clusters, height))
+            items = walk(library, rows, cols, matrices, symmetric, cluster, clusters, height, resident)
+            visited.update(item[:3] for item in items)
         assert max(visited.values()) == 1
         expected = set()
         for matrix in range(matrices):
@@ -88,10 +107,75 @@ def test_order_of_tiles_visits_each_once(library, clusters, height):
         assert set(visited) == expected, (rows, cols, symmetric)
 
 
-def test_order_of_tiles_is_balanced(library):
+@pytest.mark.parametrize(
+    ("size", "resident", "largest"),
+    # Strips of a triangle are up to two tiles longer than those of a matrix, and a cluster may get all of one kind.
+    [(8192, False, 1), (1024, True, 1), (4096, True, 1), (8192, True, 1), (33000, True, 5), (131072, True, 9)],
+)
+def test_order_of_tiles_is_balanced(library, size, resident, largest):
     """No cluster has many more tiles than another: they all take the same time."""
-    counts = [len(walk(library, 8192, 8192, 2, 0b10, cluster, 66, 2)) for cluster in range(66)]
-    assert max(counts) - min(counts) <= 1
+    counts = [len(walk(library, size, size, 2, 0b10, cluster, 66, 2, resident)) for cluster in range(66)]
+    assert max(counts) - min(counts) <= largest
+
+
+def test_rows_change_rarely(library):
+    """A panel is loaded for each strip and where shares begin, no more."""
+    for cluster in range(66):
+        items = walk(library, 32768, 32768, 2, 0b10, cluster, 66, 2, True)
+        assert 700 < len(items) < 800
+        assert items[-1].panel < 8
+
+
+@pytest.mark.parametrize(("rows", "cols", "symmetric"), [(1, 1, 0), (700, 129, 0), (1300, 1300, 0b10), (900, 5000, 0)])
+@pytest.mark.parametrize("clusters", [1, 7, 66])
+def test_panels_say_where_they_begin_and_end(library, clusters, rows, cols, symmetric):
+    """Rows are reloaded with ``first`` and given back as ``left`` runs out: neither may be missing or come twice."""
+    for cluster, height in itertools.product(range(clusters), (1, 2)):
+        items = walk(library, rows, cols, 2, symmetric, cluster, clusters, height, True)
+        for number, (_, group) in enumerate(itertools.groupby(items, key=lambda item: item.panel)):
+            panel = list(group)
+            assert {item.panel for item in panel} == {number}
+            assert {item[:2] for item in panel} == {panel[0][:2]}
+            assert [item.col_start for item in panel] == [panel[0].col_start + 128 * i for i in range(len(panel))]
+            assert [item.first for item in panel] == [1] + [0] * (len(panel) - 1)
+            assert [item.left for item in panel] == list(range(len(panel), 0, -1))
+
+
+RESIDENCY = [
+    # rows, columns, matrices, which are symmetric
+    (1, 1, 1, 0),
+    (300, 300, 2, 0b10),
+    (700, 129, 1, 0),  # panels of two tiles
+    (1300, 100, 2, 0),  # of one
+    (1300, 1300, 1, 0b1),
+]
+
+
+@pytest.mark.parametrize("height", [1, 2])
+@pytest.mark.parametrize(("steps", "places"), [(1, 3), (1, 12), (2, 3), (8, 3), (8, 5)])
+def test_rows_that_stay_are_there_when_they_are_read(library, steps, places, height):
+    """Copies and products of a cluster under hundreds of interleavings: see ``cuda_host/residency.cpp``."""
+    for (rows, cols, matrices, symmetric), seed in itertools.product(RESIDENCY, range(4)):
+        for clusters in (1, 3):
+            total = 0
+            for cluster in range(clusters):
+                shape = (rows, cols, matrices, symmetric, cluster, clusters, height)
+                problem, tiles = residency(library, *shape, steps, places, False, seed)
+                assert problem is None, (problem, shape, seed)
+                total += tiles
+            items = (walk(library, *shape[:4], c, clusters, height, True) for c in range(clusters))
+            assert total == height * sum(map(len, items))
+
+
+def test_rows_given_back_by_the_last_tile_alone_would_be_overwritten(library):
+    """The other consumer may have a step left: what the test above would say."""
+    problems = {residency(library, 300, 300, 2, 0, 0, 1, 2, 1, 3, True, seed)[0] for seed in range(40)}
+    assert b"overwritten while it is read" in problems
+
+
+def residency(library, *arguments):
+    tiles = ctypes.c_int()
+    return library.gapkernels_residency(*arguments, ctypes.byref(tiles)), tiles.value
 
 
 def test_quotients_by_multiplication(library):
@@ -125,12 +209,55 @@ def test_copy_descriptors_that_the_driver_refused_are_noticed(library):
     assert library.gapkernels_is_encoded(bytes(127) + b"\1", 128)
 
 
-def walk(library, rows, cols, matrices, symmetric, cluster, clusters, height):
+def walk(library, rows, cols, matrices, symmetric, cluster, clusters, height, resident):
     room = 20_000
-    out = (ctypes.c_int * (3 * room))()
-    count = library.gapkernels_walk(rows, cols, matrices, symmetric, cluster, clusters, height, out, room)
+    out = (ctypes.c_int * (6 * room))()
+    count = library.gapkernels_walk(
+        rows, cols, matrices, symmetric, cluster, clusters, height, resident, out, ctypes.c_int(room)
+    )
     assert count <= room
-    return [tuple(out[3 * i : 3 * i + 3]) for i in range(count)]
+    return [Item(*out[6 * i : 6 * i + 6]) for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("choice", "width", "stay"),
+    [("", 512, False), ("streamed", 64, False), ("resident", 512, True), ("resident", 8, True), ("resident", 520, False)],
+)
+def test_rows_stay_where_the_table_or_the_environment_says(monkeypatch, choice, width, stay):
+    monkeypatch.setenv(kernels.ROWS_VARIABLE, choice)
+    for kernel, dtype in itertools.product(("similarity_stats", "similarity_grad"), SIXTEEN_BIT):
+        assert kernels.rows_stay(kernel, dtype, width) is stay
+
+
+def test_rows_stay_from_a_measured_width_on(monkeypatch):
+    monkeypatch.delenv(kernels.ROWS_VARIABLE, raising=False)
+    monkeypatch.setattr(kernels, "RESIDENT_FROM", {("similarity_grad", torch.bfloat16): 256})
+    stay = [kernels.rows_stay("similarity_grad", torch.bfloat16, width) for width in (128, 256, 512, 768)]
+    assert stay == [False, True, True, False]
+    assert not kernels.rows_stay("similarity_stats", torch.bfloat16, 512)
+    assert not kernels.rows_stay("similarity_grad", torch.float16, 512)
+
+
+def test_unknown_choice_of_rows_is_named(monkeypatch):
+    monkeypatch.setenv(kernels.ROWS_VARIABLE, "resident_rows")
+    with pytest.raises(ValueError, match="GAPKERNELS_CUDA_ROWS must be 'resident' or 'streamed', got 'resident_rows'"):
+        kernels.rows_stay("similarity_grad", torch.bfloat16, 512)
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=str)
+def test_values_with_rows_that_stay(on_cpu, monkeypatch, dtype):
+    """The other order of tiles, in both kernels, triangle included; by blocks in the backward pass."""
+    monkeypatch.setenv(kernels.ROWS_VARIABLE, "resident")
+    monkeypatch.setattr(triton_backend, "BLOCK", 200)
+    assert_matches_oracle(random_embeddings(300, 256, dtype=dtype), 14.3, "cuda")
+
+
+def test_rows_too_long_to_stay_are_refused(library):
+    x, ones, sums = torch.zeros(20, 520, dtype=torch.float16), torch.ones(20), torch.zeros(20)
+    with pytest.raises(RuntimeError, match="rows of at most 512 numbers can stay in shared memory, got 520"):
+        torch.ops.gapkernels_cuda.similarity_stats(
+            [x], [ones], [x], [ones], [torch.ones(())], [False], [False], None, 0, 100.0, True, sums, sums
+        )
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ Matrices of 16-bit operands are computed here, those of float32 operands (the ce
 
 from __future__ import annotations
 
+import os
 from itertools import groupby
 
 import torch
@@ -17,6 +18,35 @@ from gapkernels.backends.triton.tile_sums import room_for_sums
 
 MAX_MATRICES = 8
 """Of one launch, as in ``csrc/similarity.h``."""
+
+WIDEST_RESIDENT = 512
+"""Longest rows that can stay in shared memory while a kernel walks along the columns, as in ``csrc/similarity.h``."""
+
+RESIDENT_FROM: dict[tuple[str, torch.dtype], int] = {}
+"""By kernel and type the width D from which on, up to ``WIDEST_RESIDENT``, rows stay. Elsewhere they are copied with
+every tile: everywhere, until a measurement says otherwise (``make gpu-kernels`` times both)."""
+
+ROWS_VARIABLE = "GAPKERNELS_CUDA_ROWS"
+"""``resident`` (wherever rows are short enough) or ``streamed`` (nowhere) instead of the table."""
+
+
+def rows_stay(kernel: str, dtype: torch.dtype, width: int) -> bool:
+    """Whether a kernel keeps its rows in shared memory.
+
+    Args:
+        kernel: ``"similarity_stats"`` or ``"similarity_grad"``.
+        dtype: of the operands.
+        width: D, of the operands as stored.
+
+    Raises:
+        ValueError: the environment names a choice that there is not.
+    """
+    choice = os.environ.get(ROWS_VARIABLE, "")
+    if choice not in ("", "resident", "streamed"):
+        raise ValueError(f"{ROWS_VARIABLE} must be 'resident' or 'streamed', got {choice!r}")
+    if width > WIDEST_RESIDENT or choice == "streamed":
+        return False
+    return choice == "resident" or width >= RESIDENT_FROM.get((kernel, dtype), WIDEST_RESIDENT + 1)
 
 
 class CudaBackend(TritonBackend):
@@ -46,6 +76,7 @@ class CudaBackend(TritonBackend):
                 None if largest is None else _largest(largest, part),
                 members[0].diagonal,
                 headroom,
+                rows_stay("similarity_stats", members[0].rows.dtype, members[0].rows.shape[1]),
                 row_sums[part],
                 col_sums[part],
             )
@@ -80,6 +111,7 @@ class CudaBackend(TritonBackend):
             block.diagonal,
             scale,
             reference,
+            rows_stay("similarity_grad", block.rows.dtype, block.rows.shape[1]),
             None if moment is None else moment.partials,
             out,
         )

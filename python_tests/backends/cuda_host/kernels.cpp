@@ -11,6 +11,7 @@
 #include "fragments.h"
 #include "launch_checks.h"
 #include "similarity.h"
+#include "strips.h"
 
 namespace gapkernels {
 namespace {
@@ -184,19 +185,26 @@ void grad_tile(const GradArguments& arguments, int row_start, int col_start) {
   tile_of(arguments, row_start, col_start, range.middle());
 }
 
-// All tiles as `num_clusters` clusters on the device would walk them, one cluster after the other.
-template <class Visit>
+// All tiles as three clusters on the device would walk them, one cluster after the other.
+template <class Order, class Walk, class Visit>
 void walk_all(const TileSpace& space, Visit visit) {
   constexpr int kClusters = 3;
-  const TileOrder<kCluster> order = TileOrder<kCluster>::of(space);
+  Order order = Order::of(space);
+  order.deal(kClusters);
   for (int cluster = 0; cluster < kClusters; ++cluster) {
-    for (TileWalk<kCluster> walk(order, cluster, kClusters); walk.valid(); walk.advance()) {
+    for (Walk walk(order, cluster); walk.valid(); walk.advance()) {
       for (int block = 0; block < kCluster; ++block) {
-        const Item& item = walk.item();
+        const Item item = walk.item();
         visit(item.matrix, item.row_start + block * kTile, item.col_start);
       }
     }
   }
+}
+
+template <class Visit>
+void walk_all(const TileSpace& space, bool resident, Visit visit) {
+  if (resident) walk_all<StripOrder<kCluster>, StripWalk<kCluster>>(space, visit);
+  else walk_all<TileOrder<kCluster>, TileWalk<kCluster>>(space, visit);
 }
 
 }  // namespace
@@ -206,7 +214,7 @@ const char* similarity_stats(const StatsArguments& arguments, void*) {
   for (int m = 0; m < arguments.num_matrices; ++m) {
     space.symmetric |= static_cast<unsigned>(arguments.matrices[m].symmetric) << m;
   }
-  walk_all(space, [&](int m, int row_start, int col_start) {
+  walk_all(space, arguments.resident, [&](int m, int row_start, int col_start) {
     const Matrix& matrix = arguments.matrices[m];
     (matrix.biased ? stats_tile<true> : stats_tile<false>)(arguments, matrix, m, row_start, col_start);
   });
@@ -214,7 +222,7 @@ const char* similarity_stats(const StatsArguments& arguments, void*) {
 }
 
 const char* similarity_grad(const GradArguments& arguments, void*) {
-  walk_all({arguments.num_rows, arguments.num_cols, 1, 0}, [&](int, int row_start, int col_start) {
+  walk_all({arguments.num_rows, arguments.num_cols, 1, 0}, arguments.resident, [&](int, int row_start, int col_start) {
     if (row_start >= arguments.num_rows) return;
     grad_tile(arguments, row_start, col_start);
   });
@@ -225,24 +233,41 @@ const char* similarity_grad(const GradArguments& arguments, void*) {
 
 // ---- for the test of the order of tiles alone -----------------------------------------------------------------------
 
-// Writes the (matrix, row_start, col_start) of one cluster's items, at most `room`; returns how many there are.
-extern "C" int gapkernels_walk(int num_rows, int num_cols, int num_matrices, unsigned symmetric, int cluster,
-                               int num_clusters, int height, int* out, int room) {
-  const gapkernels::TileSpace space{num_rows, num_cols, num_matrices, symmetric};
-  int count = 0;
-  auto take = [&](auto walk) {
-    for (; walk.valid(); walk.advance(), ++count) {
+namespace {
+
+struct WalkRequest {
+  gapkernels::TileSpace space;
+  int cluster;
+  int num_clusters;
+  int* out;
+  int room;
+
+  template <class Order, class Walk>
+  int run() const {
+    Order order = Order::of(space);
+    order.deal(num_clusters);
+    int count = 0;
+    for (Walk walk(order, cluster); walk.valid(); walk.advance(), ++count) {
       if (count >= room) continue;
-      const gapkernels::Item& item = walk.item();
-      const int values[3] = {item.matrix, item.row_start, item.col_start};
-      std::memcpy(out + 3 * count, values, sizeof(values));
+      const gapkernels::Item item = walk.item();
+      const int values[6] = {item.matrix, item.row_start, item.col_start, item.panel, item.first, item.left};
+      std::memcpy(out + 6 * count, values, sizeof(values));
     }
-  };
-  const auto one_high = gapkernels::TileOrder<1>::of(space);
-  const auto two_high = gapkernels::TileOrder<2>::of(space);
-  if (height == 1) take(gapkernels::TileWalk<1>(one_high, cluster, num_clusters));
-  else take(gapkernels::TileWalk<2>(two_high, cluster, num_clusters));
-  return count;
+    return count;
+  }
+};
+
+}  // namespace
+
+// Writes six numbers of each of one cluster's items, at most `room` items; returns how many there are.
+extern "C" int gapkernels_walk(int num_rows, int num_cols, int num_matrices, unsigned symmetric, int cluster,
+                               int num_clusters, int height, bool resident, int* out, int room) {
+  using namespace gapkernels;
+  const WalkRequest request{{num_rows, num_cols, num_matrices, symmetric}, cluster, num_clusters, out, room};
+  if (resident) {
+    return height == 1 ? request.run<StripOrder<1>, StripWalk<1>>() : request.run<StripOrder<2>, StripWalk<2>>();
+  }
+  return height == 1 ? request.run<TileOrder<1>, TileWalk<1>>() : request.run<TileOrder<2>, TileWalk<2>>();
 }
 
 // ---- for the tests of arithmetic and checks alone --------------------------------------------------------------------
