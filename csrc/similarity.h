@@ -79,4 +79,8 @@ struct GradArguments {
 const char* similarity_stats(const StatsArguments& arguments, void* stream);
 const char* similarity_grad(const GradArguments& arguments, void* stream);
 
+// What these call where `resident` is set; each is a file of its own, which compile side by side.
+const char* similarity_stats_resident(const StatsArguments& arguments, void* stream);
+const char* similarity_grad_resident(const GradArguments& arguments, void* stream);
+
 }  // namespace gapkernels

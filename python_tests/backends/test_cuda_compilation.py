@@ -16,18 +16,25 @@ import torch_headers
 from gapkernels.backends.cuda import build
 
 SPILLED_BYTES = 0
-# One column tile per cluster is multicast; the other operand is each block's own.
-EXPECTED = {
-    "similarity_stats": {
-        "HGMMA": 16,
-        "UTMALDG": 2,
-        "UTMALDG.3D.MULTICAST": 1,
-        "MUFU.EX2": 512,
-        "REDG": 2,
-        "UTMASTG": 0,
-    },
-    "similarity_grad": {"HGMMA": 16, "UTMALDG": 2, "UTMALDG.3D.MULTICAST": 1, "MUFU.EX2": 768, "REDG": 0, "UTMASTG": 1},
+# One column tile per cluster is multicast; the other operand is each block's own. No branch repeats a copy or the loop
+# of products: 16 instructions are the first step and the loop's body.
+STATS = {
+    "HGMMA": 16,
+    "UTMALDG": 2,
+    "UTMALDG.3D.MULTICAST": 1,
+    "MUFU.EX2": 512,
+    "REDG": 2,
+    "UTMASTG": 0,
 }
+GRAD = {"HGMMA": 16, "UTMALDG": 2, "UTMALDG.3D.MULTICAST": 1, "MUFU.EX2": 768, "REDG": 0, "UTMASTG": 20, "STSM": 80}
+EXPECTED = {
+    "similarity_stats": STATS,
+    "similarity_stats_resident": STATS,
+    "similarity_grad": GRAD,
+    "similarity_grad_resident": GRAD,
+}
+PRODUCER_REGISTERS, CONSUMER_REGISTERS = 40, 232
+"""What each side of a kernel may use, as in ``csrc/pingpong_sm90.cuh``."""
 
 
 def cuobjdump() -> str | None:
@@ -39,7 +46,7 @@ def cuobjdump() -> str | None:
     return str(found[0]) if found else None
 
 
-def test_sources_are_the_two_kernels():
+def test_sources_are_the_kernels():
     assert [path.stem for path in build.kernel_sources()] == sorted(EXPECTED)
 
 
@@ -110,8 +117,21 @@ def assert_instructions(function, expected):
     assert all("64x128x16" in line and type_ in line for line in products)
     # Divisions by variables go by multiplications; one costs a warp the time of about forty dependent instructions.
     assert not any("MUFU.RCP" in line for line in code)
-    # Both changes of registers: the warps that copy give some up, those that compute take them.
-    assert sum("USETMAXREG" in line for line in code) == 2
+    # Both changes of registers: the warps that copy give some up, those that compute take them. The code of either
+    # follows its change, and nothing says so if one uses more than it has.
+    changes = [number for number, line in enumerate(code) if "USETMAXREG" in line]
+    assert len(changes) == 2
+    assert "TRY_ALLOC" in code[changes[0]]
+    assert "DEALLOC" in code[changes[1]]
+    consumers, producers = code[changes[0] : changes[1]], code[changes[1] :]
+    assert all("HGMMA" not in line for line in producers)
+    assert any("UTMALDG" in line for line in producers)
+    assert largest_register(consumers) < CONSUMER_REGISTERS
+    assert largest_register(producers) < PRODUCER_REGISTERS
+
+
+def largest_register(code):
+    return max(int(number) for line in code for number in re.findall(r"\bR(\d+)\b", line))
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +185,7 @@ x, ones = torch.randn(300, 64).half(), torch.ones(300)
 sums = torch.zeros(300), torch.zeros(300)
 try:
     torch.ops.gapkernels_cuda.similarity_stats(
-        [x], [ones], [x], [ones], [torch.ones(())], [False], [False], None, 0, 100.0, *sums
+        [x], [ones], [x], [ones], [torch.ones(())], [False], [False], None, 0, 100.0, False, *sums
     )
 except RuntimeError as error:
     print(error)
