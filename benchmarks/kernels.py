@@ -1,4 +1,4 @@
-"""Which kernels a step of the loss spends its time in.
+"""Which kernels a step of the loss spends its time in; of the CUDA kernels every variant.
 
 python -m benchmarks.kernels --out kernels.json
 """
@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
+import sys
+import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +21,23 @@ import torch
 from benchmarks.cases import Case
 from benchmarks.implementations import IMPLEMENTATIONS, our_backends
 from benchmarks.workload import embeddings, step
+
+SIZE = "32768x512"
+"""N×D."""
+
+# What decides over rows and clusters is read when a process starts, the second when the kernels are compiled.
+_CLUSTER_OF_ONE = {"GAPKERNELS_NVCC_FLAGS": "-DGAPKERNELS_CLUSTER=1"}
+VARIANTS = {
+    f"{rows}{name}": {"GAPKERNELS_CUDA_ROWS": rows, **environment}
+    for name, environment in (("", {}), (", cluster of one", _CLUSTER_OF_ONE))
+    for rows in ("streamed", "resident")
+}
+"""Of the CUDA kernels: the environment of each."""
+
+
+def label(variant: str) -> str:
+    """The key of a variant in the result file."""
+    return f"gapkernels-cuda: {variant}"
 
 
 def time_by_kernel(case: Case, device: torch.device, steps: int = 3) -> list[dict[str, Any]]:
@@ -53,20 +74,52 @@ def time_by_kernel(case: Case, device: torch.device, steps: int = 3) -> list[dic
     ]
 
 
+def measure_variant(variant: str, size: str) -> tuple[list[dict[str, Any]], str]:
+    """The kernels of a variant of ``gapkernels-cuda``, in a process of its own.
+
+    Returns:
+        ``(kernels, "")``, or nothing and why it could not be built or run.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "kernels.json"
+        command = ["--implementation", "gapkernels-cuda", "--device", "cuda", "--size", size, "--out", str(out)]
+        run = subprocess.run(
+            [sys.executable, "-m", "benchmarks.kernels", *command],
+            env={**os.environ, **VARIANTS[variant]},
+            capture_output=True,
+            text=True,
+        )
+        if run.returncode != 0:
+            return [], run.stderr[-2000:] or f"ended with status {run.returncode}"
+        return json.loads(out.read_text(encoding="utf-8"))["gapkernels-cuda"], ""
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--size", default="32768x512", help="N×D")
+    parser.add_argument("--size", default=SIZE, help="N×D")
+    parser.add_argument("--implementation", help="this one only, without variants")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     samples, width = map(int, options.size.split("x"))
     found: dict[str, list[dict[str, Any]]] = {}
-    for name in our_backends(device):
-        kernels = time_by_kernel(Case(name, samples=samples, width=width, dtype="bfloat16"), device)
-        found[name] = kernels[:12]
+
+    def keep(name: str, kernels: list[dict[str, Any]]) -> None:
+        found[name] = kernels
         options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         print(f"{name}: " + ", ".join(f"{kernel['kernel']} {kernel['share']:.0%}" for kernel in kernels[:3]))
+
+    names = [options.implementation] if options.implementation else our_backends(device)
+    for name in names:
+        keep(name, time_by_kernel(Case(name, samples=samples, width=width, dtype="bfloat16"), device))
+    if "gapkernels-cuda" in names and not options.implementation:
+        for variant in VARIANTS:
+            kernels, problem = measure_variant(variant, options.size)
+            if problem:
+                print(f"{label(variant)}: {problem}")
+            else:
+                keep(label(variant), kernels)
 
 
 if __name__ == "__main__":

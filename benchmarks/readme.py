@@ -86,7 +86,7 @@ def demo_block() -> str:
 
 
 def replace_block(text: str, content: str, name: str = SPEED) -> str:
-    """A README with another block between the markers of a name.
+    """A page with another block between the markers of a name.
 
     Raises:
         ValueError: it lacks the markers.
@@ -95,7 +95,7 @@ def replace_block(text: str, content: str, name: str = SPEED) -> str:
     before, begin, rest = text.partition(opening)
     _, end, after = rest.partition(closing)
     if not begin or not end:
-        raise ValueError(f"README.md has no {opening} … {closing}")
+        raise ValueError(f"there is no {opening} … {closing} in the page")
     return f"{before}{begin}\n{content}\n{end}{after}"
 
 

@@ -113,9 +113,9 @@ struct PingPong {
   // Of 65,536 registers, in steps of eight: 128·(40 + 2·232). 128 of a consumer's hold accumulators.
   static constexpr int kProducerRegisters = 40;
   static constexpr int kConsumerRegisters = 232;
-  using Feed = FeedOf<ElementType, static_cast<int>(kConsumers * (sizeof(typename Epilogue::Scratch) +
-                                                                  sizeof(Handoff<Prepared>))) +
-                                       kBarrierBytes>;
+  static constexpr int kOtherBytes =
+      kConsumers * static_cast<int>(sizeof(typename Epilogue::Scratch) + sizeof(Handoff<Prepared>)) + kBarrierBytes;
+  using Feed = FeedOf<ElementType, kOtherBytes>;
   using Order = typename Feed::Order;
   using Walk = typename Feed::Walk;
   using TiledMma = typename Feed::Mainloop::TiledMma;
@@ -136,6 +136,7 @@ struct PingPong {
     alignas(16) typename OrderBarrier::SharedStorage order;
     alignas(16) typename Feed::Barriers feed;
   };
+  static_assert(sizeof(SharedStorage) <= kOtherBytes, "feeds take the rest for operands");
 
   // The layout that fragments.h describes, checked against the instruction's own.
   static constexpr bool fragments_agree() {
@@ -284,7 +285,9 @@ const char* launch(typename Kernel::Params& params, void* stream) {
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   if (error == cudaSuccess) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    // All there is, whatever this launch takes: another thread may be about to launch with more.
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 cutlass::gemm::collective::detail::sm90_smem_capacity_bytes);
   }
   if (error != cudaSuccess) return cudaGetErrorString(error);
   const int items = params.order.num_items();

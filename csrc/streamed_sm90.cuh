@@ -18,6 +18,8 @@ class Streamed {
   using Pipeline = typename Mainloop::MainloopPipeline;
   using Barriers = typename Mainloop::PipelineStorage;
 
+  static_assert(sizeof(Operands) + kOtherBytes <= cutlass::gemm::collective::detail::sm90_smem_capacity_bytes);
+
   static constexpr int operand_bytes(int) { return sizeof(Operands); }
 
   __device__ Streamed(Barriers& barriers, char* operands, int steps, int block_in_cluster, bool producer, int thread)

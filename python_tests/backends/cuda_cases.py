@@ -221,7 +221,13 @@ def walk(library, rows, cols, matrices, symmetric, cluster, clusters, height, re
 
 @pytest.mark.parametrize(
     ("choice", "width", "stay"),
-    [("", 512, False), ("streamed", 64, False), ("resident", 512, True), ("resident", 8, True), ("resident", 520, False)],
+    [
+        ("", 512, False),
+        ("streamed", 64, False),
+        ("resident", 8, True),
+        ("resident", 512, True),
+        ("resident", 520, False),
+    ],
 )
 def test_rows_stay_where_the_table_or_the_environment_says(monkeypatch, choice, width, stay):
     monkeypatch.setenv(kernels.ROWS_VARIABLE, choice)
