@@ -54,6 +54,20 @@ def direct_gap(*embeddings: torch.Tensor) -> float:
     return sum(torch.dist(x, y).item() for x, y in pairs) / len(pairs)
 
 
+def root(matrix: torch.Tensor) -> torch.Tensor:
+    values, vectors = torch.linalg.eigh(matrix)
+    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+
+
+def direct_distribution_gap(*embeddings: torch.Tensor) -> float:
+    covariances = [torch.cov(unit(x).T, correction=0).reshape(x.shape[1], x.shape[1]) for x in embeddings]
+    gaps = []
+    for x, y in combinations(covariances, 2):
+        squared = torch.trace(x + y - 2 * root(root(x) @ y @ root(x))).item()
+        gaps.append(math.sqrt(max(squared, 0)))
+    return sum(gaps) / len(gaps)
+
+
 def direct_true_pair_cosine(*embeddings: torch.Tensor) -> float:
     pairs = list(combinations([unit(x) for x in embeddings], 2))
     return sum((x @ y.T).diagonal().mean().item() for x, y in pairs) / len(pairs)
@@ -75,6 +89,9 @@ def test_equals_the_direct_definition(shape: tuple[int, int], dtype: torch.dtype
     x, y, z = (rows(shape, seed, kind, dtype) for seed in range(3))
     assert metrics.modality_gap(x, y) == pytest.approx(direct_gap(x, y), rel=1e-12, abs=1e-12)
     assert metrics.modality_gap(x, y, z) == pytest.approx(direct_gap(x, y, z), rel=1e-12, abs=1e-12)
+    # Roots of eigenvalues that are zero up to rounding: the definition is the coarser one.
+    assert metrics.distribution_gap(x, y) == pytest.approx(direct_distribution_gap(x, y), rel=1e-5, abs=1e-6)
+    assert metrics.distribution_gap(x, y, z) == pytest.approx(direct_distribution_gap(x, y, z), rel=1e-5, abs=1e-6)
     assert metrics.true_pair_cosine(x, y) == pytest.approx(direct_true_pair_cosine(x, y), rel=1e-12, abs=1e-12)
     assert metrics.true_pair_cosine(x, y, z) == pytest.approx(direct_true_pair_cosine(x, y, z), rel=1e-12, abs=1e-12)
     assert metrics.within_modality_cosine(x) == pytest.approx(direct_within_cosine(x), rel=1e-12, abs=1e-12)
@@ -96,6 +113,28 @@ def test_values_known_by_hand() -> None:
     assert metrics.uniformity(north) == 0.0
 
 
+def test_gaps_of_centroids_and_of_distributions_are_two_things() -> None:
+    spread = F.normalize(torch.randn(300, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64), dim=1)
+    height = torch.full((300, 1), 0.8, dtype=torch.float64)
+    above, below = torch.cat([0.6 * spread, height], dim=1), torch.cat([0.6 * spread, -height], dim=1)
+    assert metrics.modality_gap(above, below) == pytest.approx(1.6)
+    assert metrics.distribution_gap(above, below) == pytest.approx(0, abs=1e-7)
+    along, across = torch.zeros(2, 4, 6)
+    along[:, 0], across[:, 1] = torch.tensor([1.0, -1.0, 1.0, -1.0]), torch.tensor([1.0, 1.0, -1.0, -1.0])
+    assert metrics.modality_gap(along, across) == 0
+    assert metrics.distribution_gap(along, across) == pytest.approx(math.sqrt(2))
+    assert metrics.distribution_gap(along, along.flip(0)) == pytest.approx(0, abs=1e-7)
+    # Two parts of one squared distance: of the Gaussians with the moments of the rows.
+    x, y = rows((200, 5), 0), rows((200, 5), 1, "zero row")
+    cov_x, cov_y = (torch.cov(unit(v).T, correction=0) for v in (x, y))
+    mean_x, mean_y = unit(x).mean(dim=0), unit(y).mean(dim=0)
+    frechet = (mean_x - mean_y).square().sum() + torch.trace(
+        cov_x + cov_y - 2 * root(root(cov_x) @ cov_y @ root(cov_x))
+    )
+    both = metrics.modality_gap(x, y) ** 2 + metrics.distribution_gap(x, y) ** 2
+    assert both == pytest.approx(frechet.item(), rel=1e-9)
+
+
 def test_uniformity_at_a_sharpness_whose_terms_underflow() -> None:
     x = rows((150, 16), 0)
     t = 1e5  # exp(−1e5·d²) is 0 in float64 for every pair
@@ -111,13 +150,13 @@ def test_strides_and_gradients_do_not_matter(dtype: torch.dtype) -> None:
     strided = plain.T.contiguous().T.requires_grad_()
     assert not strided.is_contiguous()
     other = rows((70, 12), 1, dtype=dtype)
-    for measure in (metrics.modality_gap, metrics.true_pair_cosine):
+    for measure in (metrics.modality_gap, metrics.distribution_gap, metrics.true_pair_cosine):
         assert measure(strided, other) == pytest.approx(measure(plain, other), rel=1e-12)
     for measure in (metrics.within_modality_cosine, metrics.uniformity):
         assert measure(strided) == pytest.approx(measure(plain), rel=1e-12)
 
 
-@pytest.mark.parametrize("measure", [metrics.modality_gap, metrics.true_pair_cosine])
+@pytest.mark.parametrize("measure", [metrics.modality_gap, metrics.distribution_gap, metrics.true_pair_cosine])
 def test_errors_of_measures_over_modalities(measure) -> None:
     x = torch.ones(4, 3)
     with pytest.raises(ValueError, match=r"`embeddings` must be at least 2 tensors, one per modality, got 1"):

@@ -30,6 +30,7 @@ def test_two_modalities() -> None:
     clusters = metrics.clustering([image, text], LABELS, seed=3)
     assert result == {
         "gap": metrics.modality_gap(image, text),
+        "distribution_gap": metrics.distribution_gap(image, text),
         "true_pair_cosine": metrics.true_pair_cosine(image, text),
         "within_cosine/image": metrics.within_modality_cosine(image),
         "within_cosine/text": metrics.within_modality_cosine(text),
@@ -80,6 +81,7 @@ def test_three_modalities_around_their_anchor() -> None:
     all_three = modalities("text", "image", "audio")
     result = evaluate(all_three, anchor="image", ks=(1,))
     assert result["gap"] == metrics.modality_gap(*all_three.values())
+    assert result["distribution_gap"] == metrics.distribution_gap(*all_three.values())
     assert result["true_pair_cosine"] == metrics.true_pair_cosine(*all_three.values())
     ways = {key.removesuffix("/R@1") for key in result if key.endswith("/R@1")}
     assert ways == {"text_to_image", "image_to_text", "audio_to_image", "image_to_audio"}
@@ -254,5 +256,5 @@ def test_examples_in_docstrings(module: str) -> None:
 
 def test_every_public_function_has_an_example() -> None:
     functions = [getattr(metrics, name) for name in metrics.__all__ if not isinstance(getattr(metrics, name), type)]
-    assert len(functions) == 9
+    assert len(functions) == 10
     assert [f.__name__ for f in functions if ">>>" not in (f.__doc__ or "")] == []

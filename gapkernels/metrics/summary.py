@@ -20,6 +20,7 @@ from gapkernels.metrics._inputs import (
 from gapkernels.metrics.geometry import (
     matching_cosine,
     mean_gap,
+    spread_gap,
     true_pair_cosine,
     uniformity,
     within_modality_cosine,
@@ -69,9 +70,10 @@ def evaluate(
         seed: seed of that draw, of k-means and of the split.
 
     Returns:
-        `gap`, `true_pair_cosine`, for each modality `within_cosine/image` and `uniformity/image`, for each modality
-        beside the anchor, both ways, `image_to_text/R@1`, `image_to_text/median_rank` and `image_to_text/mean_rank`,
-        and with labels the keys above. Rates are fractions in [0, 1]; ranks count from 1.
+        `gap` of the means, `distribution_gap`, `true_pair_cosine`, for each modality `within_cosine/image` and
+        `uniformity/image`, for each modality beside the anchor, both ways, `image_to_text/R@1`,
+        `image_to_text/median_rank` and `image_to_text/mean_rank`, and with labels the keys above. Rates are fractions
+        in [0, 1]; ranks count from 1.
 
     Raises:
         TypeError: an embedding is not a floating point tensor, labels are neither integers nor strings.
@@ -127,7 +129,7 @@ def evaluate(
         limit = samples if max_samples is None else positive_int("max_samples", max_samples)
 
     units = [unit_rows(title, value) for title, value in zip(titles, values, strict=True)]
-    result = {"gap": mean_gap(units)}
+    result = {"gap": mean_gap(units), "distribution_gap": spread_gap(units)}
     if isinstance(ids, Mapping):
         result["true_pair_cosine"] = matching_cosine(units, list(codes.values()))
     else:
