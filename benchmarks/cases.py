@@ -9,6 +9,27 @@ from typing import Any
 
 GAP = "gap"
 INFO_NCE = "info_nce"
+# Options of InfoNCE: the products of N×N×D that each needs, forward and with the backward pass. A matrix takes one
+# forward and three backward (logits again, two gradients); a bank, which has no gradient, one less.
+OPTIONS: dict[str, tuple[int, int]] = {
+    "negatives": (2, 7),
+    "own-negatives": (1, 4),
+    "ids": (1, 4),
+    "ids-positive": (1, 4),
+    "margin": (1, 4),
+    "from-anchor": (1, 4),
+    "same-side": (3, 12),
+    "joint": (3, 12),
+    "decoupled": (1, 4),
+    "smoothing": (1, 4),
+    "sigmoid": (1, 4),
+}
+OPTION_LOSSES = tuple(f"{INFO_NCE}+{option}" for option in OPTIONS)
+
+
+def option_of(loss: str) -> str:
+    """The key of ``OPTIONS`` in the name of a loss; "" for none."""
+    return loss.partition("+")[2]
 
 
 @dataclass(frozen=True)
@@ -17,7 +38,7 @@ class Case:
 
     Args:
         implementation: name in ``benchmarks.implementations.IMPLEMENTATIONS``.
-        loss: ``"gap"`` (InfoNCE + align true pairs + centroid uniformity) or ``"info_nce"``.
+        loss: ``"gap"`` (InfoNCE + align true pairs + centroid uniformity), ``"info_nce"``, or one of ``OPTION_LOSSES``.
         samples: N.
         width: D.
         dtype: of the embeddings, as torch spells it.
@@ -51,8 +72,10 @@ class Case:
         A pair of modalities takes 2N²D forward and 6N²D backward (logits again, two gradients); the centroid
         uniformity uses one triangle of a symmetric matrix and takes half of that.
         """
-        unit = self.samples**2 * self.width * (4 if self.backward else 1)
         pairs = self.modalities - 1
+        if option_of(self.loss):
+            return 2 * self.samples**2 * self.width * OPTIONS[option_of(self.loss)][self.backward] * pairs
+        unit = self.samples**2 * self.width * (4 if self.backward else 1)
         return unit * (2 * pairs + (1 if self.loss == GAP else 0))
 
     def gradient_bytes(self) -> int:
@@ -90,6 +113,8 @@ def powers_of_two(first: int, last: int, step: int = 1) -> list[int]:
 # Groups of implementations: each entry of benchmarks.implementations names its own, so that no table need name it.
 OURS, COMPILED, LIBRARIES = "gapkernels", "compiled", "libraries"
 
+_SOME_OPTIONS = tuple(f"{INFO_NCE}+{option}" for option in ("negatives", "ids", "sigmoid"))
+
 # torch.compile takes half a minute for every new shape on two cores, so it gets fewer of them. The libraries get a
 # small problem first, from which one that would take minutes on the larger one is known.
 CPU: dict[str, list[Grid]] = {
@@ -110,6 +135,10 @@ CPU: dict[str, list[Grid]] = {
         Grid(("authors",), dtype=("bfloat16",)),
     ],
     "modalities": [Grid((OURS, "authors"), modalities=(3, 4))],
+    "options": [
+        Grid((OURS, "dense"), loss=OPTION_LOSSES),
+        Grid((OURS, "dense"), loss=_SOME_OPTIONS, dtype=("bfloat16",)),
+    ],
     "large": [Grid((OURS,), width=(256,), samples=(65536,), dtype=("float32", "bfloat16"), slow=True)],
 }
 
@@ -150,6 +179,7 @@ GPU: dict[str, list[Grid]] = {
         Grid((OURS, LIBRARIES), loss=(INFO_NCE,), samples=(4096,), width=(128,)),  # not all take bfloat16
     ],
     "modalities": [Grid((OURS, "authors"), samples=(16384,), dtype=("bfloat16",), modalities=(3, 4))],
+    "options": [Grid((OURS, "dense"), loss=OPTION_LOSSES, samples=(4096, 16384), dtype=("bfloat16",))],
 }
 
 # Measured only when asked for by name: problems on which one kernel or another may win, by N, D and type.

@@ -20,8 +20,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from benchmarks import memory, oracle, results
-from benchmarks.cases import Case
+from benchmarks import memory, options, oracle, results
+from benchmarks.cases import Case, option_of
 from benchmarks.implementations import IMPLEMENTATIONS, LOGIT_SCALE, Implementation, Unavailable
 from benchmarks.timing import Clock, Sampler, Samples, cache_flush, clock_of, sample, summarise
 from benchmarks.workload import Loss, clear_gradients, embeddings, step
@@ -37,6 +37,7 @@ _ONE_ROUND_ABOVE = {"cpu": 10.0, "cuda": 1.5}  # seconds that the products alone
 _MOST_HANGS = 2
 _EXACT_BYTES = 2**31  # of exact gradients kept for the other implementations of a problem
 _ORACLE_OPERATIONS = {"cpu": 8192**2 * 512, "cuda": 65536**2 * 768}  # N²D up to which float64 is affordable
+_DENSE_ORACLE_SAMPLES = 2048  # likewise N for options, whose definition is dense
 
 
 @dataclass(eq=False)  # not frozen: Python itself sets the traceback of an exception
@@ -235,6 +236,8 @@ class Session:
     def _errors(self, case: Case, implementation: Implementation, function: Loss) -> dict[str, float | None]:
         """Relative errors of loss and gradients against float64; None where they are not measured."""
         affordable = case.samples**2 * case.width <= _ORACLE_OPERATIONS[self.device.type]
+        if option_of(case.loss):
+            affordable = case.samples <= _DENSE_ORACLE_SAMPLES
         if not implementation.exact or not affordable:
             return {"loss_error": None, "gradient_error": None}
         inputs = embeddings(case, self.device)
@@ -250,7 +253,10 @@ class Session:
         """Loss and gradients in float64, kept in the computer's memory for the next implementation of the problem."""
         problem = replace(case, implementation="")
         if problem not in self._exact:
-            loss, gradients = oracle.loss_and_gradients(inputs, LOGIT_SCALE, case.loss, case.backward)
+            if option_of(case.loss):
+                loss, gradients = options.exact(inputs, LOGIT_SCALE, case, case.backward)
+            else:
+                loss, gradients = oracle.loss_and_gradients(inputs, LOGIT_SCALE, case.loss, case.backward)
             self._exact[problem] = (loss, [gradient.cpu() for gradient in gradients])
             while len(self._exact) > 1 and self._exact_bytes() > _EXACT_BYTES:
                 del self._exact[next(iter(self._exact))]

@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import gapkernels
-from benchmarks.cases import COMPILED, GAP, INFO_NCE, LIBRARIES, OURS, Case
+from benchmarks import options
+from benchmarks.cases import COMPILED, GAP, INFO_NCE, LIBRARIES, OPTION_LOSSES, OURS, Case, option_of
 from benchmarks.oracle import UNIFORMITY_T
 from benchmarks.workload import Loss
 from gapkernels.backends import NAMES, available
@@ -90,7 +91,8 @@ class Implementation:
             raise Unavailable("needs an NVIDIA GPU")
         if self.operations is not None and not case.backward:
             raise Unavailable("computes its gradients in the forward pass")
-        return self.build(case)
+        with device:
+            return self.build(case)
 
 
 # An interpreter runs them on a CPU too, for tests; its speed means nothing.
@@ -102,6 +104,8 @@ GPU_BACKENDS = frozenset({"triton", "cuda"})
 
 def _ours(backend: str) -> Callable[[Case], Loss]:
     def build(case: Case) -> Loss:
+        if option_of(case.loss):
+            return options.ours(case, backend, LOGIT_SCALE)
         function = gapkernels.gap_loss if case.loss == GAP else gapkernels.info_nce
         return lambda z: function(*z, logit_scale=LOGIT_SCALE, backend=backend)
 
@@ -292,11 +296,17 @@ def _keops(case: Case) -> Loss:
 
 _BOTH = frozenset({GAP, INFO_NCE})
 _NCE = frozenset({INFO_NCE})
+_OPTIONS = frozenset(OPTION_LOSSES)
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
     **{
         f"gapkernels-{name}": Implementation(
-            f"gapkernels ({name})", _BOTH, _ours(name), group=OURS, cuda_only=name in GPU_BACKENDS, backend=name
+            f"gapkernels ({name})",
+            _BOTH | _OPTIONS,
+            _ours(name),
+            group=OURS,
+            cuda_only=name in GPU_BACKENDS,
+            backend=name,
         )
         for name in NAMES
         if name != "reference"
@@ -323,6 +333,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
         group=COMPILED,
         compiled=True,
     ),
+    "dense": Implementation("dense form", _OPTIONS, lambda case: options.dense(case, LOGIT_SCALE), two_modalities=True),
     "open-clip": Implementation(
         "open_clip ClipLoss",
         _NCE,

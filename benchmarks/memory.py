@@ -114,9 +114,10 @@ def _main() -> None:
     function = implementation.function(case, device)
     # Libraries start their threads and set up their kernels in the first call, which is no memory of the loss. A
     # compiler also works in the first call of every shape, so there the first call must be the case itself.
-    samples = case.samples if implementation.compiled else _WARM_UP_SAMPLES
+    first = case if implementation.compiled else dataclasses.replace(case, samples=_WARM_UP_SAMPLES)
     try:
-        step(function, embeddings(dataclasses.replace(case, samples=samples), device), case.backward)
+        warm_up = function if implementation.compiled else implementation.function(first, device)
+        step(warm_up, embeddings(first, device), case.backward)
         inputs = embeddings(case, device)
         print(json.dumps({"peak_extra_bytes": peak_extra_bytes(lambda: step(function, inputs, case.backward))}))
     except Exception as error:

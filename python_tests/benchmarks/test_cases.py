@@ -19,6 +19,8 @@ GROUPS = {**groups(torch.device("cpu")), OURS: ["gapkernels-cuda"]}
         (Case("", INFO_NCE), 8),
         (Case("", INFO_NCE, backward=False), 2),
         (Case("", GAP, modalities=3), 20),
+        (Case("", f"{INFO_NCE}+ids"), 8),
+        (Case("", f"{INFO_NCE}+negatives"), 14),
     ],
 )
 def test_operations_are_those_of_the_products(case: Case, multiple: int) -> None:
