@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import random
 import shutil
@@ -106,6 +107,18 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         reason = printable(str(error).partition("\n")[0]) or type(error).__name__
         raise UserError(f"{path} is damaged or not a checkpoint ({reason})") from error
     return state
+
+
+def pack_checkpoint(state: dict[str, Any]) -> bytes:
+    """Return a checkpoint as bytes, to be sent to another process."""
+    stream = io.BytesIO()
+    torch.save(state, stream)
+    return stream.getvalue()
+
+
+def unpack_checkpoint(content: bytes) -> dict[str, Any]:
+    """Return what `pack_checkpoint` was given, in CPU memory."""
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:

@@ -26,12 +26,14 @@ from gapkernels.training.checkpoint import (
     keep_newest,
     load_checkpoint,
     load_weights,
+    pack_checkpoint,
     random_state,
     require_like,
     restore_random_state,
     save_checkpoint,
     seed_everything,
     seed_torch,
+    unpack_checkpoint,
     write_text,
 )
 from gapkernels.training.config import Config, validate_config
@@ -369,8 +371,11 @@ class Trainer:
         Returns:
             The size of the metric log at its time, in bytes, and the checksum of these.
         """
-        state = self.processes.on_first(self._read_checkpoint)
-        return self.processes.everywhere(lambda: self._restore(state))
+        if self.processes.size == 1:
+            return self._restore(self._read_checkpoint())
+        # Sent as it is in the file: the other processes need not see that.
+        content = self.processes.on_first(lambda: pack_checkpoint(self._read_checkpoint()))
+        return self.processes.everywhere(lambda: self._restore(unpack_checkpoint(content)))
 
     def _remedy(self) -> str:
         return f"delete the folder {self.folder} to redo this run from its start"
