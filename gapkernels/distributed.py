@@ -273,9 +273,9 @@ def heard_by_all(loss: Function) -> Function:
 def _report(group: Any, embeddings: Sequence[Any], error: Exception) -> None:
     try:
         name, size = group_name_and_size(group)
-    except (TypeError, ValueError):  # this process is not a member, or there is no such group
+        world = world_of(name)
+    except (TypeError, ValueError, RuntimeError):  # this process is not a member, or there is no such group
         return
-    world = world_of(name)
     if size > 1 and isinstance(world, ProcessGroupWorld):
         devices = [e.device for e in embeddings if isinstance(e, Tensor)]
         world.report_failure(error, devices[0] if devices else world._device())
