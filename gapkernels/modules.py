@@ -123,8 +123,8 @@ class GapLoss(nn.Module):
     Args:
         temperature: of InfoNCE; the initial value if it is learned. ``loss.temperature = 0.1`` sets it later.
         learn_temperature: make it a parameter (``temperature.log_scale``), with CLIP's clamp at scale 100.
-        anchor, pairs, nce_weight, atp_weight, cu_weight, uniformity_t, normalize, normalize_centroids, backend, group:
-            as for the function. The weights are plain attributes: a schedule may assign them between steps.
+        anchor, pairs, nce_weight, atp_weight, cu_weight, uniformity_t, normalize, normalize_centroids, backend, group,
+            group_mode: as for the function. The weights are plain attributes: a schedule may assign them between steps.
         learn_bias: make the logit bias of the sigmoid a parameter (``logit_bias``).
         **contrast_options: see ``gapkernels.ContrastOptions``; those that change from batch to batch, ids and
             negatives, are given to the call.
@@ -155,6 +155,7 @@ class GapLoss(nn.Module):
         normalize_centroids: bool = True,
         backend: str = "auto",
         group: ProcessGroup | str | None = None,
+        group_mode: str = "auto",
         learn_bias: bool = False,
         **contrast_options: Unpack[ContrastOptions],
     ) -> None:
@@ -179,6 +180,7 @@ class GapLoss(nn.Module):
         self.normalize_centroids = normalize_centroids
         self.backend = backend
         self.group = group
+        self.group_mode = group_mode
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "temperature" and not isinstance(value, nn.Module):
@@ -234,6 +236,7 @@ class GapLoss(nn.Module):
             normalize_centroids=self.normalize_centroids,
             backend=self.backend,
             group=self._group.resolved(),
+            group_mode=self.group_mode,
             **contrast_options,
         )
 
