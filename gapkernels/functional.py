@@ -51,6 +51,7 @@ if TYPE_CHECKING:
         normalize_centroids: bool
         backend: str
         group: ProcessGroup | str | None
+        group_mode: str
 
     class _NCEOptions(ContrastOptions, total=False):
         """Likewise, of ``info_nce``."""
