@@ -45,7 +45,7 @@ from gapkernels.training.encoders.base import Encoder
 from gapkernels.training.evaluation import compute_precision, embed, score
 from gapkernels.training.layout import CHECKPOINT, EMBEDDINGS, RESULT
 from gapkernels.training.optimizer import build_optimizer, load_optimizer, trained_parameters
-from gapkernels.training.processes import Processes
+from gapkernels.training.processes import Processes, mean_of_each_parameter
 from gapkernels.training.run_log import RunLog, open_log
 from gapkernels.training.schedules import cosine_with_warmup, loss_weights
 from gapkernels.training.stopping import StopRequest
@@ -195,14 +195,9 @@ class Trainer:
         if self.processes.size == 1 or not any(p.requires_grad for p in self.model.parameters()):
             return
         sync: dict[str, Any] = {_SYNC_BUFFERS: False}  # `_average_buffers` takes all processes into account
-        self._encoders = DistributedDataParallel(
-            self.model,
-            gradient_as_bucket_view=True,
-            # Parameters that travel together change places after the first step, of a resumed run too, and with their
-            # places the order in which three and more processes are summed. One at a time, each keeps its own.
-            bucket_cap_mb=2**-20 if self.config.run.deterministic else None,
-            **sync,
-        )
+        self._encoders = parallel = DistributedDataParallel(self.model, gradient_as_bucket_view=True, **sync)
+        if self.config.run.deterministic:
+            parallel.register_comm_hook(None, mean_of_each_parameter)
 
     def _average_buffers(self) -> None:
         """Give every process the same running statistics of batch norm: the mean of what each has seen."""

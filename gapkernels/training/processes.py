@@ -131,6 +131,24 @@ class Processes:
                 tensor.copy_(mean.view_as(tensor))
 
 
+def mean_of_each_parameter(state, bucket):  # DDP compares annotations, as text too
+    """Average gradients over the processes one parameter at a time, as a hook of `DistributedDataParallel`.
+
+    Parameters that travel together change places after the first step, of a resumed run too, and with their places the
+    order in which three and more processes are summed. One at a time, each keeps its own.
+
+    Args:
+        state: what the hook was registered with.
+        bucket: `torch.distributed.GradBucket`.
+
+    Returns:
+        Future of the means, `torch.futures.Future[Tensor]`.
+    """
+    gradients = bucket.buffer().div_(dist.get_world_size())
+    arriving = [dist.all_reduce(gradient, async_op=True).get_future() for gradient in bucket.gradients()]
+    return torch.futures.collect_all(arriving).then(lambda _: gradients)
+
+
 @contextmanager
 def training_processes(device: str) -> Iterator[Processes]:
     """Join the processes that torchrun has started, if it has; inside a block of this kind, return the same ones.
