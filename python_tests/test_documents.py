@@ -9,6 +9,11 @@ import pytest
 import torch
 from oracle import DEVICE
 
+from gapkernels import ContrastOptions
+from gapkernels.backends.contract import SUMS_OF
+from gapkernels.backends.cpu.backend import CpuBackend
+from gapkernels.backends.tiled import TiledBackend
+
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
@@ -94,3 +99,25 @@ def test_the_architecture_names_rooms_that_exist():
     assert len(rooms) > 10
     for room in re.findall(r"`([^`]+)`", " ".join(rooms)):
         assert (ROOT / room).exists(), room
+
+
+def test_which_loss_says_what_backends_have():
+    """The table of the page, and the backends' own word."""
+    page = (ROOT / "docs" / "which-loss.md").read_text()
+    heading, *lines = re.search(r"^\| needed for .*?(?=\n\n)", page, re.M | re.S).group(0).splitlines()
+    names = re.findall(r"\| `(\w+)`", heading)
+    assert names == ["torch", "cpu"]
+    said = {name: set() for name in names}
+    rows = [re.split(r" \| ", line.strip("| ")) for line in lines[1:]]
+    assert {row[1].strip("`") for row in rows} == SUMS_OF
+    for row in rows:
+        for name, answer in zip(names, row[2:], strict=True):
+            assert answer in ("yes", "no")
+            said[name] |= {row[1].strip("`")} if answer == "yes" else set()
+    assert said == {"torch": TiledBackend.sums_of, "cpu": CpuBackend.sums_of}
+
+
+def test_which_loss_names_every_option():
+    page = (ROOT / "docs" / "which-loss.md").read_text()
+    for option in ContrastOptions.__annotations__:
+        assert f"`{option}" in page, option
