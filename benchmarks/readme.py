@@ -1,4 +1,4 @@
-"""Write README's tables and plots from the committed result files.
+"""Write README's tables and plots, and the table of options in docs/which-loss.md, from the committed result files.
 
     python -m benchmarks.readme
 
@@ -14,15 +14,19 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.cases import option_of
+from benchmarks.options import ALL
 from gapkernels.benchmark_report import plots, tables
 from gapkernels.benchmark_report.page import scaling_sections
 from gapkernels.benchmark_report.results import Problem, Results, fastest_of_ours, load
 from gapkernels.training.results import Statistic, table_rows
 
-SPEED, DEMO = "speed", "demo"
+SPEED, DEMO, OPTIONS = "speed", "demo", "options"
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
+WHICH_LOSS = ROOT / "docs" / "which-loss.md"
 RESULTS = ROOT / "benchmarks" / "results"
+OPTION_RESULTS = RESULTS / "options"
 IMAGES = ROOT / "docs" / "images"
 
 
@@ -82,6 +86,36 @@ def demo_block() -> str:
         f"What `make train` shows (mean ± standard deviation over {seeds} seeds, {minutes:.1f} minutes on "
         f"{device}; [all figures](benchmarks/results/training/digit-halves.json)):\n\n"
         f"{tables.markdown(table_rows(summary))}"
+    )
+
+
+def options_block() -> str:
+    """The table of every option beside its dense form, one for each result file."""
+    return "\n\n".join(_options_of(load(path)) for path in sorted(OPTION_RESULTS.glob("*.json")))
+
+
+def _options_of(results: Results) -> str:
+    heading = ["option", "type", "time", "dense form", "times as fast", "extra memory", "dense form", "times less"]
+    table = [heading]
+    for name, option in ALL.items():
+        for problem in sorted({row.problem for row in results.rows if option_of(row.loss) == name}, reverse=True):
+            rows = {row.implementation: row for row in results.of(problem)}
+            ours, dense = fastest_of_ours(list(rows.values())), rows.get("dense")
+            if ours is None or dense is None or not ours.peak_extra_bytes or not dense.peak_extra_bytes:
+                continue
+            line = [option.title, problem.dtype, tables.seconds(ours.median), tables.seconds(dense.median)]
+            line += [tables.significant(dense.median / ours.median) + "×", tables.size(ours.peak_extra_bytes)]
+            line += [tables.size(dense.peak_extra_bytes)]
+            line += [tables.significant(dense.peak_extra_bytes / ours.peak_extra_bytes) + "×"]
+            table.append(line)
+    sizes = {(row.samples, row.width) for row in results.rows}
+    ((samples, width),) = sizes
+    path = f"../benchmarks/results/options/{results.name}.json"
+    return (
+        f"InfoNCE with each option, forward + backward, N = {samples}, D = {width}, on {results.device}, torch "
+        f"{results.versions['torch']}, {results.date} ([all rows]({path})). The dense form is torch's own functions on "
+        "the N×N matrix and autograd, without float64. Extra memory is the peak beyond the inputs, gradients included."
+        f"\n\n{tables.markdown(table)}"
     )
 
 
@@ -189,6 +223,8 @@ def main() -> None:
     devices = latest_of_each_device(paths)
     text = replace_block(README.read_text(encoding="utf-8"), block(devices))
     README.write_text(replace_block(text, demo_block(), DEMO), encoding="utf-8")
+    page = WHICH_LOSS.read_text(encoding="utf-8")
+    WHICH_LOSS.write_text(replace_block(page, options_block(), OPTIONS), encoding="utf-8")
     IMAGES.mkdir(parents=True, exist_ok=True)
     for stale in IMAGES.glob("speed-*.png"):
         stale.unlink()

@@ -195,7 +195,7 @@ def _load(path: Path) -> Results:
     from gapkernels.reading import Strict, read_json
 
     positive, share = {"gt": 0, "le": 10**30}, {"ge": 0, "le": 10**30}
-    size, word = {"ge": 1, "le": 2**40}, {"pattern": r"^\w{1,40}$"}
+    size, word = {"ge": 1, "le": 2**40}, {"pattern": r"^\w[\w+-]{0,39}$"}
     limits: dict[str, dict[str, Any]] = {
         **dict.fromkeys(("median", "rounds", "operations", "back_to_back"), positive),
         **dict.fromkeys(("tflops", "matmul_tflops", "onednn_tflops"), positive),

@@ -31,6 +31,13 @@ def test_readme_matches_the_result_files() -> None:
     assert shown
 
 
+def test_table_of_options_is_that_of_the_result_files() -> None:
+    text = readme.WHICH_LOSS.read_text(encoding="utf-8")
+    assert list(readme.OPTION_RESULTS.glob("*.json"))
+    changed = readme.replace_block(text, readme.options_block(), readme.OPTIONS)
+    assert changed == text, "run: python -m benchmarks.readme"
+
+
 def test_one_device_is_shown_in_full_and_the_others_in_a_line(tmp_path: Path) -> None:
     """Of the CPUs the one with the most rows, whatever its date; a GPU before any CPU, the newest of several."""
     contents = [json.loads(path.read_text(encoding="utf-8")) for path in readme.result_files()]
