@@ -222,6 +222,8 @@ def _gradients(
     """
     assert sums.row_weight is not None
     needs_rows, needs_cols, needs_scale = needs
+    positive_entries = -sums.negative_mass.sum()
+    sums, weight_unit = _with_weights_near_one(p, sums)
     num_rows, world = p.rows.shape[0], p.world
     operands, cosines = _matched_operands(p)
     matrix = p.matrix(operands)
@@ -262,7 +264,7 @@ def _gradients(
                 first_rows=col.start == 0,
                 first_cols=row.start == 0,
             )
-    upstream = ones * (2 * p.total_rows)
+    upstream = ones * (2 * p.total_rows) * weight_unit
     evaluation = Evaluation([p.rows, p.cols], scalars, p.spec, saved, upstream, prepared, p.total_rows, 1)
     gradients: list[Tensor | None] = [None, None]
     own_col_factor = None if matrix.col_factor is None else p.own_cols(matrix.col_factor)
@@ -287,8 +289,28 @@ def _gradients(
     if prepared.positive_moment is not None:
         # It came from Σ H_ij·(x_ij − reference); in a loss Σ H_ij off the diagonal is the negative mass, here it may
         # not.
-        scale_gradient = scale_gradient + (entries - sums.negative_mass.sum()) * prepared.reference / per_cosine
+        scale_gradient = scale_gradient + (entries + positive_entries) * prepared.reference / per_cosine
     return gradients, scale_gradient.to(p.logit_scale.dtype)
+
+
+def _with_weights_near_one(
+    p: _Problem, sums: SoftmaxSums | SigmoidWeights
+) -> tuple[SoftmaxSums | SigmoidWeights, Tensor | float]:
+    """Weights divided by a power of two, and this: what a backend keeps in float16 is scaled for weights up to one.
+
+    Those of a mean over many rows, or under the scaled loss that float16 is trained with, are of any size.
+    """
+    assert sums.row_weight is not None
+    if p.rows.dtype != torch.float16:
+        return sums, 1.0
+    weights = {"row_weight": sums.row_weight, "negative_mass": sums.negative_mass}
+    largest = sums.row_weight.abs().max()
+    if isinstance(sums, SoftmaxSums):
+        assert sums.col_weight is not None
+        weights["col_weight"] = sums.col_weight
+        largest = torch.maximum(largest, sums.col_weight.abs().max())
+    unit = torch.exp2(torch.frexp(p.world.max(largest)).exponent.to(largest.dtype))
+    return sums._replace(**{name: weight / unit for name, weight in weights.items()}), unit
 
 
 def _block_of(

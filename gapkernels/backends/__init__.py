@@ -84,10 +84,12 @@ def select_for_sums(name: str, like: Tensor, needs: frozenset[str]) -> Backend:
     backend = select(name, like, LossSpec())
     if needs <= backend.sums_of:
         return backend
+    on_gpu = like.device.type == "cuda" and triton_backend.unusable_because(like.device, like.dtype) is None
+    instead = "triton" if on_gpu else "torch"
     if name == "auto":
-        return _create("torch", like.device, like.dtype)
+        return _create(instead, like.device, like.dtype)
     missing = ", ".join(sorted(needs - backend.sums_of))
-    raise ValueError(f"backend={name!r} does not compute sums with {missing}; choose backend='torch'")
+    raise ValueError(f"backend={name!r} does not compute sums with {missing}; choose backend={instead!r}")
 
 
 def _fastest(like: Tensor, spec: LossSpec) -> str:

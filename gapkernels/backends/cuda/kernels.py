@@ -52,6 +52,8 @@ def rows_stay(kernel: str, dtype: torch.dtype, width: int) -> bool:
 class CudaBackend(TritonBackend):
     """``backend="cuda"``; what it does not replace is Triton's."""
 
+    sums_of: frozenset[str] = frozenset()  # its kernels know neither weights nor masks
+
     def tile_sums(
         self, matrices: list[Matrix], largest: Tensor | None, headroom: int, zeros: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:

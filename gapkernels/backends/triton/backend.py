@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gapkernels.backends.contract import (
+    SUMS_OF,
     Centroids,
     Evaluation,
     Forward,
@@ -26,7 +27,9 @@ from gapkernels.backends.contract import (
     RowStatistics,
     Saved,
     Scalars,
+    SigmoidWeights,
     SoftmaxSums,
+    SoftplusSums,
 )
 from gapkernels.backends.triton import (
     device,
@@ -36,6 +39,7 @@ from gapkernels.backends.triton import (
     row_gradients,
     row_statistics,
     softmax_sums,
+    softplus_sums,
     terms,
     tile_sums,
     tuning,
@@ -59,7 +63,7 @@ LARGEST_BIASED_EXPONENT = 32.0
 class TritonBackend:
     """``backend="triton"``; see ``gapkernels.backends.contract.Backend``."""
 
-    sums_of: frozenset[str] = frozenset()
+    sums_of: frozenset[str] = SUMS_OF
 
     def __init__(self) -> None:
         self.steps = Steps()
@@ -140,6 +144,9 @@ class TritonBackend:
             sums = self.tile_sums(matrices, largest, headroom, zeros)
         log_sums.log_sums(matrices, sums, largest, headroom, out)
 
+    def softplus_sums(self, matrix: Matrix, bias: Tensor) -> SoftplusSums:
+        return softplus_sums.softplus_sums(matrix, bias)
+
     def terms(
         self,
         embeddings: list[Tensor],
@@ -169,7 +176,7 @@ class TritonBackend:
     def add_products(
         self,
         block: Matrix,
-        sums: SoftmaxSums | None,
+        sums: SoftmaxSums | SigmoidWeights | None,
         prepared: PreparedSums,
         row_products: Tensor | None,
         col_products: Tensor | None,
@@ -183,8 +190,17 @@ class TritonBackend:
         if sums is None:
             self.gradient_tiles(block, None, None, prepared.centroid_reference, 1.0, None, h)
         else:
-            scale = gradient_tiles.gradient_scale(block.rows.dtype)
-            self.gradient_tiles(block, sums.row, sums.col, prepared.reference, scale, moment, h)
+            scale, reference = gradient_tiles.gradient_scale(block.rows.dtype), prepared.reference
+            if isinstance(sums, SigmoidWeights):
+                gradient_tiles.gradient_tiles(
+                    block, None, None, reference, scale, moment, h, sums.row_weight, bias=sums.bias
+                )
+            elif sums.row_weight is None and not block.masked:
+                self.gradient_tiles(block, sums.row, sums.col, reference, scale, moment, h)
+            else:
+                gradient_tiles.gradient_tiles(
+                    block, sums.row, sums.col, reference, scale, moment, h, sums.row_weight, sums.col_weight
+                )
         h = h[:num_rows, :num_cols]
         products.add_products(row_products, col_products, h, block.cols, block.rows, first_rows, first_cols)
 

@@ -1,6 +1,8 @@
 """A block of the gradient with respect to the inner products, as an operand for library matrix products.
 
     pairs       H_ij = 2^h·(2^(x_ij − L_i) + 2^(x_ij − L_j)) / (‖z_i‖·‖y_j‖)    L: log2 of row and column sums
+                each of the two times a weight of its row or column, where there are some; none beyond a limit
+    sigmoid     H_ij = weight_i / (1 + 2^−(x_ij + bias)) / (‖z_i‖·‖y_j‖)
     centroids   H_ij = 2^x_ij
 
 with exponents relative to a reference, so that logarithms are small numbers in float32, and without the diagonal, which
@@ -29,12 +31,16 @@ from gapkernels.backends.contract import Matrix
 from gapkernels.backends.triton import tuning
 from gapkernels.backends.triton.device import cdiv, input_precision
 from gapkernels.backends.triton.launch import descriptor, launch
+from gapkernels.backends.triton.tile_sums import mask_arguments, mask_kind
 from gapkernels.backends.triton.tiles import (
     exponents,
     grouped_tile,
     inner_products,
     load_scale,
+    softplus_and_sigmoid,
+    within_limits,
     without_diagonal,
+    without_equal_ids,
 )
 
 LOWEST = tl.constexpr(-1e30)  # stands for −∞ where it is multiplied by zero
@@ -77,11 +83,26 @@ def log_sum_range(row_log, col_log, i_exists, j_exists):
 
 
 @triton.jit
+def load_weights(weights, i, count):
+    """Weights of rows or columns in float32, zero past the end."""
+    return tl.load(weights + i, mask=i < count, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def store_pair(
     x,
     row_log,
     col_log,
+    middle,
     reference,
+    row_weights,
+    row_limits,
+    i,
+    num_rows,
+    col_weights,
+    col_limits,
+    j,
+    num_cols,
     row_factor,
     col_factor,
     out,
@@ -93,10 +114,40 @@ def store_pair(
 ):
     """From exponents to H: the whole epilogue, so that nothing outlives the branch it is called in."""
     if ONE_EXPONENTIAL:
-        row_share, col_share = tl.exp2(reference - row_log), tl.exp2(reference - col_log)
-        gradient = tl.exp2(x - reference) * (row_share[:, None] + col_share[None, :])
+        row_share, col_share = tl.exp2(middle - row_log), tl.exp2(middle - col_log)
+        if row_weights is not None:
+            row_share *= load_weights(row_weights, i, num_rows)
+            col_share *= load_weights(col_weights, j, num_cols)
+        entries = tl.exp2(x - middle)
+        if row_limits is None and col_limits is None:
+            gradient = entries * (row_share[:, None] + col_share[None, :])
+        else:  # an entry beyond a limit may be infinite
+            by_row, by_col = entries * row_share[:, None], entries * col_share[None, :]
+            gradient = within_limits(by_row, x, row_limits, i, num_rows, reference, True, 0.0)
+            gradient += within_limits(by_col, x, col_limits, j, num_cols, reference, False, 0.0)
     else:
-        gradient = tl.exp2(x - row_log[:, None]) + tl.exp2(x - col_log[None, :])
+        by_row, by_col = tl.exp2(x - row_log[:, None]), tl.exp2(x - col_log[None, :])
+        if row_weights is not None:
+            by_row *= load_weights(row_weights, i, num_rows)[:, None]
+            by_col *= load_weights(col_weights, j, num_cols)[None, :]
+        gradient = within_limits(by_row, x, row_limits, i, num_rows, reference, True, 0.0)
+        gradient += within_limits(by_col, x, col_limits, j, num_cols, reference, False, 0.0)
+    store_entries(gradient, x, row_factor, col_factor, out, out_stride, scale_partials, NEEDS_SCALE, IS_FIRST)
+
+
+@triton.jit
+def store_entries(
+    gradient,
+    x,
+    row_factor,
+    col_factor,
+    out,
+    out_stride,
+    scale_partials,
+    NEEDS_SCALE: tl.constexpr,
+    IS_FIRST: tl.constexpr,
+):
+    """Add up the tile's part of the moment, and store H."""
     if NEEDS_SCALE:
         # Each tile has a place of its own, and launches follow one another: no atomics, always the same bits.
         moment = tl.sum(tl.sum(gradient * tl.maximum(x, LOWEST), axis=1), axis=0)
@@ -124,6 +175,13 @@ def store_tile(values, out, out_stride):
         "col_log_sums",
         "scale_pointer",
         "reference",
+        "row_ids",
+        "col_ids",
+        "row_limits",
+        "col_limits",
+        "row_weights",
+        "col_weights",
+        "bias",
     ],
 )
 def gradient_tiles_kernel(
@@ -137,6 +195,13 @@ def gradient_tiles_kernel(
     col_log_sums,
     scale_pointer,
     reference,
+    row_ids,
+    col_ids,
+    row_limits,
+    col_limits,
+    row_weights,
+    col_weights,
+    bias,
     out,
     out_stride,
     scale_partials,
@@ -168,11 +233,18 @@ def gradient_tiles_kernel(
     i_exists, j_exists = i < num_rows, j < num_cols
     row_factor = tl.load(row_factors + i, mask=i_exists, other=0.0)
     col_factor = tl.load(col_factors + j, mask=j_exists, other=0.0)
-    x = exponents(acc, row_factor, col_factor, BIASED, scale) - tl.load(reference)
+    origin = tl.load(reference)
+    x = exponents(acc, row_factor, col_factor, BIASED, scale) - origin
     x = without_diagonal(x, row_start, num_rows, col_start, num_cols, diagonal, False, TILE_M, TILE_N)
+    x = without_equal_ids(x, row_ids, i, num_rows, col_ids, j, num_cols)
     out += row_start.to(tl.int64) * out_stride + col_start
     if BIASED:
         store_tile(tl.exp2(x), out, out_stride)
+    elif bias is not None:
+        _, sigmoid = softplus_and_sigmoid(x + (tl.load(bias) + origin).to(tl.float32))
+        gradient = sigmoid * load_weights(row_weights, i, num_rows)[:, None]
+        row_factor *= entry_scale
+        store_entries(gradient, x, row_factor, col_factor, out, out_stride, scale_partials, NEEDS_SCALE, IS_FIRST)
     else:
         row_log = tl.load(row_log_sums + i, mask=i_exists, other=float("inf"))
         col_log = tl.load(col_log_sums + j, mask=j_exists, other=float("inf"))
@@ -181,13 +253,13 @@ def gradient_tiles_kernel(
         row_factor *= entry_scale
         if largest - smallest <= 100.0:
             store_pair(
-                x, row_log, col_log, middle, row_factor, col_factor, out, out_stride, scale_partials,
-                True, NEEDS_SCALE, IS_FIRST,
+                x, row_log, col_log, middle, origin, row_weights, row_limits, i, num_rows, col_weights, col_limits, j,
+                num_cols, row_factor, col_factor, out, out_stride, scale_partials, True, NEEDS_SCALE, IS_FIRST,
             )  # fmt: skip
         else:
             store_pair(
-                x, row_log, col_log, middle, row_factor, col_factor, out, out_stride, scale_partials,
-                False, NEEDS_SCALE, IS_FIRST,
+                x, row_log, col_log, middle, origin, row_weights, row_limits, i, num_rows, col_weights, col_limits, j,
+                num_cols, row_factor, col_factor, out, out_stride, scale_partials, False, NEEDS_SCALE, IS_FIRST,
             )  # fmt: skip
 
 
@@ -199,16 +271,21 @@ def gradient_tiles(
     scale: float,
     moment: Moment | None,
     out: Tensor,
+    row_weight: Tensor | None = None,
+    col_weight: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> None:
     """Write one block of H.
 
     Args:
         block: ``[R, C]``; its diagonal entries are written as zero.
-        row_log_sum, col_log_sum: ``[R]``, ``[C]`` float32, relative to the reference; None for centroids.
+        row_log_sum, col_log_sum: ``[R]``, ``[C]`` float32, relative to the reference; None for centroids and a sigmoid.
         reference: 0-dim float32.
         scale: 2^h.
         moment: to which each tile's Σ H_ij·(x_ij − reference) is added. None if not needed.
         out: in the type of the operands, unit stride along its columns; at least ``[R, C]``, rounded up to whole tiles.
+        row_weight, col_weight: ``[R]``, ``[C]`` of any floating type; None for ones. A sigmoid has the first only.
+        bias: 0-dim, of a sigmoid, to base 2; None for a soft-max and for centroids.
     """
     num_rows, dim = block.rows.shape
     num_cols = block.cols.shape[0]
@@ -227,6 +304,8 @@ def gradient_tiles(
                 block.biased,
                 moment is None,
                 is_first,
+                row_weight is not None and (row_weight.dtype, bias is None),
+                mask_kind(block),
                 config,
                 input_precision(block.rows.dtype),
             ),
@@ -241,6 +320,10 @@ def gradient_tiles(
                 col_log_sum,
                 block.scale,
                 reference,
+                *mask_arguments([block]),
+                row_weight,
+                col_weight,
+                bias,
                 out,
                 out.stride(0),
                 None if moment is None else moment.partials,

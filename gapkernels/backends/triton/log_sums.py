@@ -23,8 +23,15 @@ from gapkernels.backends.contract import Matrix
 from gapkernels.backends.triton import tuning
 from gapkernels.backends.triton.device import cdiv, input_precision, num_processors
 from gapkernels.backends.triton.launch import launch
-from gapkernels.backends.triton.tile_sums import constant_shift, matrix_arguments, matrix_kind
-from gapkernels.backends.triton.tiles import exponents, inner_products, load_scale, without_diagonal
+from gapkernels.backends.triton.tile_sums import constant_shift, mask_arguments, matrix_arguments, matrix_kind
+from gapkernels.backends.triton.tiles import (
+    exponents,
+    inner_products,
+    load_scale,
+    within_limits,
+    without_diagonal,
+    without_equal_ids,
+)
 
 SMALLEST_EXACT_SUM = 2.0**-102
 """Per term: a sum of terms this large on average loses less than its rounding to those that underflow."""
@@ -32,8 +39,10 @@ SMALLEST_EXACT_SUM = 2.0**-102
 
 @triton.jit(
     do_not_specialize=["num_rows", "num_cols", "diagonal"],
-    do_not_specialize_on_alignment=["row_sums", "col_sums", "row_log_sums", "col_log_sums"],
-)
+    do_not_specialize_on_alignment=[
+        "row_sums", "col_sums", "row_log_sums", "col_log_sums", "row_ids", "col_ids", "row_limits", "col_limits",
+    ],
+)  # fmt: skip
 def log_sums_kernel(
     rows,
     row_strides,
@@ -43,6 +52,10 @@ def log_sums_kernel(
     col_factors,
     scales,
     largest,
+    row_ids,
+    col_ids,
+    row_limits,
+    col_limits,
     row_sums,
     col_sums,
     row_log_sums,
@@ -73,9 +86,9 @@ def log_sums_kernel(
         for block in tl.range(mine, blocks, programs):
             one_block(
                 block * TILE_M, row_sums, row_log_sums, m * num_rows.to(tl.int64), shift, smallest_exact,
-                rows[m], row_strides[m], row_factors[m], num_rows, cols[m], col_strides[m],
-                col_factors[m], num_cols, dim, diagonal, scale, BIASED[m], RECOMPUTE, TILE_M, TILE_N, TILE_K, EVEN_K,
-                PRECISION,
+                rows[m], row_strides[m], row_factors[m], row_ids, row_limits, num_rows, cols[m], col_strides[m],
+                col_factors[m], col_ids, num_cols, dim, diagonal, scale, BIASED[m], RECOMPUTE, TILE_M, TILE_N, TILE_K,
+                EVEN_K, PRECISION,
             )  # fmt: skip
         first_block += blocks
         if not SYMMETRIC[m]:
@@ -84,9 +97,9 @@ def log_sums_kernel(
             for block in tl.range(mine, blocks, programs):
                 one_block(
                     block * TILE_M, col_sums, col_log_sums, m * num_cols.to(tl.int64), shift, smallest_exact,
-                    cols[m], col_strides[m], col_factors[m], num_cols, rows[m], row_strides[m],
-                    row_factors[m], num_rows, dim, -diagonal, scale, BIASED[m], RECOMPUTE, TILE_M, TILE_N, TILE_K,
-                    EVEN_K, PRECISION,
+                    cols[m], col_strides[m], col_factors[m], col_ids, col_limits, num_cols, rows[m], row_strides[m],
+                    row_factors[m], row_ids, num_rows, dim, -diagonal, scale, BIASED[m], RECOMPUTE, TILE_M, TILE_N,
+                    TILE_K, EVEN_K, PRECISION,
                 )  # fmt: skip
             first_block += blocks
 
@@ -102,10 +115,13 @@ def one_block(
     own,
     own_stride,
     own_factors,
+    own_ids,
+    own_limits,
     num_own,
     other,
     other_stride,
     other_factors,
+    other_ids,
     num_other,
     dim,
     diagonal,
@@ -141,8 +157,10 @@ def one_block(
             other_factor = tl.load(other_factors + j, mask=j < num_other, other=0.0)
             x = exponents(acc, own_factor, other_factor, BIASED, scale)
             x = without_diagonal(x, start, num_own, other_start, num_other, diagonal, False, TILE_M, TILE_N)
+            x = without_equal_ids(x, own_ids, i, num_own, other_ids, j, num_other)
+            x = within_limits(x, x, own_limits, i, num_own, 0.0, True, float("-inf"))
             new = tl.maximum(maximum, tl.max(x, axis=1))
-            # Nothing but −∞ so far (a diagonal alone): any finite reference gives the sum zero that is right.
+            # Nothing but −∞ so far (no entry that counts): any finite reference gives the sum zero that is right.
             reference = tl.where(new == float("-inf"), 0.0, new)
             running = running * tl.exp2(maximum - reference) + tl.sum(tl.exp2(x - reference[:, None]), axis=1)
             maximum = new
@@ -160,7 +178,7 @@ def log_sums(
     """Base-2 logarithms of all row and column sums, diagonal left out.
 
     Args:
-        matrices: of one shape ``[n, N]``, with one diagonal.
+        matrices: of one shape ``[n, N]``, with one diagonal; one that has ids or limits is alone.
         sums: from ``.tile_sums.tile_sums``; None to compute all of them here, without atomics.
         largest, headroom: as there.
         logs: ``([m, n], [m, N])`` float64, written; the row of a symmetric matrix in the second is not.
@@ -179,6 +197,7 @@ def log_sums(
             (
                 *matrix_arguments(matrices),
                 largest,
+                *mask_arguments(matrices),
                 None if sums is None else sums[0],
                 None if sums is None else sums[1],
                 *logs,

@@ -3,7 +3,8 @@
     R_i = Σ_j 2^(x_ij − shift)      C_j = Σ_i 2^(x_ij − shift)      diagonal left out
 
 Matrices of one launch have one shape [n, N]; a symmetric one (centroids, last) is walked above the diagonal only and
-each entry counts for its row and for its column. The constant reference exponent
+each entry counts for its row and for its column. A matrix with ids or limits has a launch of its own; entries of equal
+ids, or beyond the limit of a row or column, do not count. The constant reference exponent
 
     shift = max(0, max x − (126 − ⌈log2 max(n, N)⌉))
 
@@ -32,7 +33,9 @@ from gapkernels.backends.triton.tiles import (
     load_scale,
     num_triangle_tiles,
     triangle_tile,
+    within_limits,
     without_diagonal,
+    without_equal_ids,
 )
 
 
@@ -49,7 +52,8 @@ def constant_shift(scale, largest, matrix: tl.constexpr, headroom, BIASED: tl.co
 
 
 @triton.jit(
-    do_not_specialize=["num_rows", "num_cols", "diagonal"], do_not_specialize_on_alignment=["row_sums", "col_sums"]
+    do_not_specialize=["num_rows", "num_cols", "diagonal"],
+    do_not_specialize_on_alignment=["row_sums", "col_sums", "row_ids", "col_ids", "row_limits", "col_limits"],
 )
 def tile_sums_kernel(
     rows,
@@ -60,6 +64,10 @@ def tile_sums_kernel(
     col_factors,
     scales,
     largest,
+    row_ids,
+    col_ids,
+    row_limits,
+    col_limits,
     row_sums,
     col_sums,
     num_rows,
@@ -110,13 +118,16 @@ def tile_sums_kernel(
                 x = without_diagonal(
                     x, row_start, num_rows, col_start, num_cols, diagonal, SYMMETRIC[m], TILE_M, TILE_N
                 )
+                x = without_equal_ids(x, row_ids, i, num_rows, col_ids, j, num_cols)
                 entries = tl.exp2(x)
+                of_rows = within_limits(entries, x, row_limits, i, num_rows, shift, True, 0.0)
+                of_cols = within_limits(entries, x, col_limits, j, num_cols, shift, False, 0.0)
                 row_base = row_sums + m * num_rows.to(tl.int64)
                 col_base = col_sums + m * num_cols.to(tl.int64)
                 if SYMMETRIC[m]:
                     col_base = row_base
-                tl.atomic_add(row_base + i, tl.sum(entries, axis=1), mask=i < num_rows, sem="relaxed")
-                tl.atomic_add(col_base + j, tl.sum(entries, axis=0), mask=j < num_cols, sem="relaxed")
+                tl.atomic_add(row_base + i, tl.sum(of_rows, axis=1), mask=i < num_rows, sem="relaxed")
+                tl.atomic_add(col_base + j, tl.sum(of_cols, axis=0), mask=j < num_cols, sem="relaxed")
         first_tile += num_tiles
 
 
@@ -126,7 +137,7 @@ def tile_sums(
     """Sums relative to the constant reference exponent.
 
     Args:
-        matrices: of one shape ``[n, N]``, with one diagonal.
+        matrices: of one shape ``[n, N]``, with one diagonal; one that has ids or limits is alone.
         largest: ``[len(matrices)]`` float32, the largest product of a row norm and a column norm where vectors are
             taken as they are; None for unit vectors.
         headroom: largest exponent an entry may have.
@@ -150,6 +161,7 @@ def tile_sums(
             (
                 *matrix_arguments(matrices),
                 largest,
+                *mask_arguments(matrices),
                 row_sums,
                 col_sums,
                 num_rows,
@@ -203,11 +215,24 @@ def matrix_arguments(matrices: list[Matrix]) -> tuple[tuple[object, ...], ...]:
     )
 
 
+def mask_arguments(matrices: list[Matrix]) -> tuple[torch.Tensor | None, ...]:
+    """Ids of rows and columns and their limits, of a matrix that is alone in a launch; None for what it lacks."""
+    first = matrices[0]
+    assert len(matrices) == 1 or not any(m.masked for m in matrices), "a matrix with ids or limits is summed alone"
+    return first.row_ids, first.col_ids, first.row_limit, first.col_limit
+
+
+def mask_kind(m: Matrix) -> object:
+    """What tells launches on a matrix with ids or limits from others."""
+    return m.masked and (m.row_ids is None, m.row_limit is None, m.col_limit is None)
+
+
 def matrix_kind(matrices: list[Matrix], largest: torch.Tensor | None) -> tuple[object, ...]:
     """What tells launches on matrices apart, see ``.launch``."""
     return (
         largest is None,
         matrices[0].rows.shape[1],
+        mask_kind(matrices[0]),
         *(
             (m.rows.dtype, m.biased, m.symmetric, m.scale.dtype, m.scale.data_ptr() % 16 == 0, _alignment(m))
             for m in matrices

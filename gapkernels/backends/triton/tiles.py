@@ -7,7 +7,8 @@ and an fp32 factor or bias per row and column (no rounded copy of the operands i
     centroids            x_ij = 2t·log2 e · ⟨c_i, c_j⟩ + b_i + b_j,  b = −t·log2 e·‖c‖²   BIASED = True
 
 Tiles are walked in groups of GROUP row tiles, column by column, so that the programs running at one time share operands
-in the L2 cache. Only tiles that meet the diagonal or the ragged edge pay for a mask.
+in the L2 cache. Only tiles that meet the diagonal or the ragged edge pay for a mask. Ids and limits, which mask entries
+anywhere, are pointers that may be None: a kernel without them is compiled without them.
 
     all of a matrix             triangle, folded so that row group g and the g-th from below make a full width
     group 0  1 3 5 7            g = 0   1 3 5 7           fold 0 = group 0 then group G−1
@@ -21,6 +22,7 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(math.log2(math.e))
+LN_2 = tl.constexpr(math.log(2))
 
 
 @triton.jit
@@ -141,3 +143,48 @@ def without_diagonal(
         off_diagonal = j > i + diagonal if TRIANGLE else j != i + diagonal
         x = tl.where(off_diagonal & (i < num_rows) & (j < num_cols), x, float("-inf"))
     return x
+
+
+@triton.jit
+def without_equal_ids(x, row_ids, i, num_rows, col_ids, j, num_cols):
+    """Put −∞ where row and column have one id; without ids, as they are."""
+    if row_ids is None:
+        return x
+    else:
+        row_id = tl.load(row_ids + i, mask=i < num_rows, other=0)
+        col_id = tl.load(col_ids + j, mask=j < num_cols, other=0)
+        return tl.where(row_id[:, None] == col_id[None, :], float("-inf"), x)
+
+
+@triton.jit
+def within_limits(values, x, limits, i, count, reference, OF_ROWS: tl.constexpr, otherwise: tl.constexpr):
+    """``otherwise`` in place of values whose x exceeds the limit of its row, or of its column; without limits, values.
+
+    Limits are absolute, x is relative to ``reference``. What is not a number counts, and shows.
+    """
+    if limits is None:
+        return values
+    else:
+        limit = (tl.load(limits + i, mask=i < count, other=float("inf")) - reference).to(tl.float32)
+        limit = limit[:, None] if OF_ROWS else limit[None, :]
+        return tl.where(x > limit, otherwise, values)
+
+
+@triton.jit
+def softplus_and_sigmoid(y):
+    """``(ln(1 + 2^y), 2^y / (1 + 2^y))``; y may be −∞.
+
+    With z = 2^−|y| the first is max(y, 0)·ln 2 + ln(1 + z), and ln(1 + z) = 2·artanh(z / (2 + z)), of which w ≤ 1/3
+    leaves less than float32 holds after seven terms: a small z keeps its digits, which 1 + z would lose.
+    """
+    z = tl.exp2(-tl.abs(y))
+    w = z / (z + 2.0)
+    square = w * w
+    series = square / 13 + 1.0 / 11
+    series = series * square + 1.0 / 9
+    series = series * square + 1.0 / 7
+    series = series * square + 1.0 / 5
+    series = series * square + 1.0 / 3
+    series = series * square + 1.0
+    share = 1.0 / (1.0 + z)
+    return tl.maximum(y, 0.0) * LN_2 + 2.0 * w * series, tl.where(y < 0.0, z * share, share)
