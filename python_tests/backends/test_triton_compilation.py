@@ -15,9 +15,10 @@ from gapkernels.backends.triton.device import INTERPRETED
 if INTERPRETED:
     pytest.skip("kernels are interpreted in this process (TRITON_INTERPRET=1)", allow_module_level=True)
 
-from backends.triton_launches import compile_for, evaluate, recorded
+from backends.triton_launches import compile_for, evaluate, evaluate_sums, recorded
 
-MATRIX_KERNELS = ("tile_sums_kernel", "log_sums_kernel", "gradient_tiles_kernel", "both_products_kernel")
+SUM_KERNELS = ("tile_sums_kernel", "log_sums_kernel", "gradient_tiles_kernel")
+MATRIX_KERNELS = (*SUM_KERNELS, "softplus_sums_kernel", "both_products_kernel")
 
 
 def distinct_launches(arch, all_candidates=False, **evaluation):
@@ -48,7 +49,7 @@ def check(launch, arch, tensor_cores=True):
 def test_sixteen_bits(arch):
     """All configurations of the table in bf16."""
     launches = distinct_launches(arch, all_candidates=True, dim=512)
-    assert {launch.name for launch in launches} >= set(MATRIX_KERNELS)
+    assert {launch.name for launch in launches} >= {*SUM_KERNELS, "both_products_kernel"}
     for launch in launches:
         check(launch, arch)
 
@@ -74,6 +75,22 @@ def test_rows_of_other_lengths(dim, modalities):
     needs_grad = (True,) * (modalities + 1)
     for launch in distinct_launches("sm_90", dim=dim, modalities=modalities, needs_grad=needs_grad):
         check(launch, "sm_90")
+
+
+CONTRASTS = [{}, {"ids": True}, {"limits": (True, True)}, {"ids": True, "limits": (True, False)}, {"softplus": True}]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("contrast", [*CONTRASTS, {"softplus": True, "ids": True}], ids=str)
+def test_weights_ids_limits_and_softplus(contrast, dtype):
+    """The kernels of contrasts with options: what is added to a tile's arithmetic does not spill."""
+    with recorded("sm_90", all_candidates=dtype == torch.bfloat16) as launches:
+        evaluate_sums(4100, 512, dtype, **contrast)
+    distinct = {launch.key: launch for launch in launches if launch.name in MATRIX_KERNELS}
+    wanted = {"softplus_sums_kernel", "gradient_tiles_kernel"} if "softplus" in contrast else set(SUM_KERNELS)
+    assert {launch.name for launch in distinct.values()} >= wanted
+    for launch in distinct.values():
+        check(launch, "sm_90", tensor_cores=dtype == torch.bfloat16)
 
 
 def test_two_programs_fit_a_hopper_processor():

@@ -18,7 +18,7 @@ from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from gapkernels import plan
+from gapkernels import plan, similarity_ops
 from gapkernels.backends import triton as triton_backend
 from gapkernels.backends.contract import Scalars
 from gapkernels.backends.triton import (
@@ -28,6 +28,7 @@ from gapkernels.backends.triton import (
     products,
     row_gradients,
     row_statistics,
+    softplus_sums,
     tile_sums,
     tuning,
 )
@@ -35,7 +36,7 @@ from gapkernels.backends.triton.architectures import ARCHITECTURES
 from gapkernels.distributed import World
 from gapkernels.spec import LossSpec
 
-ASK_FOR_PROCESSORS = (device, tile_sums, log_sums, row_gradients, row_statistics)
+ASK_FOR_PROCESSORS = (device, tile_sums, log_sums, softplus_sums, row_gradients, row_statistics)
 
 
 class Launch(NamedTuple):
@@ -132,6 +133,37 @@ def evaluate(
     found = plan.forward(embeddings, scalars, spec, implementation, world, keep=keep)
     upstream = torch.ones(3, dtype=torch.float64)
     plan.backward(upstream, embeddings, scalars, found.saved, spec, implementation, world, list(needs_grad), found.kept)
+
+
+def evaluate_sums(
+    n: int,
+    dim: int = 32,
+    dtype: torch.dtype = torch.bfloat16,
+    ids: bool = False,
+    limits: tuple[bool, bool] = (False, False),
+    softplus: bool = False,
+    matched: bool = True,
+    offset: int = 0,
+) -> None:
+    """Sums along the rows and columns of one matrix, and their gradients; all but the rows begin ``offset`` late."""
+
+    def vector(wanted: bool, kind: torch.dtype = torch.float64) -> torch.Tensor | None:
+        return torch.zeros(n + offset, dtype=kind)[offset:] if wanted else None
+
+    rows, cols = random_embeddings(n, dim, dtype=dtype)
+    mask = similarity_ops.Mask(*(vector(ids, torch.int64) for _ in range(2)), *map(vector, limits))
+    spec = LossSpec(anchor=1, atp=False, cu=False)
+    p = similarity_ops._Problem(rows, cols, torch.tensor(14.3), mask, matched, spec, triton_backend.create(), World())
+    weights = vector(True), vector(True), vector(matched)
+    needs = [True, True, True]
+    if softplus:
+        bias = torch.tensor(-2.0, dtype=torch.float64)
+        operands, _ = similarity_ops._matched_operands(p)
+        sums = p.backend.softplus_sums(p.matrix(operands), bias)
+        similarity_ops._softplus_gradients(p, weights[1:] if matched else (weights[0], None), bias, sums.sigmoid, needs)
+    else:
+        row_sums, col_sums, all_cols, _ = similarity_ops._log_sums(p)
+        similarity_ops._log_sum_gradients(p, weights, row_sums, col_sums, all_cols, needs)
 
 
 def compile_for(launch: Launch, arch: str) -> Compiled:

@@ -208,7 +208,7 @@ class TritonBackend:
         sides = (min(BLOCK, operand.shape[0]) for operand in (like.rows, like.cols))
         rows = like.rows
         options = tuning.candidates("gradient_tiles", device.architecture(rows.device), rows.dtype, rows.shape[1])
-        smallest = min(min(config.tile_m, config.tile_n) for config in options)
+        smallest = min(min(config.tile_m, config.tile_n) for config in map(tile_sums.narrower, options))
         places = math.prod(-(-side // smallest) for side in sides)
         return Moment(like.rows.new_empty(places, dtype=torch.float64))
 

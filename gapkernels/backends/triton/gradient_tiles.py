@@ -31,7 +31,7 @@ from gapkernels.backends.contract import Matrix
 from gapkernels.backends.triton import tuning
 from gapkernels.backends.triton.device import cdiv, input_precision
 from gapkernels.backends.triton.launch import descriptor, launch
-from gapkernels.backends.triton.tile_sums import mask_arguments, mask_kind
+from gapkernels.backends.triton.tile_sums import mask_arguments, mask_kind, narrower
 from gapkernels.backends.triton.tiles import (
     exponents,
     grouped_tile,
@@ -291,7 +291,11 @@ def gradient_tiles(
     num_cols = block.cols.shape[0]
     is_first = moment is not None and not moment.used
 
+    def shape_of(config: tuning.Config) -> tuning.Config:
+        return narrower(config) if row_weight is not None or block.masked else config
+
     def run(config: tuning.Config) -> None:
+        config = shape_of(config)
         m, n, k = config.tile_m, config.tile_n, config.tile_k
         launch(
             gradient_tiles_kernel,
@@ -351,5 +355,6 @@ def gradient_tiles(
 
     config = tuning.choose("gradient_tiles", block.rows, run, reset=None if moment is None else moment.partials)
     run(config)
+    config = shape_of(config)
     if moment is not None and is_first:
         moment.used = cdiv(num_rows, config.tile_m) * cdiv(num_cols, config.tile_n)

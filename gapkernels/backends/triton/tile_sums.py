@@ -152,6 +152,8 @@ def tile_sums(
     sums, row_sums, col_sums = room_for_sums(matrices, zeros)
 
     def run(config: tuning.Config) -> None:
+        if first.row_limit is not None or first.col_limit is not None:
+            config = narrower(config)
         tiles = len(matrices) * cdiv(num_rows, config.tile_m) * cdiv(num_cols, config.tile_n)
         grid = (min(tiles, num_processors(sums.device) * config.programs_per_processor),)
         launch(
@@ -220,6 +222,11 @@ def mask_arguments(matrices: list[Matrix]) -> tuple[torch.Tensor | None, ...]:
     first = matrices[0]
     assert len(matrices) == 1 or not any(m.masked for m in matrices), "a matrix with ids or limits is summed alone"
     return first.row_ids, first.col_ids, first.row_limit, first.col_limit
+
+
+def narrower(config: tuning.Config) -> tuning.Config:
+    """With tiles no wider than one more vector per row and column leaves registers for."""
+    return config._replace(tile_n=min(config.tile_n, 64))
 
 
 def mask_kind(m: Matrix) -> object:
