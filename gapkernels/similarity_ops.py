@@ -227,7 +227,7 @@ def _gradients(
     num_rows, world = p.rows.shape[0], p.world
     operands, cosines = _matched_operands(p)
     matrix = p.matrix(operands)
-    zeros = sums.row_weight.new_zeros
+    zeros = sums.negative_mass.new_zeros
     if isinstance(sums, SoftmaxSums):
         row_log, col_log = sums.row, sums.col
     else:

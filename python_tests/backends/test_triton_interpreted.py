@@ -27,6 +27,7 @@ GROUPS = {
     "distributed": "distributed",
     "products": "both_products",
     "repeated": "repeated",
+    "contrasts": "contrast",
 }
 
 

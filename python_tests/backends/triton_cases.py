@@ -4,9 +4,11 @@ import itertools
 
 import pytest
 import torch
+from contrast_cases import CASES
 from oracle import TOLERANCE, Tolerance, assert_matches_oracle, random_embeddings
+from test_contrast import compare
 
-from gapkernels import backends, gap_loss
+from gapkernels import backends, gap_loss, similarity_logsumexp, similarity_softplus
 from gapkernels.backends.triton import backend as triton_backend
 from gapkernels.backends.triton import steps, tuning
 from gapkernels.backends.triton.device import INTERPRETED
@@ -367,3 +369,101 @@ def test_repeated_evaluations_are_of_one_kind(repeating):
     for reason in (*kinds, "aten.linalg_vector_norm", "aten.zeros_like"):
         assert any(found.startswith(reason.strip()) if reason.strip() else not found for found in refused), reason
     assert refused.count("") == 2
+
+
+# ---- sums of one matrix ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("number", "n", "dtype"),
+    [
+        *((number, 37, torch.float32) for number in (1, 8, 16, 20, 23, 28)),
+        *((number, 70, torch.float32) for number in (19, 26)),
+        *((number, 37, torch.float16) for number in (4, 15, 31)),
+    ],
+    ids=str,
+)
+def test_contrasts(number, n, dtype):
+    """Weights, ids, limits and softplus, on one tile and on several."""
+    compare(CASES[number], random_embeddings(n, 20, dtype=dtype), 14.3, "triton")
+
+
+def sums_and_gradients(rows, cols, scale, backend, weights, **options):
+    """Row and column sums, and the gradients of their weighted sum where sums are finite."""
+    leaves = [e.detach().clone().requires_grad_() for e in (rows, cols)]
+    leaves.append(torch.tensor(scale, dtype=torch.float64, requires_grad=True))
+    sums = similarity_logsumexp(*leaves[:2], logit_scale=leaves[2], matched=False, backend=backend, **options)
+    total = sum((s * w)[s.isfinite()].sum() for s, w in zip((sums.rows, sums.cols), weights, strict=True))
+    return (sums.rows, sums.cols), torch.autograd.grad(total, leaves)
+
+
+@pytest.mark.parametrize(
+    ("scale", "dtype"), [(2.0, torch.float32), (100.0, torch.float16), (400.0, torch.float32)], ids=str
+)
+@pytest.mark.parametrize("mask", ["", "ids", "limits", "one limit"])
+def test_contrast_sums(monkeypatch, mask, scale, dtype):
+    """Signed weights, rows without entries and limits, in range of the constant exponent and beyond; several blocks."""
+    monkeypatch.setattr(triton_backend, "BLOCK", 32)
+    rows, cols = (e[:n] for e, n in zip(random_embeddings(45, 20, dtype=dtype), (45, 38), strict=True))
+    options = {}
+    if mask == "ids":
+        options = {"row_ids": torch.arange(45) % 5, "col_ids": torch.full((38,), 2)}
+        options["col_ids"][::3] = 4
+    elif mask:
+        options["row_limit"] = torch.linspace(-1, 1, 45, dtype=torch.float64) * scale
+    if mask == "limits":
+        options["col_limit"] = torch.linspace(1, -1, 38, dtype=torch.float64) * scale
+    weights = [torch.linspace(-1, 2, n, dtype=torch.float64) * 1e-4 for n in (45, 38)]
+    factor = 1e4 if dtype == torch.float16 else 1.0  # the gradient in float16 is that of a scaled loss
+    ours, gradients = sums_and_gradients(rows, cols, scale, "triton", [w * factor for w in weights], **options)
+    exact, expected = sums_and_gradients(
+        rows.double(), cols.double(), scale, "torch", [w * factor for w in weights], **options
+    )
+    for sums, value in zip(ours, exact, strict=True):
+        assert sums.isfinite().equal(value.isfinite())
+        assert (mask in ("limits", "one limit")) >= value.isneginf().any()
+        finite = value.isfinite()
+        torch.testing.assert_close(sums[finite], value[finite], rtol=1e-5, atol=scale * 2e-7)
+    rounding = max(TOLERANCE[dtype].gradient, 4 * scale * torch.finfo(torch.float32).eps)
+    for gradient, value in zip(gradients, expected, strict=True):
+        assert (gradient - value).norm() <= rounding * value.norm()
+
+
+@pytest.mark.parametrize("bias", [-60.0, -2.0, 200.0])
+@pytest.mark.parametrize("with_ids", [False, True])
+def test_contrast_softplus(bias, with_ids):
+    """Small terms keep their digits, large ones do not overflow; the bits are always the same."""
+    rows, cols = (e[:n] for e, n in zip(random_embeddings(70, 20), (45, 70), strict=True))
+    ids = {"row_ids": torch.arange(45) % 7, "col_ids": torch.arange(70) % 9} if with_ids else {}
+    weight = torch.linspace(-1, 2, 45, dtype=torch.float64)
+
+    def evaluated(dtype, backend):
+        leaves = [e.to(dtype).requires_grad_() for e in (rows, cols)]
+        leaves += [torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (9.0, bias)]
+        sums, _ = similarity_softplus(
+            *leaves[:2], logit_scale=leaves[2], logit_bias=leaves[3], matched=False, backend=backend, **ids
+        )
+        return sums, torch.autograd.grad(sums @ weight, leaves)
+
+    sums, gradients = evaluated(torch.float32, "triton")
+    exact, expected = evaluated(torch.float64, "torch")
+    torch.testing.assert_close(sums, exact, rtol=1e-5, atol=0)
+    assert torch.equal(sums, evaluated(torch.float32, "triton")[0])
+    for gradient, value in zip(gradients, expected, strict=True):
+        assert (gradient - value).norm() <= 2e-5 * value.norm()
+
+
+def test_contrast_passes_on_what_is_not_a_number():
+    rows, cols = random_embeddings(6, 8)
+    rows[2, 0] = torch.nan
+    sums = similarity_logsumexp(rows, cols, row_limit=torch.ones(6), col_limit=torch.ones(6), backend="triton")
+    assert sums.rows.isnan().tolist() == [False, False, True, False, False, False]
+    assert sums.cols[[0, 1, 3, 4, 5]].isnan().all()
+
+
+def test_contrast_in_deterministic_mode():
+    torch.use_deterministic_algorithms(True)
+    try:
+        compare(CASES[20], random_embeddings(37, 20), 14.3, "triton")
+    finally:
+        torch.use_deterministic_algorithms(False)
