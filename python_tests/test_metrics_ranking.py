@@ -1,5 +1,6 @@
 """Retrieval against ranks counted on the full similarity matrix in float64."""
 
+import importlib.util
 import math
 import subprocess
 import sys
@@ -95,6 +96,26 @@ def test_five_captions_per_image() -> None:
         query_ids=image_ids,
         target_ids=caption_ids,
     )
+
+
+@pytest.mark.skipif(importlib.util.find_spec("open_clip_train") is None, reason="open_clip is not installed")
+def test_recalls_are_open_clips_own() -> None:
+    """Its evaluation knows one caption per image; of five each is looked for among the same images."""
+    try:
+        from open_clip_train.metrics import get_clip_metrics
+    except ImportError:
+        from open_clip_train.train import get_clip_metrics
+    image = F.normalize(randn(70, 6, 0, torch.float64), dim=1)
+    caption = F.normalize(image.repeat_interleave(5, dim=0) + 0.8 * randn(350, 6, 5, torch.float64), dim=1)
+    ids = torch.arange(70).repeat_interleave(5)
+    found = retrieval(caption, image, query_ids=ids, target_ids=torch.arange(70), ks=(1, 5, 10))
+    theirs = [get_clip_metrics(image, caption[number::5], torch.tensor(1.0)) for number in range(5)]
+    for k, recall in found.query_to_target.recall.items():
+        assert recall == pytest.approx(np.mean([metrics[f"text_to_image_R@{k}"] for metrics in theirs]))
+    assert found.query_to_target.mean_rank == pytest.approx(np.mean([m["text_to_image_mean_rank"] for m in theirs]))
+    one = retrieval(image, caption[::5], ks=(1, 5, 10)).query_to_target
+    for k, recall in one.recall.items():
+        assert recall == pytest.approx(theirs[0][f"image_to_text_R@{k}"])
 
 
 def test_ids_of_every_kind_mean_the_same() -> None:

@@ -62,7 +62,8 @@ class ClipLoss(replaced_class("open_clip.loss", "ClipLoss")):  # type: ignore[mi
             the whole batch, where open_clip with ``local_loss`` returns that of its own rows; ``local_loss`` alone has
             an n×N block of its own on each process, computed in pieces, and returns that of its own rows too.
         cache_labels: keep what ``get_ground_truth`` returns; the loss itself needs no labels.
-        rank, world_size: of this process and their number; with more than one the default process group holds the
+        rank, world_size: of this process and their number (0, which open_clip sets where nothing is distributed, means
+            1); with more than one the default process group holds the
             batch, each process an equal number of rows.
         use_horovod: must be False.
         atp_weight: weight of the alignment of true pairs.
@@ -179,7 +180,7 @@ class ClipLoss(replaced_class("open_clip.loss", "ClipLoss")):  # type: ignore[mi
         if not isinstance(logit_scale, Tensor) and math.isnan(logit_scale):
             logit_scale = torch.tensor(logit_scale, device=image_features.device)  # gives NaN, as NaN features do
         own_rows_only = self.world_size > 1 and self.local_loss and not self.gather_with_grad
-        cu_weight = centroid_weight(self, self.cu_weight, len(image_features) * self.world_size)
+        cu_weight = centroid_weight(self, self.cu_weight, len(image_features) * max(self.world_size, 1))
         scaled = not own_rows_only and not self.gather_with_grad
         terms = gap_loss(
             *(self._scale_gradient(x) if scaled else x for x in (image_features, text_features)),
@@ -210,7 +211,7 @@ class ClipLoss(replaced_class("open_clip.loss", "ClipLoss")):  # type: ignore[mi
         return losses
 
     def _group(self) -> str | None:
-        if self.world_size == 1:
+        if self.world_size <= 1:
             return None
         actual = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         if actual != self.world_size:
@@ -218,14 +219,14 @@ class ClipLoss(replaced_class("open_clip.loss", "ClipLoss")):  # type: ignore[mi
         return "world"
 
     def _scale_gradient(self, features: Tensor) -> Tensor:
-        if self.world_size == 1:
+        if self.world_size <= 1:
             return features
         fixed = features.detach()
         return fixed + (features - fixed) / self.world_size  # the value itself, exactly
 
     def _gathered(self, features: Tensor) -> Tensor:
         """``[N, D]`` of all processes, with gradient where open_clip's has one."""
-        if self.world_size == 1:
+        if self.world_size <= 1:
             return features
         if self.gather_with_grad:
             from torch.distributed.nn.functional import all_gather  # fails to import where torch has no processes

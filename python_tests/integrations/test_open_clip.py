@@ -127,6 +127,13 @@ def test_several_processes():
     mp.spawn(_in_each_process, args=(2, port, 5), nprocs=2)
 
 
+def test_no_processes_at_all_are_one():
+    """open_clip's tasks and arguments say 0 where nothing is distributed."""
+    image, text = unit_embeddings(7)
+    losses = [ClipLoss(world_size=size, cu_weight=1.0)(image, text, 9.0) for size in (0, 1)]
+    torch.testing.assert_close(*losses, rtol=0, atol=0)
+
+
 def test_the_terms_of_the_paper_add_up():
     image, text = unit_embeddings(12)
     loss = ClipLoss(atp_weight=0.5, cu_weight=2.0, uniformity_t=1.5)

@@ -1,6 +1,8 @@
-"""The in-batch-negatives loss: values and gradients of its definition, and the library's own where it is installed."""
+"""The in-batch-negatives losses: values and gradients of their definition, and of the library where it is installed."""
 
+import functools
 import importlib.util
+import itertools
 import warnings
 
 import pytest
@@ -9,6 +11,7 @@ import torch.distributed as dist
 from oracle import DEVICE, random_embeddings
 
 from gapkernels.integrations.sentence_transformers import (
+    CachedMultipleNegativesRankingLoss,
     MultipleNegativesRankingLoss,
     MultipleNegativesSymmetricRankingLoss,
 )
@@ -40,6 +43,39 @@ def definition(anchors, positives, scale, cosine=True):
     logits = scale * anchors @ positives.T
     target = torch.arange(len(logits), device=logits.device)
     return (torch.nn.functional.cross_entropy(logits, target) + torch.nn.functional.cross_entropy(logits.T, target)) / 2
+
+
+EVERYWHERE = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
+
+
+def ranking_loss(columns, scale, directions, partition_mode, hardness_mode=None, strength=0.0, cosine=True):
+    """The library's definition with all its options, over dense matrices."""
+    if cosine:
+        columns = [torch.nn.functional.normalize(x, dim=1) for x in columns]
+    queries, *docs = columns
+    everything, n = torch.cat(docs), len(queries)
+    pair = torch.eye(n, dtype=torch.bool, device=queries.device)
+    own = pair.repeat(1, len(docs))
+    positive = torch.cat([pair, torch.zeros_like(own[:, n:])], dim=1)
+    similarity = queries @ everything.T
+    raised = {
+        None: torch.zeros_like(own),
+        "in_batch_negatives": ~own,
+        "hard_negatives": own & ~positive,
+        "all_negatives": ~positive,
+    }[hardness_mode]
+    logits = {
+        "query_to_doc": scale * similarity + strength * raised * similarity.detach(),
+        "query_to_query": (scale * queries @ queries.T).masked_fill(pair, -torch.inf),
+        "doc_to_query": scale * docs[0] @ queries.T,
+        "doc_to_doc": (scale * docs[0] @ everything.T).masked_fill(own, -torch.inf),
+    }
+    chosen = [logits[name] for name in directions]
+    if partition_mode == "joint":
+        log_partition = torch.cat(chosen, dim=1).logsumexp(dim=1)
+    else:
+        log_partition = sum(x.logsumexp(dim=1) for x in chosen) / len(chosen)
+    return (log_partition - scale * (queries * docs[0]).sum(dim=1)).mean()
 
 
 def gradients(model, loss):
@@ -78,19 +114,56 @@ def test_what_does_not_fit_is_refused():
         MultipleNegativesSymmetricRankingLoss(Encoder(), scale=0)
     with pytest.raises(ValueError, match=r"`similarity_fct` must be None or .* got cdist"):
         MultipleNegativesSymmetricRankingLoss(Encoder(), similarity_fct=torch.cdist)
-    with pytest.raises(ValueError, match="two columns, anchors and positives, got 3"):
-        MultipleNegativesSymmetricRankingLoss(Encoder())([*columns(), columns()[0]])
+    with pytest.raises(ValueError, match=r"columns of anchors and positives, got 1 column"):
+        MultipleNegativesRankingLoss(Encoder())([columns()[0]])
 
     for options, message in (
+        ({"directions": ("doc_to_query",)}, r"'query_to_doc' among them, got \('doc_to_query',\)"),
+        ({"directions": ("query_to_doc", "sideways")}, r"`directions` must be some of .*, got .*'sideways'"),
+        ({"partition_mode": "both"}, "`partition_mode` must be one of .*, got 'both'"),
+        (BOTH | {"directions": EVERYWHERE}, "`partition_mode`='per_direction' and `directions`=.* contradict"),
+        ({"hardness_mode": "some"}, "`hardness_mode` must be one of .*, got 'some'"),
+        ({"hardness_strength": -1.0}, "`hardness_strength` must not be negative, got -1.0"),
         (
-            {},
-            r"`directions` must be .* got \('query_to_doc',\) and 'joint'; train .*losses.MultipleNegativesRankingLoss",
+            {
+                "hardness_mode": "all_negatives",
+                "hardness_strength": 1.0,
+                "scale": torch.tensor(2.0, requires_grad=True),
+            },
+            "`hardness_mode`='all_negatives' and a `scale` that requires gradient contradict",
         ),
-        (BOTH | {"partition_mode": "joint"}, r"got \('query_to_doc', 'doc_to_query'\) and 'joint'"),
-        (BOTH | {"hardness_mode": "all_negatives"}, "`hardness_mode` must be None, got 'all_negatives'"),
     ):
         with pytest.raises(ValueError, match=message):
             MultipleNegativesRankingLoss(Encoder(), **options)
+
+
+@pytest.mark.parametrize("hard_negatives", [0, 1, 2])
+@pytest.mark.parametrize("hardness_mode", [None, "in_batch_negatives", "hard_negatives", "all_negatives"])
+def test_every_option_has_the_value_and_the_gradients_of_its_definition(hardness_mode, hard_negatives):
+    choices = [EVERYWHERE[:1], EVERYWHERE[:2], (EVERYWHERE[0], EVERYWHERE[3]), EVERYWHERE]
+    modes = [*itertools.product(choices, ["joint"]), *((d, "per_direction") for d in (EVERYWHERE[:1], EVERYWHERE[::2]))]
+    strength = 3.0 if hardness_mode else 0.0
+    for (directions, mode), rows in itertools.product(modes, (1, 9)):
+        made = [x.double().requires_grad_() for x in random_embeddings(rows, 6, 2 + hard_negatives)]
+        loss = MultipleNegativesRankingLoss(torch.nn.Identity(), 7.0, None, False, directions, mode, hardness_mode)
+        loss.hardness_strength = strength
+        found = loss.compute_loss_from_embeddings(made)
+        expected = ranking_loss(made, 7.0, directions, mode, hardness_mode, strength)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+        ours, theirs = (torch.autograd.grad(value, made, allow_unused=True) for value in (found, expected))
+        for a, b, x in zip(ours, theirs, made, strict=True):
+            a, b = (torch.zeros_like(x) if grad is None else grad for grad in (a, b))
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+def test_the_other_terms_beside_hard_negatives():
+    made = [x.double() for x in random_embeddings(20, 12, 3)]
+    loss = MultipleNegativesRankingLoss(torch.nn.Identity(), atp_weight=0.5)
+    x, y = (torch.nn.functional.normalize(e, dim=1) for e in made[:2])
+    expected = ranking_loss(made, 20.0, EVERYWHERE[:1], "joint") + 0.5 * (x - y).square().sum(dim=1).mean()
+    torch.testing.assert_close(loss.compute_loss_from_embeddings(made), expected)
+    assert loss.get_config_dict()["atp_weight"] == 0.5
+    assert "cu_weight" not in loss.get_config_dict()
 
 
 BOTH = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
@@ -112,7 +185,7 @@ def test_options_are_read_at_every_call(name):
     torch.testing.assert_close(loss.compute_loss_from_embeddings([x, y]), expected)
     config = loss.get_config_dict()
     assert (config["scale"], config["atp_weight"], config["similarity_fct"]) == (50.0, 0.5, "cos_sim")
-    loss.directions = ("query_to_doc",)
+    loss.directions = ("doc_to_query",)
     with pytest.raises(ValueError, match="`directions` must be"):
         loss.compute_loss_from_embeddings([x, y])
 
@@ -146,9 +219,15 @@ def worker(rank, size, file, results):
     model = Encoder()
     parallel = torch.nn.parallel.DistributedDataParallel(model)
     own = [{"inputs": c["inputs"].chunk(size)[rank]} for c in columns()]
-    loss = MultipleNegativesSymmetricRankingLoss(parallel, gather_across_devices=True)(own)
-    loss.backward()
-    results.put((loss.item(), [p.grad.numpy() for p in model.parameters()]))
+    for loss in (
+        MultipleNegativesSymmetricRankingLoss(parallel, gather_across_devices=True),
+        MultipleNegativesRankingLoss(parallel, gather_across_devices=True, directions=EVERYWHERE),
+    ):
+        model.zero_grad()
+        three = [*own, {"inputs": -own[1]["inputs"].flip(1)}]
+        value = loss(three if loss.partition_mode == "joint" else own)
+        value.backward()
+        results.put((loss.partition_mode, value.item(), [p.grad.numpy() for p in model.parameters()]))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -160,17 +239,21 @@ def test_two_processes_train_on_the_batch_of_both(tmp_path):
     workers = [context.Process(target=worker, args=(rank, 2, tmp_path / "store", results)) for rank in range(2)]
     for process in workers:
         process.start()
-    found = [results.get(timeout=120) for _ in workers]
+    found = [results.get(timeout=120) for _ in range(2 * len(workers))]
     for process in workers:
         process.join()
         assert process.exitcode == 0
     model = Encoder()
     embeddings = [model(c)["sentence_embedding"] for c in columns()]
-    expected = definition(*embeddings, scale=20.0)
-    expected_gradients = gradients(model, expected)
-    for value, of_parameters in found:
-        assert value == pytest.approx(expected.item(), rel=1e-5)
-        for ours, theirs in zip(of_parameters, expected_gradients, strict=True):
+    negatives = model({"inputs": -columns()[1]["inputs"].flip(1)})["sentence_embedding"]
+    all_expected = {
+        "per_direction": definition(*embeddings, scale=20.0),
+        "joint": ranking_loss([*embeddings, negatives], 20.0, EVERYWHERE, "joint"),
+    }
+    for mode, value, of_parameters in found:
+        assert value == pytest.approx(all_expected[mode].item(), rel=1e-5)
+        expected = torch.autograd.grad(all_expected[mode], list(model.parameters()), retain_graph=True)
+        for ours, theirs in zip(of_parameters, expected, strict=True):
             torch.testing.assert_close(torch.from_numpy(ours), theirs, rtol=1e-4, atol=1e-6)
 
 
@@ -224,3 +307,38 @@ def test_matryoshka_loss_around_it():
         return loss, *gradients(model, loss)
 
     torch.testing.assert_close(trained(MultipleNegativesRankingLoss), trained(losses.MultipleNegativesRankingLoss))
+
+
+@library
+@pytest.mark.parametrize("options", [{}, BOTH, {"directions": EVERYWHERE}])
+def test_gradient_caching_is_the_plain_loss(options):
+    from sentence_transformers.sentence_transformer import losses
+
+    model = Encoder()
+    three = [*columns(), {"inputs": columns()[0]["inputs"].flip(1)}]
+    plain = MultipleNegativesRankingLoss(model, atp_weight=0.5, **options)(three)
+    cached = CachedMultipleNegativesRankingLoss(model, mini_batch_size=6, atp_weight=0.5, **options)
+    assert isinstance(cached, losses.CachedMultipleNegativesRankingLoss)
+    expected = gradients(model, plain)
+    value = cached(three, None)
+    value.backward()
+    torch.testing.assert_close(value, plain)
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+    cached.scale = 5.0
+    assert cached.get_config_dict()["scale"] == 5.0
+    assert "2601.18525" in cached.citation
+
+
+@library
+def test_a_similarity_without_a_name_is_recognised():
+    from sentence_transformers import util
+
+    loss = MultipleNegativesRankingLoss(torch.nn.Identity(), similarity_fct=functools.partial(util.cos_sim))
+    assert loss.get_config_dict()["similarity_fct"] == "cos_sim"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("sentence_transformers") is not None, reason="it is installed")
+def test_gradient_caching_needs_the_library():
+    with pytest.raises(RuntimeError, match="pip install sentence-transformers"):
+        CachedMultipleNegativesRankingLoss(Encoder())
