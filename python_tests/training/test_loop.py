@@ -326,7 +326,7 @@ def test_samples_that_say_the_same(
     samples = next(iter(trainer._remaining_batches()))
     with torch.no_grad():
         batch = trainer.dataset.train.batch(samples)
-        image, text = (F.normalize(x.double(), dim=1) for x in trainer._encode(batch))
+        image, text = (F.normalize(x.double(), dim=1) for x in trainer._encode((0, batch)))
     labels = trainer.dataset.train.labels[samples]
     equal = labels[:, None] == labels[None]
     other = equal.fill_diagonal_(False) if duplicates == "mask" else torch.zeros_like(equal)
