@@ -89,7 +89,8 @@ def per_sample(
     limit = None
     if contrast.margin is not None:
         with torch.no_grad():
-            cosine = (_vectors(anchor, how) * _vectors(other, how)).sum(dim=1)
+            wide = statistics_dtype(anchor.device)
+            cosine = (_vectors(anchor.to(wide), how) * _vectors(other.to(wide), how)).sum(dim=1)
             limit = (cosine + contrast.margin) * scale.to(cosine.dtype)
     sums = logsumexp(anchor, other, scale, how, True, masked, limit, limit)
     from_anchor, to_anchor = [sums.rows], [sums.cols]
@@ -147,7 +148,7 @@ def _sigmoid(anchor: Tensor, other: Tensor, scale: Tensor, contrast: Contrast, g
     total = sums - F.logsigmoid(positive + bias)
     if contrast.equal_are_positive and given.ids is not None:  # softplus(−x) = softplus(x) − x
         mean, size = _class_means(other, given.ids, how)
-        logits = (_vectors(anchor, how) * mean).sum(dim=1) * scale.to(sums.dtype)
+        logits = _products(_vectors(anchor, how), mean) * scale.to(sums.dtype)
         total = total - (size * logits - positive + (size - 1) * bias)
     if given.negatives is not None:
         if given.negatives.dim() == 2:
@@ -195,8 +196,8 @@ def _norms(x: Tensor) -> Tensor:
 
 
 def _vectors(x: Tensor, how: How) -> Tensor:
-    """Rows as the loss uses them, in the statistics type."""
-    x = x.to(statistics_dtype(x.device))
+    """Rows as the loss uses them, in float32 or wider."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
     return F.normalize(x, dim=1, eps=NORM_EPS) if how.normalize else x
 
 
@@ -237,21 +238,30 @@ def _target(
     if contrast.equal_are_positive and ids is not None:
         vectors = _vectors(rows, how)
         mean, _ = _class_means(cols, ids, how)
-        target = (vectors * mean).sum(dim=1) * scale.to(positive.dtype)
+        target = _products(vectors, mean) * scale.to(positive.dtype)
     if contrast.label_smoothing:
         vectors = _vectors(rows, how) if vectors is None else vectors
-        total = how.sum(_vectors(cols, how).sum(dim=0))
-        logits = (vectors * total).sum(dim=1) * scale.to(positive.dtype)
+        logits = (vectors @ _total(cols, how)).to(positive.dtype) * scale.to(positive.dtype)
         count = cols.shape[0] * how.world_size
         if extra is not None and extra.dim() == 2:
-            total = how.sum(_vectors(extra, how).sum(dim=0))
-            logits = logits + (vectors * total).sum(dim=1) * scale.to(positive.dtype)
+            logits = logits + (vectors @ _total(extra, how)).to(positive.dtype) * scale.to(positive.dtype)
             count += extra.shape[0] * how.world_size
         elif extra is not None:
             logits = logits + _own_logits(rows, extra, scale, how).sum(dim=1)
             count += extra.shape[1]
         target = (1 - contrast.label_smoothing) * target + contrast.label_smoothing / count * logits
     return target
+
+
+def _products(x: Tensor, y: Tensor) -> Tensor:
+    """⟨x_i, y_i⟩, in the statistics type."""
+    return torch.linalg.vecdot(x, y).to(statistics_dtype(x.device))
+
+
+def _total(x: Tensor, how: How) -> Tensor:
+    """The sum of the vectors of all processes, ``[D]``."""
+    vectors = _vectors(x, how)
+    return how.sum(vectors.sum(dim=0, dtype=statistics_dtype(x.device))).to(vectors.dtype)
 
 
 def _class_means(cols: Tensor, ids: Tensor, how: How) -> tuple[Tensor, Tensor]:
@@ -262,7 +272,7 @@ def _class_means(cols: Tensor, ids: Tensor, how: How) -> tuple[Tensor, Tensor]:
     sums = vectors.new_zeros(vectors.shape).index_add(0, place, vectors)
     first = world_of(how.group).rank * ids.shape[0]
     own = slice(first, first + ids.shape[0])
-    return sums[place[own]] / size[own, None], size[own]
+    return sums[place[own]] / size[own, None].to(sums.dtype), size[own]
 
 
 def _classes(ids: Tensor) -> tuple[Tensor, Tensor]:

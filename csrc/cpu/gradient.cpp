@@ -95,7 +95,8 @@ double gradient_tile(const A* s, int64_t height, int64_t width, const Exponents<
                 } else {
                     const V row_limit = V::all(w.row_limit[row + i]);
                     if constexpr (kind == Entry::general) {
-                        t = exp2(y) * (if_within(y, row_limit, own, zero) + if_within(y, limit[v], share[v], zero));
+                        const V e = exp2(y);  // may be infinite beyond both limits
+                        t = if_within(y, row_limit, e * own, zero) + if_within(y, limit[v], e * share[v], zero);
                     } else {
                         t = if_within(y, row_limit, exp2(y - own) * V::all(w.row_weight[row + i]), zero) +
                             if_within(y, limit[v], exp2(y - share[v]) * weight[v], zero);
