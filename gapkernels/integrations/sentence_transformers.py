@@ -239,8 +239,8 @@ class MultipleNegativesRankingLoss(replaced_class(_LOSSES, "MultipleNegativesRan
 
     def _check_options(self) -> None:
         if not self.scale > 0:
-            raise ValueError(f"`scale` must be positive, got {self.scale}")
-        _similarity_name(self.similarity_fct)
+            raise ValueError(f"Scale must be a positive value, got `scale`={self.scale}")
+        _check_similarity(self.similarity_fct)
         unknown = {*self.directions} - {*_DIRECTIONS}
         if unknown or "query_to_doc" not in self.directions:
             raise ValueError(
@@ -394,10 +394,15 @@ def _similarity_name(function: Similarity | None) -> str:
         return "cos_sim"
     if isinstance(function, functools.partial) and not (function.args or function.keywords):
         function = function.func
-    name = getattr(function, "__name__", repr(function))
-    if name not in ("cos_sim", "dot_score") or "sentence_transformers" not in getattr(function, "__module__", ""):
+    return getattr(function, "__name__", repr(function))
+
+
+def _check_similarity(function: Similarity | None) -> None:
+    name = _similarity_name(function)
+    origin = function.func if isinstance(function, functools.partial) else function
+    is_theirs = "sentence_transformers" in getattr(origin, "__module__", "")
+    if function is not None and not (is_theirs and name in ("cos_sim", "dot_score")):
         raise ValueError(
             f"`similarity_fct` must be None or sentence_transformers.util's cos_sim or dot_score, got {name}: only of "
             "inner products are all pairs summed without storing each; train the library's own class with it"
         )
-    return name

@@ -110,7 +110,7 @@ def test_the_other_terms_are_added_with_their_weights():
 
 
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match="`scale` must be positive, got 0"):
+    with pytest.raises(ValueError, match="Scale must be a positive value, got `scale`=0"):
         MultipleNegativesSymmetricRankingLoss(Encoder(), scale=0)
     with pytest.raises(ValueError, match=r"`similarity_fct` must be None or .* got cdist"):
         MultipleNegativesSymmetricRankingLoss(Encoder(), similarity_fct=torch.cdist)
@@ -314,7 +314,7 @@ def test_matryoshka_loss_around_it():
 def test_gradient_caching_is_the_plain_loss(options):
     from sentence_transformers.sentence_transformer import losses
 
-    model = Encoder()
+    model = torch.nn.Sequential(Encoder())  # the library looks at its first module
     three = [*columns(), {"inputs": columns()[0]["inputs"].flip(1)}]
     plain = MultipleNegativesRankingLoss(model, atp_weight=0.5, **options)(three)
     cached = CachedMultipleNegativesRankingLoss(model, mini_batch_size=6, atp_weight=0.5, **options)
@@ -336,6 +336,10 @@ def test_a_similarity_without_a_name_is_recognised():
 
     loss = MultipleNegativesRankingLoss(torch.nn.Identity(), similarity_fct=functools.partial(util.cos_sim))
     assert loss.get_config_dict()["similarity_fct"] == "cos_sim"
+    loss.similarity_fct = torch.nn.CosineSimilarity(dim=-1)
+    assert "CosineSimilarity" in loss.get_config_dict()["similarity_fct"]
+    with pytest.raises(ValueError, match=r"got CosineSimilarity.*: only of inner products"):
+        loss(columns())
 
 
 @pytest.mark.skipif(importlib.util.find_spec("sentence_transformers") is not None, reason="it is installed")
