@@ -52,6 +52,7 @@ from gapkernels.training.stopping import StopRequest
 from gapkernels.training.torch_settings import deterministic_algorithms, limited_threads
 
 _LARGEST_LOGIT_SCALE = 100.0
+_LONGEST_REASON = 300  # characters of a library's message that ours quotes
 # Its old name warns from torch 2.13 on.
 _SYNC_BUFFERS = next(
     name
@@ -398,7 +399,9 @@ class Trainer:
             load_optimizer(self.optimizer, self.scheduler, checkpoint, initial)
             restore_random_state(checkpoint.random, self.device)
         except (ValueError, RuntimeError, TypeError) as error:
-            raise UserError(f"{path} is damaged ({printable(str(error))}); {remedy}") from error
+            # torch appends pages to some of its messages.
+            reason = printable(str(error).partition("\n")[0])[:_LONGEST_REASON]
+            raise UserError(f"{path} is damaged ({reason}); {remedy}") from error
         self.step, self.seconds = checkpoint.step, checkpoint.seconds
         return checkpoint.log_size, checkpoint.log_digest
 

@@ -295,6 +295,19 @@ def test_any_value_in_a_checkpoint_is_refused_or_harmless(half_way: Trainer, dat
         (
             lambda state: {
                 **state,
+                "optimizer": {
+                    **state["optimizer"],
+                    "param_groups": [
+                        {**group, "weight_decay": torch.eye(16).to_sparse()}
+                        for group in state["optimizer"]["param_groups"]
+                    ],
+                },
+            },
+            "is damaged",
+        ),
+        (
+            lambda state: {
+                **state,
                 "model": {k: v * torch.nan if v.is_floating_point() else v for k, v in state["model"].items()},
             },
             "must be finite",
