@@ -36,6 +36,8 @@ def distinct_launches(arch, all_candidates=False, **evaluation):
 
 def check(launch, arch, tensor_cores=True):
     row = ARCHITECTURES[arch]
+    # Centroids of few short rows are float32 in full, for there is little to average roundings over.
+    tensor_cores = tensor_cores and "ieee" not in launch.constants.values()
     compiled = compile_for(launch, arch)
     assert compiled.spilled == 0, f"{launch.name} {launch.constants}: {compiled.spilled} bytes spilled"
     assert compiled.shared <= row.shared_memory, f"{launch.name}: {compiled.shared} bytes shared"
