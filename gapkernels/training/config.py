@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
@@ -546,8 +547,11 @@ def _describe_value(name: str, value: Any, description: str | None, indent: str)
     elif isinstance(value, dict) and value:
         yield f"{indent}{name}:{comment}"
         for key, entry in value.items():
-            yield from _describe_value(key, entry, None, indent + "  ")
+            yield from _describe_value(_scalar(key), entry, None, indent + "  ")
     else:
-        plain = list(value) if isinstance(value, tuple) else value
-        text = yaml.safe_dump(plain, default_flow_style=True).removesuffix("...\n").strip()
-        yield f"{indent}{name}: {text}{comment}"
+        yield f"{indent}{name}: {_scalar(list(value) if isinstance(value, tuple) else value)}{comment}"
+
+
+def _scalar(value: Any) -> str:
+    """A value on one line of YAML, quoted where a reader would take it for something else."""
+    return yaml.safe_dump(value, default_flow_style=True, width=sys.maxsize).removesuffix("...\n").strip()

@@ -161,6 +161,17 @@ def test_any_value_in_a_configuration_is_read_or_named(tmp_path: Path, preset: s
         assert config.name.strip(".")
 
 
+@pytest.mark.parametrize("name", ["\x1f", " ", "0", '"', ">", "@", "null", "a: b", "x" * 300])
+def test_a_described_configuration_keeps_every_name(tmp_path: Path, name: str) -> None:
+    tree = yaml.safe_load(dump_config(load_config("features")))
+    tree["model"]["encoders"] = {name: {}}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    config = read_config(path)
+    path.write_text(describe_config(config))
+    assert read_config(path) == config
+
+
 @FUZZ
 @given(
     key=st.sampled_from(
