@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ from gapkernels.backends.contract import (
     part,
     statistics_dtype,
 )
-from gapkernels.distributed import World
+from gapkernels.distributed import World, triangle_blocks
 from gapkernels.spec import LossSpec, Pairs
 
 
@@ -26,6 +28,29 @@ def readable(embeddings: list[Tensor]) -> list[Tensor]:
 def blocks_of(length: int, side: int | None) -> list[slice]:
     side = side or length
     return [slice(start, min(start + side, length)) for start in range(0, length, side)]
+
+
+def blocks_of_matrix(matrix: Matrix, side: int | None) -> Iterator[tuple[slice, slice]]:
+    """Blocks of rows and columns; of a symmetric matrix those that hold anything on or above its diagonal."""
+    for row in blocks_of(matrix.rows.shape[0], side):
+        for col in blocks_of(matrix.cols.shape[0], side):
+            if not matrix.symmetric or col.start >= row.start:
+                yield row, col
+
+
+def own_rows(x: Tensor, world: World) -> Tensor:
+    """This process's ``[n, ...]`` of the ``[N, ...]`` of all."""
+    if world.size == 1:
+        return x
+    rows = x.shape[0] // world.size
+    return x[world.rank * rows : (world.rank + 1) * rows]
+
+
+def triangle(world: World, rows: int) -> Iterator[tuple[slice, slice]]:
+    """This process's blocks of the triangle of the centroid matrix that hold anything, with ``rows`` each."""
+    for row, col in triangle_blocks(world.rank, world.size, rows):
+        if row.start < row.stop and col.start < col.stop:
+            yield row, col
 
 
 def largest_products(embeddings: list[Tensor], pairs: Pairs, spec: LossSpec, world: World) -> list[Tensor] | list[None]:
@@ -43,13 +68,15 @@ def accumulator(operand: Operand | Centroids) -> Tensor:
     return torch.empty_like(operand.rows, dtype=compute_dtype(operand.rows.dtype))
 
 
-def centroid_matrix(c: Centroids, row: slice, col: slice) -> Matrix:
-    symmetric = row == col
+def centroid_matrix(c: Centroids, row: slice, others: Centroids, col: slice) -> Matrix:
+    """Some centroids against others; the same ones are a symmetric matrix."""
+    symmetric = others is c and row == col
+    rows, bias = part(c.rows, row), part(c.bias, row)
     return Matrix(
-        rows=part(c.rows, row),
-        row_factor=part(c.bias, row),
-        cols=part(c.rows, col),
-        col_factor=part(c.bias, col),
+        rows=rows,
+        row_factor=bias,
+        cols=rows if symmetric else part(others.rows, col),
+        col_factor=bias if symmetric else part(others.bias, col),
         scale=c.scale,
         diagonal=0 if symmetric else NO_DIAGONAL,
         biased=True,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gapkernels import backends
 from gapkernels.backends.contract import statistics_dtype
+from gapkernels.distributed import DTYPES
 
 DEFAULT_TEMPERATURE = 0.07  # CLIP's initial value
 
@@ -36,6 +37,30 @@ def constant(value: float | tuple[float, ...], device: torch.device) -> Tensor:
 def _kept_constant(value: float | tuple[float, ...], device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # or no later call could differentiate through it
         return torch.tensor(value, dtype=statistics_dtype(device), device=device)
+
+
+def check_rows(name: str, x: Tensor, may_be_empty: bool = False) -> None:
+    """Raise unless ``x`` is ``[N, D]`` of a type that the loss takes, on this process alone."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    refuse_dtensor(name, x, "its local rows (to_local()) with group= its mesh's group (get_group())")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {name_of(x.dtype)}")
+    if x.dim() != 2 or x.shape[1] == 0 or (x.shape[0] == 0 and not may_be_empty):
+        raise ValueError(f"{name} must have shape [N, D] with N, D ≥ 1, got {list(x.shape)}")
+
+
+def check_vector(name: str, x: Tensor, length: int, like: Tensor, integer: bool) -> None:
+    """Raise unless ``x`` is ``[length]``, int64 or floating, on the device of ``like``."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"`{name}` must be a torch.Tensor, got {type(x).__name__}")
+    if list(x.shape) != [length] or (x.dtype != torch.int64 if integer else not x.is_floating_point()):
+        kind = "int64" if integer else "floating"
+        raise ValueError(
+            f"`{name}` must be {kind} of shape [{length}], got {name_of(x.dtype)} of shape {list(x.shape)}"
+        )
+    if x.device != like.device:
+        raise ValueError(f"`{name}` must be on the embeddings' device {like.device}, got {x.device}")
 
 
 def check_scalar(name: str, value: float | Tensor, positive: bool = True) -> float | Tensor:

@@ -1,8 +1,7 @@
 """The contrastive term with every option, on sums along one similarity matrix at a time.
 
 The plain symmetric InfoNCE of matched batches is part of the fused plan (``gapkernels.plan``). With any option here the
-term is this composition instead: N² work in ``similarity_logsumexp`` or ``similarity_softplus``, O(N·D) and O(N) in
-    torch.
+term is this composition instead: N² work in ``similarity_logsumexp`` or ``similarity_softplus``, the rest in torch.
 
 For sample i of a pair, with anchor row q_i, its partner p_i, x_ij = s·⟨q̂_i, p̂_j⟩ and positive x_ii:
 
@@ -20,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gapkernels import similarity_ops  # noqa: F401 (registers the operators)
-from gapkernels.backends.contract import NORM_EPS, statistics_dtype
+from gapkernels.backends.contract import NORM_EPS, compute_dtype, statistics_dtype
+from gapkernels.blocks import own_rows
 from gapkernels.collectives import gather_rows, sum_over_processes
 from gapkernels.distributed import world_of
 from gapkernels.spec import Candidates, Contrast, SimilaritySums
@@ -90,7 +90,7 @@ def per_sample(
     if contrast.margin is not None:
         with torch.no_grad():
             wide = statistics_dtype(anchor.device)
-            cosine = (_vectors(anchor.to(wide), how) * _vectors(other.to(wide), how)).sum(dim=1)
+            cosine = (vectors_of(anchor.to(wide), how) * vectors_of(other.to(wide), how)).sum(dim=1)
             limit = (cosine + contrast.margin) * scale.to(cosine.dtype)
     sums = logsumexp(anchor, other, scale, how, True, masked, limit, limit)
     from_anchor, to_anchor = [sums.rows], [sums.cols]
@@ -148,7 +148,7 @@ def _sigmoid(anchor: Tensor, other: Tensor, scale: Tensor, contrast: Contrast, g
     total = sums - F.logsigmoid(positive + bias)
     if contrast.equal_are_positive and given.ids is not None:  # softplus(−x) = softplus(x) − x
         mean, size = _class_means(other, given.ids, how)
-        logits = _products(_vectors(anchor, how), mean) * scale.to(sums.dtype)
+        logits = _products(vectors_of(anchor, how), mean) * scale.to(sums.dtype)
         total = total - (size * logits - positive + (size - 1) * bias)
     if given.negatives is not None:
         if given.negatives.dim() == 2:
@@ -182,7 +182,7 @@ def _negatives(anchor: Tensor, scale: Tensor, given: Candidates, masks: bool, li
 
 def _own_logits(anchor: Tensor, negatives: Tensor, scale: Tensor, how: How) -> Tensor:
     """Logits of negatives of a row's own, ``[n, K]``, in the statistics type from products in float32 or wider."""
-    dtype = torch.promote_types(anchor.dtype, torch.float32)
+    dtype = compute_dtype(anchor.dtype)
     rows, own = anchor.to(dtype), negatives.to(dtype)
     products = torch.bmm(own, rows[:, :, None])[:, :, 0].to(statistics_dtype(anchor.device))
     if how.normalize:
@@ -195,10 +195,10 @@ def _norms(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=-1).clamp_min(NORM_EPS)
 
 
-def _vectors(x: Tensor, how: How) -> Tensor:
-    """Rows as the loss uses them, in float32 or wider."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    return F.normalize(x, dim=1, eps=NORM_EPS) if how.normalize else x
+def vectors_of(x: Tensor, how: How) -> Tensor:
+    """Rows ``[..., D]`` as the loss uses them, in float32 or wider."""
+    x = x.to(compute_dtype(x.dtype))
+    return F.normalize(x, dim=-1, eps=NORM_EPS) if how.normalize else x
 
 
 def _log_sum(parts: list[Tensor]) -> Tensor:
@@ -236,11 +236,11 @@ def _target(
     target = positive
     vectors = None
     if contrast.equal_are_positive and ids is not None:
-        vectors = _vectors(rows, how)
+        vectors = vectors_of(rows, how)
         mean, _ = _class_means(cols, ids, how)
         target = _products(vectors, mean) * scale.to(positive.dtype)
     if contrast.label_smoothing:
-        vectors = _vectors(rows, how) if vectors is None else vectors
+        vectors = vectors_of(rows, how) if vectors is None else vectors
         logits = (vectors @ _total(cols, how)).to(positive.dtype) * scale.to(positive.dtype)
         count = cols.shape[0] * how.world_size
         if extra is not None and extra.dim() == 2:
@@ -260,19 +260,19 @@ def _products(x: Tensor, y: Tensor) -> Tensor:
 
 def _total(x: Tensor, how: How) -> Tensor:
     """The sum of the vectors of all processes, ``[D]``."""
-    vectors = _vectors(x, how)
+    vectors = vectors_of(x, how)
     return how.sum(vectors.sum(dim=0, dtype=statistics_dtype(x.device))).to(vectors.dtype)
 
 
 def _class_means(cols: Tensor, ids: Tensor, how: How) -> tuple[Tensor, Tensor]:
     """For each own sample the mean of the vectors of its id over all processes ``[n, D]``, and their number ``[n]``."""
-    vectors = how.gather(_vectors(cols, how))
+    vectors = how.gather(vectors_of(cols, how))
     all_ids = how.gather(ids)
     place, size = _classes(all_ids)
     sums = vectors.new_zeros(vectors.shape).index_add(0, place, vectors)
-    first = world_of(how.group).rank * ids.shape[0]
-    own = slice(first, first + ids.shape[0])
-    return sums[place[own]] / size[own, None].to(sums.dtype), size[own]
+    world = world_of(how.group)
+    place, size = own_rows(place, world), own_rows(size, world)
+    return sums[place] / size[:, None].to(sums.dtype), size
 
 
 def _classes(ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gapkernels import contrast, ops
 from gapkernels.backends import reference
-from gapkernels.backends.contract import NORM_EPS, Scalars, compute_dtype
+from gapkernels.backends.contract import Scalars, compute_dtype
 from gapkernels.collectives import mean_of_gradients, mean_over_processes
 from gapkernels.contrast import How
 from gapkernels.spec import Candidates, Contrast, LossSpec, SimilaritySums, pairs_of
@@ -62,7 +61,7 @@ def with_contrast(
     if spec.cu and different_only:
         if not spec.normalize_centroids:
             raise ValueError("`uniformity_of_equal_ids`=False needs normalize_centroids=True, got False")
-        uniformity = _uniformity_of_different(embeddings, scalars.uniformity_t, spec, given, how)
+        uniformity = _uniformity_of_different(embeddings, scalars.uniformity_t, given, how)
     rest = spec._replace(nce=False, cu=spec.cu and uniformity is None)
     if how.backend == "reference":
         others = by_definition(embeddings, scalars, rest, how.world_size)
@@ -92,9 +91,9 @@ def contrast_per_sample(
         given = given._replace(bias=mean_of_gradients(given.bias, how.group, how.world_size))
     if how.backend == "reference":
         _refuse_group(how.world_size)
-        dtype = torch.promote_types(embeddings[0].dtype, torch.float32)
-        vectors = [_definition_vectors(e, dtype, spec) for e in embeddings]
-        negatives = None if given.negatives is None else _definition_vectors(given.negatives, dtype, spec)
+        dtype = compute_dtype(embeddings[0].dtype)
+        vectors = [contrast.vectors_of(e, how) for e in embeddings]
+        negatives = None if given.negatives is None else contrast.vectors_of(given.negatives, how)
         bias = None if given.bias is None else given.bias.to(dtype)
         given = given._replace(negatives=negatives, bias=bias)
     losses: list[Tensor] = []
@@ -111,18 +110,11 @@ def contrast_per_sample(
     return torch.stack(losses).mean(dim=0), sums
 
 
-def _definition_vectors(x: Tensor, dtype: torch.dtype, spec: LossSpec) -> Tensor:
-    x = x.to(dtype)
-    return F.normalize(x, dim=-1, eps=NORM_EPS) if spec.normalize else x
-
-
-def _uniformity_of_different(
-    embeddings: list[Tensor], t: Tensor, spec: LossSpec, given: Candidates, how: How
-) -> Tensor:
+def _uniformity_of_different(embeddings: list[Tensor], t: Tensor, given: Candidates, how: How) -> Tensor:
     assert given.ids is not None
     dtype = compute_dtype(embeddings[0].dtype)
     with torch.autocast(embeddings[0].device.type, enabled=False):
-        c = reference.centroids([_definition_vectors(e, dtype, spec) for e in embeddings], normalize=True)
+        c = reference.centroids([contrast.vectors_of(e, how) for e in embeddings], normalize=True)
         if how.backend == "reference":
             return reference.centroid_uniformity(c, t.to(dtype), given.ids)
         return mean_over_processes(contrast.uniformity_of_different(c, t, given.ids, how), how.group, how.world_size)
@@ -135,7 +127,7 @@ def mean_over_samples(losses: Tensor, how: How) -> Tensor:
 def by_definition(embeddings: list[Tensor], scalars: Scalars, spec: LossSpec, world_size: int) -> GapLossTerms:
     """All terms from ``gapkernels.backends.reference``."""
     _refuse_group(world_size)
-    dtype = torch.promote_types(embeddings[0].dtype, torch.float32)
+    dtype = compute_dtype(embeddings[0].dtype)
     embeddings = [e.to(dtype) for e in embeddings]
     with torch.autocast(embeddings[0].device.type, enabled=False):  # which would round the cosines
         terms = reference.loss_terms(embeddings, Scalars(*(number.to(dtype) for number in scalars)), spec)

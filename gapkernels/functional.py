@@ -15,11 +15,11 @@ from gapkernels.checks import (
     as_tensor,
     check_backend,
     check_number,
+    check_rows,
     check_scalar,
     constant,
     logit_scale_of,
     name_of,
-    refuse_dtensor,
 )
 from gapkernels.contrast import How
 from gapkernels.distributed import DTYPES, group_name_and_size, heard_by_all
@@ -462,15 +462,7 @@ def _check_embeddings(embeddings: tuple[Tensor, ...], may_be_empty: bool) -> lis
     if len(embeddings) < 2:
         raise ValueError(f"at least 2 embeddings (one per modality) are needed, got {len(embeddings)}")
     for index, e in enumerate(embeddings):
-        if not isinstance(e, Tensor):
-            raise TypeError(f"embedding {index} must be a torch.Tensor, got {type(e).__name__}")
-        refuse_dtensor(
-            f"embedding {index}", e, "its local rows (to_local()) with group= its mesh's group (get_group())"
-        )
-        if not e.is_floating_point() or e.dtype.itemsize < 2:
-            raise TypeError(f"embedding {index} must be float16, bfloat16, float32 or float64, got {name_of(e.dtype)}")
-        if e.dim() != 2 or e.shape[1] == 0 or (e.shape[0] == 0 and not may_be_empty):
-            raise ValueError(f"embedding {index} must have shape [N, D] with N, D ≥ 1, got {list(e.shape)}")
+        check_rows(f"embedding {index}", e, may_be_empty)
     first = embeddings[0]
     for index, e in enumerate(embeddings):
         if e.shape != first.shape:

@@ -295,7 +295,7 @@ def _backward_operator(
     gradients, scale_gradient = _gradients(
         implementation, upstream, embeddings, scalars, Saved(*saved), spec, group, needs_grad
     )
-    return _fill_absent(embeddings, gradients), logit_scale.new_empty(0) if scale_gradient is None else scale_gradient
+    return fill_absent(embeddings, gradients), logit_scale.new_empty(0) if scale_gradient is None else scale_gradient
 
 
 def _backward_fake(
@@ -313,12 +313,12 @@ def _backward_fake(
     gradients = [
         e.new_empty(e.shape) if needed else None for e, needed in zip(embeddings, embedding_needs_grad, strict=True)
     ]
-    return _fill_absent(embeddings, gradients), logit_scale.new_empty(() if scale_needs_grad else (0,))
+    return fill_absent(embeddings, gradients), logit_scale.new_empty(() if scale_needs_grad else (0,))
 
 
-def _fill_absent(embeddings: list[Tensor], gradients: list[Tensor | None]) -> list[Tensor]:
+def fill_absent(inputs: list[Tensor], gradients: list[Tensor | None]) -> list[Tensor]:
     """Operators return tensors only: an empty one stands for a gradient nobody asked for."""
-    return [e.new_empty(0) if g is None else g for e, g in zip(embeddings, gradients, strict=True)]
+    return [x.new_empty(0) if g is None else g for x, g in zip(inputs, gradients, strict=True)]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[Tensor]]) -> None:

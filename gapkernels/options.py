@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 import torch
 from torch import Tensor
 
-from gapkernels.checks import as_tensor, check_number, check_scalar, name_of
+from gapkernels.checks import as_tensor, check_number, check_scalar, check_vector, name_of
 from gapkernels.spec import Candidates, Contrast
 
 if TYPE_CHECKING:
@@ -210,17 +210,8 @@ def _check_tensors(like: Tensor, given: dict[str, Any]) -> None:
         if negatives.device != like.device:
             raise ValueError(f"`negatives` must be on the embeddings' device {like.device}, got {negatives.device}")
     for name, length in (("ids", rows), ("negative_ids", None if negatives is None else negatives.shape[0])):
-        ids = given[name]
-        if ids is None or length is None:
-            continue
-        if not isinstance(ids, Tensor):
-            raise TypeError(f"`{name}` must be a torch.Tensor, got {type(ids).__name__}")
-        if ids.dtype != torch.int64 or list(ids.shape) != [length]:
-            raise ValueError(
-                f"`{name}` must be int64 of shape [{length}], got {name_of(ids.dtype)} of shape {list(ids.shape)}"
-            )
-        if ids.device != like.device:
-            raise ValueError(f"`{name}` must be on the embeddings' device {like.device}, got {ids.device}")
+        if given[name] is not None and length is not None:
+            check_vector(name, given[name], length, like, integer=True)
 
 
 def _weights(directions: str | tuple[float, float]) -> tuple[float, float]:

@@ -19,7 +19,7 @@ that only has rows is taken and finished block by block, where the backend works
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -47,12 +47,15 @@ from gapkernels.backends.contract import (
 from gapkernels.blocks import (
     accumulator,
     blocks_of,
+    blocks_of_matrix,
     centroid_matrix,
     largest_products,
     log_sum_over_processes,
+    own_rows,
     readable,
+    triangle,
 )
-from gapkernels.distributed import DTYPES, MODES, NEEDS_GRAD, World, triangle_blocks
+from gapkernels.distributed import DTYPES, MODES, NEEDS_GRAD, World
 from gapkernels.spec import LossSpec
 
 KEPT_BYTES = 16 * 2**20
@@ -110,7 +113,7 @@ def forward(
         num_pairs = len(matrices)
         if spec.cu and world.size == 1:
             assert own is not None
-            matrices.append(centroid_matrix(own, slice(0, rows), slice(0, rows)))
+            matrices.append(centroid_matrix(own, slice(0, rows), own, slice(0, rows)))
         elif spec.cu:
             c = _centroids_of_all(own, gathered, statistics.sums, scalars, spec, backend, world)
             if own is not None:
@@ -246,7 +249,7 @@ def backward(
             for row in row_blocks:
                 if m in own:
                     operand = _rows_of(own[m], row)
-                    products = part(_own_rows(col_products[m], world), row) if m in col_products else None
+                    products = part(own_rows(col_products[m], world), row) if m in col_products else None
                 else:
                     operand = (
                         _rows_of(operands[m], row) if operands else backend.operand(part(embeddings[m], row), spec)
@@ -413,18 +416,11 @@ def _rows_of(operand: Operand, row: slice) -> Operand:
 # ---- centroids ----------------------------------------------------------------------------------------------------
 
 
-def _triangle(world: World, rows: int) -> Iterator[tuple[slice, slice]]:
-    """This process's blocks of the triangle of the centroid matrix that hold anything."""
-    for row, col in triangle_blocks(world.rank, world.size, rows):
-        if row.start < row.stop and col.start < col.stop:
-            yield row, col
-
-
 def _centroid_log_sums(c: Centroids, backend: Backend, world: World) -> Tensor:
     """log2 Σ_{j≠i} e_ij over this process's part of the triangle, for the rows of all processes, ``[N]``."""
     log_sum = torch.full(c.bias.shape, -torch.inf, dtype=statistics_dtype(c.bias.device), device=c.bias.device)
-    for row, col in _triangle(world, c.rows.shape[0] // world.size):
-        matrix = centroid_matrix(c, row, col)
+    for row, col in triangle(world, c.rows.shape[0] // world.size):
+        matrix = centroid_matrix(c, row, c, col)
         sums = backend.log_sums([matrix])
         log_sum[row] = torch.logaddexp2(log_sum[row], sums.rows[0])
         if not matrix.symmetric:
@@ -437,20 +433,17 @@ def _centroid_products(c: Centroids, evaluation: Evaluation, backend: Backend, w
     total = accumulator(c)
     if world.size > 1:
         total.zero_()  # this process's part of the triangle does not touch all rows
-    for shard_row, shard_col in _triangle(world, c.rows.shape[0] // world.size):
-        matrix = centroid_matrix(c, shard_row, shard_col)
+    for shard_row, shard_col in triangle(world, c.rows.shape[0] // world.size):
+        matrix = centroid_matrix(c, shard_row, c, shard_col)
         row_total, col_total = part(total, shard_row), part(total, shard_col)
-        for row in blocks_of(row_total.shape[0], backend.gradient_block):
-            for col in blocks_of(col_total.shape[0], backend.gradient_block):
-                if matrix.symmetric and col.start < row.start:
-                    continue
-                block = matrix.block(row, col)
-                cols = None if block.symmetric else part(col_total, col)
-                first_cols = world.size == 1 and row.start == 0
-                first_rows = first_cols and col.start == 0
-                backend.add_products(
-                    block, None, evaluation.prepared, part(row_total, row), cols, None, first_rows, first_cols
-                )
+        for row, col in blocks_of_matrix(matrix, backend.gradient_block):
+            block = matrix.block(row, col)
+            cols = None if block.symmetric else part(col_total, col)
+            first_cols = world.size == 1 and row.start == 0
+            first_rows = first_cols and col.start == 0
+            backend.add_products(
+                block, None, evaluation.prepared, part(row_total, row), cols, None, first_rows, first_cols
+            )
     return _own_sum(total, evaluation.embeddings, world)
 
 
@@ -494,13 +487,6 @@ def _description(
         "group_mode (auto, gather, ring)": MODES.index(world.mode),
         "choice between torch.compile and eager": keep,
     }
-
-
-def _own_rows(x: Tensor, world: World) -> Tensor:
-    if world.size == 1:
-        return x
-    rows = x.shape[0] // world.size
-    return x[world.rank * rows : (world.rank + 1) * rows]
 
 
 def _added_up(own: Forward, scalars: Scalars, world: World) -> Forward:

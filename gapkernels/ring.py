@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from gapkernels.backends.contract import (
-    NO_DIAGONAL,
     Backend,
     Centroids,
     Evaluation,
@@ -27,8 +26,8 @@ from gapkernels.backends.contract import (
     part,
     statistics_dtype,
 )
-from gapkernels.blocks import accumulator, blocks_of
-from gapkernels.distributed import World, triangle_blocks
+from gapkernels.blocks import accumulator, blocks_of_matrix, centroid_matrix, triangle
+from gapkernels.distributed import World
 from gapkernels.spec import LossSpec
 
 
@@ -89,20 +88,17 @@ def pair_products(
             if scale_needs_grad and moment is None:
                 moment = backend.moment_buffer(matrix)
             col_sums = part(prepared.cols[p], slice(owner * rows, (owner + 1) * rows))
-            for row in blocks_of(rows, backend.gradient_block):
-                for col in blocks_of(rows, backend.gradient_block):
-                    backend.add_products(
-                        matrix.block(row, col),
-                        SoftmaxSums(
-                            part(prepared.rows[p], row), part(col_sums, col), part(saved.negative_mass[p], row)
-                        ),
-                        prepared,
-                        part(of_rows[m], row) if m in of_rows else None,
-                        part(of_cols[k], col) if k in of_cols else None,
-                        moment,
-                        m not in seen_rows and col.start == 0,
-                        step == 0 and k not in seen_cols and row.start == 0,
-                    )
+            for row, col in blocks_of_matrix(matrix, backend.gradient_block):
+                backend.add_products(
+                    matrix.block(row, col),
+                    SoftmaxSums(part(prepared.rows[p], row), part(col_sums, col), part(saved.negative_mass[p], row)),
+                    prepared,
+                    part(of_rows[m], row) if m in of_rows else None,
+                    part(of_cols[k], col) if k in of_cols else None,
+                    moment,
+                    m not in seen_rows and col.start == 0,
+                    step == 0 and k not in seen_cols and row.start == 0,
+                )
             seen_rows.add(m)
             seen_cols.add(k)
         of_cols = {k: world.shift(total, -1) for k, total in of_cols.items()}
@@ -135,15 +131,12 @@ def centroid_products(own: Centroids, prepared: PreparedSums, backend: Backend, 
     for owner, held in world.circulate([own.rows, own.bias], _centroid_steps(world)):
         for matrix, row, col in _triangle_matrices(own, held, owner, world):
             row_total, col_total = part(of_rows, row), part(of_cols, col)
-            for row_block in blocks_of(row_total.shape[0], backend.gradient_block):
-                for col_block in blocks_of(col_total.shape[0], backend.gradient_block):
-                    if matrix.symmetric and col_block.start < row_block.start:
-                        continue
-                    block = matrix.block(row_block, col_block)
-                    # Of the own diagonal block, columns are own rows too.
-                    to_cols = row_total if matrix.symmetric else col_total
-                    cols = None if block.symmetric else part(to_cols, col_block)
-                    backend.add_products(block, None, prepared, part(row_total, row_block), cols, None)
+            for row_block, col_block in blocks_of_matrix(matrix, backend.gradient_block):
+                block = matrix.block(row_block, col_block)
+                # Of the own diagonal block, columns are own rows too.
+                to_cols = row_total if matrix.symmetric else col_total
+                cols = None if block.symmetric else part(to_cols, col_block)
+                backend.add_products(block, None, prepared, part(row_total, row_block), cols, None)
         if (owner - world.rank) % world.size < _centroid_steps(world) - 1:
             of_cols = world.shift(of_cols, -1)
     return of_rows.add_(world.shift(of_cols, _centroid_steps(world) - 1))
@@ -160,22 +153,14 @@ def _triangle_matrices(
     """This process's blocks of the triangle with the columns of another, and what rows and columns they cover there."""
     rows = own.rows.shape[0]
     matrices = []
-    for global_row, global_col in triangle_blocks(world.rank, world.size, rows):
-        if global_col.start // rows != owner or not (
-            global_row.start < global_row.stop and global_col.start < global_col.stop
-        ):
+    others = own if owner == world.rank else own._replace(rows=held[0], bias=held[1])
+    for global_row, global_col in triangle(world, rows):
+        if global_col.start // rows != owner:
             continue
         row, col = (
             slice(s.start - r * rows, s.stop - r * rows) for s, r in ((global_row, world.rank), (global_col, owner))
         )
-        symmetric = owner == world.rank
-        row_rows, row_bias = part(own.rows, row), part(own.bias, row)
-        col_rows, col_bias = (row_rows, row_bias) if symmetric else (part(held[0], col), part(held[1], col))
-        diagonal = 0 if symmetric else NO_DIAGONAL
-        matrix = Matrix(
-            row_rows, row_bias, col_rows, col_bias, own.scale, None, diagonal, biased=True, symmetric=symmetric
-        )
-        matrices.append((matrix, row, col))
+        matrices.append((centroid_matrix(own, row, others, col), row, col))
     return matrices
 
 

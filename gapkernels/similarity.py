@@ -1,5 +1,4 @@
-"""The door to the primitive: sums along the rows and columns of one similarity matrix, with gradients, in O(N·D)
-memory.
+"""The door to the primitive: sums along rows and columns of one similarity matrix, with gradients, in O(N·D) memory.
 
 Losses that no option spells can be written with these in plain torch, for instance with weights of one's own per sample
 (FastCLIP, SogCLR), a distillation term, or candidates from several sources: the log sums of parts join by
@@ -10,14 +9,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from gapkernels import contrast
 from gapkernels.backends.contract import statistics_dtype
-from gapkernels.checks import as_tensor, check_backend, check_scalar, logit_scale_of, name_of, refuse_dtensor
+from gapkernels.checks import as_tensor, check_backend, check_rows, check_scalar, check_vector, logit_scale_of, name_of
 from gapkernels.contrast import How
-from gapkernels.distributed import DTYPES, group_name_and_size
+from gapkernels.distributed import group_name_and_size
 from gapkernels.spec import SimilaritySums
 
 if TYPE_CHECKING:
@@ -123,14 +121,8 @@ def similarity_softplus(
 
 
 def _check(rows: Tensor, cols: Tensor, matched: bool, **vectors: Tensor | None) -> None:
-    for name, x in (("rows", rows), ("cols", cols)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"`{name}` must be a torch.Tensor, got {type(x).__name__}")
-        refuse_dtensor(f"`{name}`", x, "its local rows (to_local()) with group= its mesh's group (get_group())")
-        if x.dtype not in DTYPES:
-            raise TypeError(f"`{name}` must be float16, bfloat16, float32 or float64, got {name_of(x.dtype)}")
-        if x.dim() != 2 or 0 in x.shape:
-            raise ValueError(f"`{name}` must have shape [N, D] with N, D ≥ 1, got {list(x.shape)}")
+    check_rows("`rows`", rows)
+    check_rows("`cols`", cols)
     if rows.shape[1] != cols.shape[1] or (matched and rows.shape != cols.shape):
         wanted = "one shape, as they match" if matched else "one D"
         raise ValueError(f"`rows` and `cols` must have {wanted}, got {list(rows.shape)} and {list(cols.shape)}")
@@ -139,17 +131,8 @@ def _check(rows: Tensor, cols: Tensor, matched: bool, **vectors: Tensor | None) 
     if rows.device != cols.device:
         raise ValueError(f"`rows` and `cols` must be on one device, got {rows.device} and {cols.device}")
     for name, vector in vectors.items():
-        if vector is None:
-            continue
-        length = (rows if name.startswith("row") else cols).shape[0]
-        is_ids = name.endswith("ids")
-        if list(vector.shape) != [length] or (
-            vector.dtype != torch.int64 if is_ids else not vector.is_floating_point()
-        ):
-            kind = "int64" if is_ids else "floating"
-            got = f"{name_of(vector.dtype)} of shape {list(vector.shape)}"
-            raise ValueError(f"`{name}` must be {kind} of shape [{length}], got {got}")
-        if vector.device != rows.device:
-            raise ValueError(f"`{name}` must be on the device of `rows`, {rows.device}, got {vector.device}")
+        if vector is not None:
+            side = rows if name.startswith("row") else cols
+            check_vector(name, vector, side.shape[0], rows, integer=name.endswith("ids"))
     if (vectors.get("row_ids") is None) != (vectors.get("col_ids") is None):
         raise ValueError("give `row_ids` and `col_ids` together, or neither")

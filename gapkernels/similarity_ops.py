@@ -5,8 +5,7 @@ softplus; a backend computes both in tiles and recomputes the tiles in the backw
 is one of these and O(N·D) arithmetic around it can be written with them in plain torch (``gapkernels.contrast``).
 
 Rows and columns are matched, sample by sample, or not. The entries of matching rows and columns, the positives, are
-left
-out of all sums and returned by themselves: what is made of both is then exact where a positive dominates its sum.
+left out of all sums and returned by themselves: what is made of both is then exact where a positive dominates its sum.
 
 With several processes each holds ``n`` rows and ``k`` columns; sums run over the columns, or rows, of all. Gradients of
 rows and columns are those of the sum over the processes of whatever each makes of its own sums; that of the scale is
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from gapkernels import backends
 from gapkernels.backends.contract import (
+    LN_2,
     LOG2_E,
     NO_DIAGONAL,
     SUM_SCALARS,
@@ -39,12 +39,17 @@ from gapkernels.backends.contract import (
     part,
     statistics_dtype,
 )
+from gapkernels.blocks import (
+    accumulator,
+    blocks_of_matrix,
+    largest_products,
+    log_sum_over_processes,
+    own_rows,
+    readable,
+)
 from gapkernels.distributed import World, world_of
-from gapkernels.ops import library, no_autocast, no_second_derivative, on_device
-from gapkernels.plan import accumulator, blocks_of, largest_products, log_sum_over_processes, readable
+from gapkernels.ops import fill_absent, library, no_autocast, no_second_derivative, on_device
 from gapkernels.spec import LossSpec
-
-LN_2 = math.log(2)
 
 
 class Mask(NamedTuple):
@@ -94,19 +99,16 @@ class _Problem(NamedTuple):
             col_limit=None if mask.col_limit is None else world.gather_rows(mask.col_limit) * LOG2_E,
         )
 
-    def own_cols(self, x: Tensor) -> Tensor:
-        """The part that belongs to this process's columns."""
-        k = self.cols.shape[0]
-        return x if self.world.size == 1 else x[self.world.rank * k : (self.world.rank + 1) * k]
-
-    def operands(self) -> tuple[Operand, Operand]:
-        return self.backend.operand(self.rows, self.spec), self.gathered(None)
-
-    def gathered(self, own: Operand | None) -> Operand:
-        """The columns of all processes as an operand."""
-        if own is None or self.world.size > 1:
-            return self.backend.operand(self.world.gather_rows(self.cols), self.spec)
-        return own
+    def operands(self) -> tuple[tuple[Operand, Operand], Tensor]:
+        """Own rows and columns of all processes; cosines (inner products) of matching rows, ``[0]`` if none match."""
+        rows = own_cols = None
+        cosines = self.rows.new_empty(0, dtype=statistics_dtype(self.rows.device))
+        if self.matched:
+            (rows, own_cols), statistics = self.backend.row_statistics([self.rows, self.cols], self.spec)
+            cosines = statistics.cosines[0]
+        if own_cols is None or self.world.size > 1:
+            own_cols = self.backend.operand(self.world.gather_rows(self.cols), self.spec)
+        return (rows or self.backend.operand(self.rows, self.spec), own_cols), cosines
 
 
 def _problem(
@@ -118,6 +120,7 @@ def _problem(
     normalize: bool,
     backend: str,
     group: str,
+    *,
     softplus: bool = False,
 ) -> _Problem:
     spec = LossSpec(anchor=1, atp=False, cu=False, normalize=normalize)
@@ -150,25 +153,17 @@ def _problem(
     return _Problem(rows, cols, logit_scale, mask, matched, spec, implementation, world)
 
 
-def _matched_operands(p: _Problem) -> tuple[tuple[Operand, Operand], Tensor]:
-    """Operands, and the cosines (inner products) of matching rows; none if rows do not match columns."""
-    if not p.matched:
-        return p.operands(), p.rows.new_empty(0, dtype=statistics_dtype(p.rows.device))
-    operands, statistics = p.backend.row_statistics([p.rows, p.cols], p.spec)
-    return (operands[0], p.gathered(operands[1])), statistics.cosines[0]
-
-
 # ---- evaluation -----------------------------------------------------------------------------------------------------
 
 
 def _log_sums(p: _Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log sums of own rows, of own columns, of all columns (``[0]`` if these are all), logits of the positives."""
-    operands, cosines = _matched_operands(p)
+    """Log sums of own rows and columns, logits of the positives, log sums of all columns (``[0]`` if these are all)."""
+    operands, cosines = p.operands()
     sums = p.backend.log_sums([p.matrix(operands)])
     all_cols = log_sum_over_processes(sums.cols[0], p.world)
-    own_cols = p.own_cols(all_cols)
+    own_cols = own_rows(all_cols, p.world)
     positives = cosines * p.logit_scale.to(cosines.dtype)
-    return sums.rows[0] * LN_2, own_cols * LN_2, all_cols if p.world.size > 1 else all_cols.new_empty(0), positives
+    return sums.rows[0] * LN_2, own_cols * LN_2, positives, all_cols if p.world.size > 1 else all_cols.new_empty(0)
 
 
 def _log_sum_gradients(
@@ -225,7 +220,7 @@ def _gradients(
     positive_entries = -sums.negative_mass.sum()
     sums, weight_unit = _with_weights_near_one(p, sums)
     num_rows, world = p.rows.shape[0], p.world
-    operands, cosines = _matched_operands(p)
+    operands, cosines = p.operands()
     matrix = p.matrix(operands)
     zeros = sums.negative_mass.new_zeros
     if isinstance(sums, SoftmaxSums):
@@ -252,22 +247,21 @@ def _gradients(
     row_products = accumulator(operands[0]) if needs_rows else None
     col_products = accumulator(operands[1]) if needs_cols else None
     moment = p.backend.moment_buffer(matrix) if needs_scale else None
-    for row in blocks_of(num_rows, p.backend.gradient_block):
-        for col in blocks_of(matrix.cols.shape[0], p.backend.gradient_block):
-            p.backend.add_products(
-                matrix.block(row, col),
-                _block_of(sums, prepared, row, col),
-                prepared,
-                None if row_products is None else part(row_products, row),
-                None if col_products is None else part(col_products, col),
-                moment,
-                first_rows=col.start == 0,
-                first_cols=row.start == 0,
-            )
+    for row, col in blocks_of_matrix(matrix, p.backend.gradient_block):
+        p.backend.add_products(
+            matrix.block(row, col),
+            _block_of(sums, prepared, row, col),
+            prepared,
+            None if row_products is None else part(row_products, row),
+            None if col_products is None else part(col_products, col),
+            moment,
+            first_rows=col.start == 0,
+            first_cols=row.start == 0,
+        )
     upstream = ones * (2 * p.total_rows) * weight_unit
     evaluation = Evaluation([p.rows, p.cols], scalars, p.spec, saved, upstream, prepared, p.total_rows, 1)
     gradients: list[Tensor | None] = [None, None]
-    own_col_factor = None if matrix.col_factor is None else p.own_cols(matrix.col_factor)
+    own_col_factor = None if matrix.col_factor is None else own_rows(matrix.col_factor, world)
     for side, (embedding, factor, products) in enumerate(
         (
             (p.rows, matrix.row_factor, row_products),
@@ -287,8 +281,7 @@ def _gradients(
         return gradients, None
     scale_gradient = p.backend.scale_gradient(moment, evaluation).to(row_log.dtype)
     if prepared.positive_moment is not None:
-        # It came from Σ H_ij·(x_ij − reference); in a loss Σ H_ij off the diagonal is the negative mass, here it may
-        # not.
+        # It came from Σ H_ij·(x_ij − reference), with the negative mass for Σ H_ij off the diagonal, as in a loss.
         scale_gradient = scale_gradient + (entries + positive_entries) * prepared.reference / per_cosine
     return gradients, scale_gradient.to(p.logit_scale.dtype)
 
@@ -346,26 +339,10 @@ library.define(
 )
 
 
-def _logsumexp(
-    rows: Tensor,
-    cols: Tensor,
-    logit_scale: Tensor,
-    row_ids: Tensor | None,
-    col_ids: Tensor | None,
-    row_limit: Tensor | None,
-    col_limit: Tensor | None,
-    matched: bool,
-    normalize: bool,
-    backend: str,
-    group: str,
-    world_size: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _logsumexp(rows: Tensor, cols: Tensor, logit_scale: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    mask, (*how, _) = Mask(*arguments[:4]), arguments[4:]
     with no_autocast([rows]), on_device([rows]):
-        mask = Mask(row_ids, col_ids, row_limit, col_limit)
-        row_sums, col_sums, all_cols, positives = _log_sums(
-            _problem(rows, cols, logit_scale, mask, matched, normalize, backend, group)
-        )
-        return row_sums, col_sums, positives, all_cols
+        return _log_sums(_problem(rows, cols, logit_scale, mask, *how))
 
 
 def _logsumexp_fake(rows: Tensor, cols: Tensor, logit_scale: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
@@ -382,41 +359,23 @@ def _logsumexp_backward(
     rows: Tensor,
     cols: Tensor,
     logit_scale: Tensor,
-    row_ids: Tensor | None,
-    col_ids: Tensor | None,
-    row_limit: Tensor | None,
-    col_limit: Tensor | None,
-    row_sums: Tensor,
-    col_sums: Tensor,
-    all_cols: Tensor,
-    matched: bool,
-    normalize: bool,
-    backend: str,
-    group: str,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
+    *arguments: Any,
+) -> tuple[Tensor, ...]:
+    mask, (row_sums, col_sums, all_cols, *how, needs) = Mask(*arguments[:4]), arguments[4:]
     with no_autocast([rows]), on_device([rows]):
-        mask = Mask(row_ids, col_ids, row_limit, col_limit)
-        p = _problem(rows, cols, logit_scale, mask, matched, normalize, backend, group)
+        p = _problem(rows, cols, logit_scale, mask, *how)
         grads = grad_row, grad_col, grad_positive
-        return _filled(p, *_log_sum_gradients(p, grads, row_sums, col_sums, all_cols, needs))
+        gradients, of_scale = _log_sum_gradients(p, grads, row_sums, col_sums, all_cols, needs)
+    return tuple(fill_absent([rows, cols, logit_scale], [*gradients, of_scale]))
 
 
 def _softplus(
-    rows: Tensor,
-    cols: Tensor,
-    logit_scale: Tensor,
-    logit_bias: Tensor,
-    row_ids: Tensor | None,
-    col_ids: Tensor | None,
-    matched: bool,
-    normalize: bool,
-    backend: str,
-    group: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+    rows: Tensor, cols: Tensor, logit_scale: Tensor, logit_bias: Tensor, *arguments: Any
+) -> tuple[Tensor, ...]:
+    mask, how = Mask(*arguments[:2]), arguments[2:]
     with no_autocast([rows]), on_device([rows]):
-        p = _problem(rows, cols, logit_scale, Mask(row_ids, col_ids), matched, normalize, backend, group, True)
-        operands, cosines = _matched_operands(p)
+        p = _problem(rows, cols, logit_scale, mask, *how, softplus=True)
+        operands, cosines = p.operands()
         sums = p.backend.softplus_sums(p.matrix(operands), logit_bias.to(cosines.dtype) * LOG2_E)
         return sums.softplus, cosines * logit_scale.to(cosines.dtype), sums.sigmoid
 
@@ -435,26 +394,13 @@ def _softplus_backward(
     cols: Tensor,
     logit_scale: Tensor,
     logit_bias: Tensor,
-    row_ids: Tensor | None,
-    col_ids: Tensor | None,
-    sigmoid: Tensor,
-    matched: bool,
-    normalize: bool,
-    backend: str,
-    group: str,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
+    *arguments: Any,
+) -> tuple[Tensor, ...]:
+    mask, (sigmoid, *how, needs) = Mask(*arguments[:2]), arguments[2:]
     with no_autocast([rows]), on_device([rows]):
-        p = _problem(rows, cols, logit_scale, Mask(row_ids, col_ids), matched, normalize, backend, group, True)
-        return _filled(p, *_softplus_gradients(p, (grad_row, grad_positive), logit_bias, sigmoid, needs))
-
-
-def _filled(
-    p: _Problem, gradients: list[Tensor | None], scale_gradient: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Operators return tensors only: an empty one stands for a gradient nobody asked for."""
-    rows, cols = (g if g is not None else e.new_empty(0) for g, e in zip(gradients, (p.rows, p.cols), strict=True))
-    return rows, cols, p.logit_scale.new_empty(0) if scale_gradient is None else scale_gradient
+        p = _problem(rows, cols, logit_scale, mask, *how, softplus=True)
+        gradients, of_scale = _softplus_gradients(p, (grad_row, grad_positive), logit_bias, sigmoid, needs)
+    return tuple(fill_absent([rows, cols, logit_scale], [*gradients, of_scale]))
 
 
 def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:

@@ -17,10 +17,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 def natively_tested_backends() -> list[str]:
     """The backends that compute the loss by other means than the definition and run on the device at hand.
 
-    The CUDA backend takes 16-bit types only and has a grid of its own (``backends/test_cuda_on_gpu.py``).
+    The CUDA backend takes 16-bit types only and has a grid of its own (``backends/test_cuda_on_gpu.py``); the CPU's
+    takes no tensors of a GPU, on which the tests run where there is one.
     """
     usable = {status.name for status in backends.available() if status.usable}
-    return [name for name in backends.NAMES if name in usable and name not in ("reference", "cuda")]
+    elsewhere = {"reference", "cuda"} | ({"cpu"} if torch.cuda.is_available() else set())
+    return [name for name in backends.NAMES if name in usable - elsewhere]
 
 
 @pytest.fixture(params=natively_tested_backends())

@@ -5,13 +5,23 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from oracle import DEVICE, skip_unsupported
 
 from gapkernels import similarity_logsumexp, similarity_softplus
 
 
+@pytest.fixture(autouse=True)
+def on_the_device_at_hand(request):
+    if "backend" in request.fixturenames:
+        skip_unsupported(request.getfixturevalue("backend"), torch.float64)
+    with DEVICE:
+        yield
+
+
 def _inputs(rows=11, cols=7, dim=5, dtype=torch.float64):
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(n, dim, generator=generator, dtype=dtype).requires_grad_() for n in (rows, cols)]
+    both = [torch.randn(n, dim, generator=generator, dtype=dtype, device="cpu") for n in (rows, cols)]
+    return [x.to(DEVICE).requires_grad_() for x in both]
 
 
 def _dense(rows, cols, scale, left_out):

@@ -25,6 +25,7 @@ from torch import Tensor
 from gapkernels.spec import LossSpec
 
 LOG2_E = math.log2(math.e)
+LN_2 = math.log(2)
 
 NORM_EPS = 1e-12
 """Smallest norm a row is divided by, as in ``torch.nn.functional.normalize``."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gapkernels.backends.contract import (
+    LN_2,
     LOG2_E,
     SUM_SCALARS,
     SUMS_OF,
@@ -34,8 +35,6 @@ from gapkernels.backends.contract import (
 )
 from gapkernels.backends.tiled import row_arithmetic, tiles
 from gapkernels.spec import LossSpec, unordered_pairs
-
-LN_2 = math.log(2)
 
 
 class TiledBackend:

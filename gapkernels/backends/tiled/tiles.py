@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gapkernels.backends.contract import (
+    LN_2,
     LOG2_E,
     NO_DIAGONAL,
     Matrix,
@@ -40,7 +41,6 @@ from gapkernels.cpu import is_amd
 # A float32 tile of 1024×1024 is 4 MiB: two of them stay in the caches of current cores, and the products are large
 # enough to run at full speed (measured: 512 loses 5 %, 2048 gains nothing).
 TILE = 1024
-LN_2 = math.log(2)
 
 
 class _Sums(NamedTuple):
