@@ -158,11 +158,11 @@ def evaluate_sums(
     needs = [True, True, True]
     if softplus:
         bias = torch.tensor(-2.0, dtype=torch.float64)
-        operands, _ = similarity_ops._matched_operands(p)
+        operands, _ = p.operands()
         sums = p.backend.softplus_sums(p.matrix(operands), bias)
         similarity_ops._softplus_gradients(p, weights[1:] if matched else (weights[0], None), bias, sums.sigmoid, needs)
     else:
-        row_sums, col_sums, all_cols, _ = similarity_ops._log_sums(p)
+        row_sums, col_sums, _, all_cols = similarity_ops._log_sums(p)
         similarity_ops._log_sum_gradients(p, weights, row_sums, col_sums, all_cols, needs)
 
 
