@@ -99,8 +99,10 @@ def add_products(
                 row_factor, col_factor = row_factor * sums.row_weight, col_factor * sums.col_weight
             factors = row_factor.to(dtype), col_factor.to(dtype)
         else:
-            shift = None
-            sums = sums._replace(row=sums.row + reference, col=sums.col + reference)
+            # Logarithms near the reference keep their digits; what it loses in the type of the tiles goes to them.
+            shift = reference.to(matrix.rows.dtype).to(reference.dtype)
+            rest = reference - shift
+            sums = sums._replace(row=sums.row + rest, col=sums.col + rest)
     entries_to_gradient = _gradient_rule(sums, factors, matrix.rows.dtype)
     products = _products(matrix)
     if matrix.symmetric:
