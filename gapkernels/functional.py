@@ -25,7 +25,7 @@ from gapkernels.contrast import How
 from gapkernels.distributed import DTYPES, group_name_and_size, heard_by_all
 from gapkernels.evaluation import GapLossTerms
 from gapkernels.options import ContrastOptions
-from gapkernels.spec import LossSpec, SimilaritySums
+from gapkernels.spec import KEPT_BYTES, LossSpec, SimilaritySums
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
         uniformity_t: float | Tensor
         normalize: bool
         normalize_centroids: bool
+        keep_similarities: bool | None
         backend: str
         group: ProcessGroup | str | None
         group_mode: str
@@ -91,6 +92,7 @@ def gap_loss(
     uniformity_t: float | Tensor = 2.0,
     normalize: bool = True,
     normalize_centroids: bool = True,
+    keep_similarities: bool | None = None,
     backend: str = "auto",
     return_terms: bool = False,
     group: ProcessGroup | str | None = None,
@@ -99,7 +101,8 @@ def gap_loss(
 ) -> Tensor | GapLossTerms:
     """Contrastive loss that closes the modality gap: InfoNCE + align true pairs + centroid uniformity.
 
-    Row i of every modality belongs to sample i. Extra memory is O(N·D); no N×N matrix is stored.
+    Row i of every modality belongs to sample i. Extra memory is O(N·D) beyond N of a few thousand, see
+    ``keep_similarities``.
 
     Args:
         *embeddings: two or more ``[N, D]`` tensors of one floating type on one device, one per modality.
@@ -117,6 +120,10 @@ def gap_loss(
         uniformity_t: sharpness t of the centroid uniformity.
         normalize: divide rows by their norm first. False takes them as they are.
         normalize_centroids: put centroids back on the unit sphere, as the paper's code does and its formula does not.
+        keep_similarities: keep the N² similarities of the forward pass for the backward pass, which then multiplies a
+            quarter less. None: as many as fit into 48 MiB. True: all of them, 4 bytes each on a CPU (N² a pair, N²/2
+            for the centroids). False: none, O(N·D) memory at any N. Compiled functions (``torch.compile``) keep none,
+            nor does the ring of ``group_mode``. On a CPU gradients are the same bits either way.
         backend: ``"cuda"`` (tensor-core kernels for Hopper, bfloat16 and float16, compiled at first use), ``"triton"``
             (fused kernels for NVIDIA and AMD GPUs; no float64), ``"cpu"`` (fused C++ kernels, compiled at first use),
             ``"torch"`` (tiled, any device), ``"reference"`` (dense, O(N²) memory), or ``"auto"``: the first of
@@ -155,7 +162,7 @@ def gap_loss(
     tensors = _check_embeddings(embeddings, may_be_empty=group is not None)
     device = tensors[0].device
     numbers = nce_weight, atp_weight, cu_weight, uniformity_t
-    settings = (anchor, pairs, *numbers, normalize, normalize_centroids, len(tensors), device)
+    settings = (anchor, pairs, *numbers, normalize, normalize_centroids, len(tensors), device, keep_similarities)
     # Eager calls with the same numbers are checked once: small batches are bound by what the host does.
     spec, weights, t = _kept_settings(*settings) if _are_plain(settings) else _settings(*settings)
     check_backend(backend)
@@ -423,6 +430,7 @@ def _settings(
     normalize_centroids: bool,
     modalities: int,
     device: torch.device,
+    keep_similarities: bool | None = None,
 ) -> tuple[LossSpec, Tensor, Tensor]:
     """What is computed, the weights of the terms ``[3]`` and the sharpness, checked."""
     _check_anchor(anchor, modalities)
@@ -434,12 +442,21 @@ def _settings(
         cu=_is_on("cu_weight", cu_weight),
         normalize=bool(normalize),
         normalize_centroids=bool(normalize_centroids),
+        kept_bytes=_kept_bytes(keep_similarities),
     )
     weights = (nce_weight, atp_weight, cu_weight)
     numbers = tuple(weight for weight in weights if not isinstance(weight, Tensor))
     if len(numbers) == len(weights):
         return spec, constant(numbers, device), _uniformity_t(uniformity_t, device)
     return spec, torch.stack([as_tensor(weight, device) for weight in weights]), _uniformity_t(uniformity_t, device)
+
+
+def _kept_bytes(keep_similarities: bool | None) -> int:
+    if keep_similarities is None:
+        return KEPT_BYTES
+    if not isinstance(keep_similarities, bool):
+        raise TypeError(f"`keep_similarities` must be True, False or None, got {keep_similarities!r}")
+    return 2**62 if keep_similarities else 0
 
 
 _kept_settings = functools.lru_cache(maxsize=256, typed=True)(_settings)
@@ -452,7 +469,7 @@ def _are_plain(settings: tuple[object, ...]) -> bool:
     return all(type(setting) in _PLAIN for setting in settings)
 
 
-_PLAIN = {bool, int, float, str, torch.device}
+_PLAIN = {bool, int, float, str, torch.device, type(None)}
 
 
 def _check_embeddings(embeddings: tuple[Tensor, ...], may_be_empty: bool) -> list[Tensor]:

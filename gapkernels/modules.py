@@ -123,8 +123,9 @@ class GapLoss(nn.Module):
     Args:
         temperature: of InfoNCE; the initial value if it is learned. ``loss.temperature = 0.1`` sets it later.
         learn_temperature: make it a parameter (``temperature.log_scale``), with CLIP's clamp at scale 100.
-        anchor, pairs, nce_weight, atp_weight, cu_weight, uniformity_t, normalize, normalize_centroids, backend, group,
-            group_mode: as for the function. The weights are plain attributes: a schedule may assign them between steps.
+        anchor, pairs, nce_weight, atp_weight, cu_weight, uniformity_t, normalize, normalize_centroids,
+            keep_similarities, backend, group, group_mode: as for the function. The weights are plain attributes: a
+            schedule may assign them between steps.
         learn_bias: make the logit bias of the sigmoid a parameter (``logit_bias``).
         **contrast_options: see ``gapkernels.ContrastOptions``; those that change from batch to batch, ids and
             negatives, are given to the call.
@@ -153,6 +154,7 @@ class GapLoss(nn.Module):
         uniformity_t: float | Tensor = 2.0,
         normalize: bool = True,
         normalize_centroids: bool = True,
+        keep_similarities: bool | None = None,
         backend: str = "auto",
         group: ProcessGroup | str | None = None,
         group_mode: str = "auto",
@@ -178,6 +180,7 @@ class GapLoss(nn.Module):
         self.uniformity_t = uniformity_t
         self.normalize = normalize
         self.normalize_centroids = normalize_centroids
+        self.keep_similarities = keep_similarities
         self.backend = backend
         self.group = group
         self.group_mode = group_mode
@@ -234,6 +237,7 @@ class GapLoss(nn.Module):
             uniformity_t=self.uniformity_t,
             normalize=self.normalize,
             normalize_centroids=self.normalize_centroids,
+            keep_similarities=self.keep_similarities,
             backend=self.backend,
             group=self._group.resolved(),
             group_mode=self.group_mode,

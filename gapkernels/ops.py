@@ -30,7 +30,9 @@ from gapkernels.backends.contract import (
 from gapkernels.distributed import world_of
 from gapkernels.spec import LossSpec
 
-_SPEC_SCHEMA = "int anchor, bool all_pairs, bool nce, bool atp, bool cu, bool normalize, bool normalize_centroids"
+_SPEC_SCHEMA = (
+    "int anchor, bool all_pairs, bool nce, bool atp, bool cu, bool normalize, bool normalize_centroids, int kept_bytes"
+)
 _INPUT_SCHEMA = "Tensor[] embeddings, Tensor logit_scale, Tensor weights, Tensor uniformity_t"
 library = torch.library.Library("gapkernels", "DEF")
 library.define(

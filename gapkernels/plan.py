@@ -19,7 +19,7 @@ that only has rows is taken and finished block by block, where the backend works
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -99,6 +99,7 @@ def forward(
     operands, statistics = backend.row_statistics(embeddings, spec)
     statistics = statistics._replace(sums=world.sum(statistics.sums))
     own = centroid_log_sums = pair_sums = None
+    entries: Sequence[Tensor | None] = ()
     if spec.cu and len(arriving) < len(embeddings):
         own = backend.centroids(embeddings, statistics.sums, scalars.uniformity_t, rows * world.size, spec)
     gathered = Gathered({m: wait() for m, wait in arriving.items()}, None)
@@ -120,7 +121,9 @@ def forward(
                 gathered = gathered._replace(centroids=c)
             centroid_log_sums = _centroid_log_sums(c, backend, world)
         if matrices:
-            sums = backend.log_sums(matrices, statistics.zeros if world.size == 1 else None)
+            kept_bytes = spec.kept_bytes if keep else 0
+            sums = backend.log_sums(matrices, statistics.zeros if world.size == 1 else None, kept_bytes)
+            entries = sums.entries
             if len(matrices) > num_pairs:
                 centroid_log_sums = sums.rows[num_pairs]
             if num_pairs:
@@ -145,6 +148,7 @@ def forward(
             prepared,
             columns,
             gathered.centroids,
+            entries,
         )
     )
 
@@ -181,7 +185,7 @@ def backward(
     *embedding_needs_grad, scale_needs_grad = needs_grad
     rows = embeddings[0].shape[0]
     total_rows = rows * world.size
-    operands, own_centroids, prepared, columns, all_centroids = kept or Kept([], None, None)
+    operands, own_centroids, prepared, columns, all_centroids, entries = kept or Kept([], None, None)
     if prepared is None:
         prepared = backend.softmax_sums(saved, scalars, total_rows)
     evaluation = Evaluation(embeddings, scalars, spec, saved, upstream, prepared, total_rows, world.size)
@@ -206,7 +210,8 @@ def backward(
             c = gathered.centroids or _centroids_of_all(
                 own_centroids, gathered, saved.sums, scalars, spec, backend, world
             )
-            centroid_products = _centroid_products(c, evaluation, backend, world)
+            own_entries = entries[-1] if entries and world.size == 1 else None
+            centroid_products = _centroid_products(c, own_entries, evaluation, backend, world)
         if embeddings[0].dtype == torch.bfloat16 and len(blocks_of(rows, backend.gradient_block)) > 1:
             # Memory is saved by working in blocks: their gradients will be rounded so, and it saves a copy.
             centroid_products = centroid_products.to(torch.bfloat16)
@@ -259,7 +264,14 @@ def backward(
                 for p, k in members:
                     if products is None and k not in col_products and not scale_needs_grad:
                         continue
-                    matrix = Matrix(*operand, *cols[k], scalars.logit_scale, largest[p], world.rank * rows + row.start)
+                    matrix = Matrix(
+                        *operand,
+                        *cols[k],
+                        scale=scalars.logit_scale,
+                        largest=largest[p],
+                        diagonal=world.rank * rows + row.start,
+                        entries=_entries_of(entries, p, row, whole=len(row_blocks) == 1),
+                    )
                     if scale_needs_grad and moment is None:
                         moment = backend.moment_buffer(matrix)
                     row_sums, negative_mass = part(prepared.rows[p], row), part(saved.negative_mass[p], row)
@@ -409,6 +421,12 @@ def _pair_matrices(
     ]
 
 
+def _entries_of(entries: Sequence[Tensor | None], pair: int, row: slice, whole: bool) -> Tensor | None:
+    """What was kept of some rows of a pair's matrix; of all in whatever form it has."""
+    of_pair = entries[pair] if entries else None
+    return of_pair if of_pair is None or whole else part(of_pair, row)
+
+
 def _rows_of(operand: Operand, row: slice) -> Operand:
     return Operand(part(operand.rows, row), None if operand.factor is None else part(operand.factor, row))
 
@@ -428,13 +446,15 @@ def _centroid_log_sums(c: Centroids, backend: Backend, world: World) -> Tensor:
     return log_sum
 
 
-def _centroid_products(c: Centroids, evaluation: Evaluation, backend: Backend, world: World) -> Tensor:
-    """``Σ_{j≠i} 2^(x_ij − centroid_reference) c_j`` of the own centroids, ``[n, D']``."""
+def _centroid_products(
+    c: Centroids, entries: Tensor | None, evaluation: Evaluation, backend: Backend, world: World
+) -> Tensor:
+    """``Σ_{j≠i} 2^(x_ij − centroid_reference) c_j`` of the own centroids, ``[n, D']``; ``entries`` of one process."""
     total = accumulator(c)
     if world.size > 1:
         total.zero_()  # this process's part of the triangle does not touch all rows
     for shard_row, shard_col in triangle(world, c.rows.shape[0] // world.size):
-        matrix = centroid_matrix(c, shard_row, c, shard_col)
+        matrix = centroid_matrix(c, shard_row, c, shard_col)._replace(entries=entries)
         row_total, col_total = part(total, shard_row), part(total, shard_col)
         for row, col in blocks_of_matrix(matrix, backend.gradient_block):
             block = matrix.block(row, col)

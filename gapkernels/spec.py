@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 Pairs = tuple[tuple[int, int], ...]
 
+KEPT_BYTES = 48 * 2**20
+
 
 class LossSpec(NamedTuple):
     """Settings of the loss ``w_nce·InfoNCE + w_atp·ATP + w_cu·CU`` that are fixed when it is compiled.
@@ -18,6 +20,8 @@ class LossSpec(NamedTuple):
     A term that is off is neither computed nor differentiated. What may change from step to step, the weights, the
     logit scale and the sharpness t, travels as tensors instead (``gapkernels.backends.contract.Scalars``). Field
     order is the argument order of the registered operators (see ``gapkernels.ops``).
+
+    ``kept_bytes`` is how much of the similarities of the forward pass, N² a pair, may be kept for the backward pass.
     """
 
     anchor: int = 0
@@ -27,6 +31,7 @@ class LossSpec(NamedTuple):
     cu: bool = True
     normalize: bool = True
     normalize_centroids: bool = True
+    kept_bytes: int = KEPT_BYTES
 
     @cache  # noqa: B019 (settings are few, and asked for these several times a step)
     def anchor_pairs(self, num_modalities: int) -> Pairs:

@@ -138,6 +138,7 @@ class Matrix(NamedTuple):
         col_ids: ``[N]`` int64.
         row_limit: ``[n]`` in the statistics type, the largest exponent that counts for a row; None for no limit.
         col_limit: ``[N]``, likewise for a column.
+        entries: what ``Backend.log_sums`` kept of this matrix, to spare ``add_products`` work; None for nothing.
     """
 
     rows: Tensor
@@ -153,6 +154,7 @@ class Matrix(NamedTuple):
     col_ids: Tensor | None = None
     row_limit: Tensor | None = None
     col_limit: Tensor | None = None
+    entries: Tensor | None = None
 
     @property
     def masked(self) -> bool:
@@ -174,6 +176,7 @@ class Matrix(NamedTuple):
             col_ids=None if self.col_ids is None else part(self.col_ids, col),
             row_limit=None if self.row_limit is None else part(self.row_limit, row),
             col_limit=None if self.col_limit is None else part(self.col_limit, col),
+            entries=None if self.entries is None else part(self.entries, row)[:, col],
         )
 
 
@@ -183,10 +186,13 @@ class LogSums(NamedTuple):
     Attributes:
         rows: ``[m, n]``, log2 Σ_j e_ij; −∞ where there is no entry. All sums of a symmetric matrix.
         cols: ``[m, N]``, log2 Σ_i e_ij; the line of a symmetric matrix is undefined.
+        entries: per matrix what was kept of it, or None; empty where nothing was to be kept. In a form of the backend's
+            own: ``[n, N]`` where it has a ``gradient_block``.
     """
 
     rows: Tensor
     cols: Tensor
+    entries: Sequence[Tensor | None] = ()
 
 
 class Saved(NamedTuple):
@@ -257,6 +263,7 @@ class Kept(NamedTuple):
         prepared: what ``Backend.softmax_sums`` would return; None where the backend's terms do not make it in passing.
         columns: embeddings of all processes that were gathered, ``[N, D]`` each; none of one process alone.
         all_centroids: of all processes; None where they are made of the embeddings again.
+        entries: ``LogSums.entries`` of the pairs and then of the centroids; empty where nothing was kept.
     """
 
     operands: list[Operand]
@@ -264,25 +271,27 @@ class Kept(NamedTuple):
     prepared: PreparedSums | None
     columns: Sequence[Tensor] = ()
     all_centroids: Centroids | None = None
+    entries: Sequence[Tensor | None] = ()
 
     def flattened(self) -> tuple[list[Tensor | None], tuple[int, ...]]:
         """As tensors, and how many of them are which."""
         optional = (self.centroids or (), self.prepared or (), self.all_centroids or ())
-        shape = len(self.operands), len(self.columns), *(len(part) for part in optional)
-        parts: list[Sequence[Tensor | None]] = [*self.operands, self.columns, *optional]
+        shape = len(self.operands), len(self.columns), *(len(part) for part in optional), len(self.entries)
+        parts: list[Sequence[Tensor | None]] = [*self.operands, self.columns, *optional, self.entries]
         return [tensor for part in parts for tensor in part], shape
 
     @classmethod
     def from_flattened(cls, tensors: Sequence[Any], shape: tuple[int, ...]) -> Kept:
         """What ``flattened`` returned, put together again."""
         rest = iter(tensors)
-        operands, columns, centroids, prepared, all_centroids = shape
+        operands, columns, centroids, prepared, all_centroids, entries = shape
         return cls(
             operands=[Operand(next(rest), next(rest)) for _ in range(operands)],
             columns=list(islice(rest, columns)),
             centroids=Centroids(*islice(rest, centroids)) if centroids else None,
             prepared=PreparedSums(*islice(rest, prepared)) if prepared else None,
             all_centroids=Centroids(*islice(rest, all_centroids)) if all_centroids else None,
+            entries=list(islice(rest, entries)),
         )
 
 
@@ -406,11 +415,11 @@ class Backend(Protocol):
     ) -> Centroids:
         """Centroids of the own rows; ``sums`` are over the rows of all processes."""
 
-    def log_sums(self, matrices: list[Matrix], zeros: Tensor | None = None) -> LogSums:
+    def log_sums(self, matrices: list[Matrix], zeros: Tensor | None = None, keep: int = 0) -> LogSums:
         """Sum matrices of one shape and diagonal; a sum that leaves the range of float32 is computed another way.
 
         If there is a symmetric one, the centroids', it comes last and may have operands of another type. ``zeros`` are
-        those of ``RowStatistics``, to be used once.
+        those of ``RowStatistics``, to be used once. Of the entries as many as fit into ``keep`` bytes may be kept.
         """
 
     def softplus_sums(self, matrix: Matrix, bias: Tensor) -> SoftplusSums:

@@ -55,7 +55,7 @@ class TiledBackend:
     ) -> Centroids:
         return row_arithmetic.centroids(embeddings, sums, uniformity_t, total_rows, spec)
 
-    def log_sums(self, matrices: list[Matrix], zeros: Tensor | None = None) -> LogSums:
+    def log_sums(self, matrices: list[Matrix], zeros: Tensor | None = None, keep: int = 0) -> LogSums:
         sums = [tiles.log_sums(matrix) for matrix in matrices]
         return LogSums(torch.stack([s.row for s in sums]), torch.stack([s.col for s in sums]))
 

@@ -117,7 +117,7 @@ class TritonBackend:
                 )
         return result
 
-    def log_sums(self, matrices: list[Matrix], zeros: Tensor | None = None) -> LogSums:
+    def log_sums(self, matrices: list[Matrix], zeros: Tensor | None = None, keep: int = 0) -> LogSums:
         first = matrices[0]
         new = first.rows.new_empty
         rows = new((len(matrices), first.rows.shape[0]), dtype=torch.float64)
