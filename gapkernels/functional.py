@@ -123,7 +123,7 @@ def gap_loss(
         keep_similarities: keep the N² similarities of the forward pass for the backward pass, which then multiplies a
             quarter less. None: as many as fit into 48 MiB. True: all of them, 4 bytes each on a CPU (N² a pair, N²/2
             for the centroids). False: none, O(N·D) memory at any N. Compiled functions (``torch.compile``) keep none,
-            nor does the ring of ``group_mode``. On a CPU gradients are the same bits either way.
+            nor does the ring of ``group_mode``.
         backend: ``"cuda"`` (tensor-core kernels for Hopper, bfloat16 and float16, compiled at first use), ``"triton"``
             (fused kernels for NVIDIA and AMD GPUs; no float64), ``"cpu"`` (fused C++ kernels, compiled at first use),
             ``"torch"`` (tiled, any device), ``"reference"`` (dense, O(N²) memory), or ``"auto"``: the first of

@@ -206,6 +206,33 @@ class NewTensor {
     DLManagedTensorVersioned* managed_ = nullptr;
 };
 
+// Numbers in memory that is used again once the tensor has gone: what is allocated anew at every step is paid for page by
+// page.
+PyObject* new_reused_numbers(int64_t count, Type type) {
+    struct Owner {
+        DLManagedTensorVersioned managed;
+        int64_t shape, stride;
+        Workspace memory;
+        explicit Owner(size_t bytes) : managed{}, shape(0), stride(1), memory(bytes) {}
+    };
+    const size_t bytes = static_cast<size_t>(count) * (type == Type::f64 ? sizeof(double) : sizeof(float));
+    auto owner = std::make_unique<Owner>(Workspace::bytes<char>(static_cast<int64_t>(bytes)));
+    owner->shape = count;
+    DLManagedTensorVersioned& managed = owner->managed;
+    managed.version = {DLPACK_MAJOR_VERSION, DLPACK_MINOR_VERSION};
+    managed.manager_ctx = owner.get();
+    managed.deleter = [](DLManagedTensorVersioned* self) { delete static_cast<Owner*>(self->manager_ctx); };
+    managed.dl_tensor.data = owner->memory.take<char>(static_cast<int64_t>(bytes));
+    managed.dl_tensor.device = {kDLCPU, 0};
+    managed.dl_tensor.ndim = 1;
+    managed.dl_tensor.dtype = dl_type(type);
+    managed.dl_tensor.shape = &owner->shape;
+    managed.dl_tensor.strides = &owner->stride;
+    void* object = nullptr;
+    if (torch_api->managed_tensor_to_py_object_no_sync(&owner.release()->managed, &object) != 0) throw PythonError();
+    return static_cast<PyObject*>(object);
+}
+
 PyObject* new_scalar(double value) {
     NewTensor t({}, Type::f64);
     *t.data<double>() = value;
@@ -261,7 +288,15 @@ Matrix matrix_of(PyObject* o) {
     m.col_ids = ids_of(item(o, 10));
     m.row_limit = item(o, 11) == Py_None ? nullptr : doubles_of(item(o, 11));
     m.col_limit = item(o, 12) == Py_None ? nullptr : doubles_of(item(o, 12));
+    m.entries = nullptr;
+    m.kept_entries = 0;
     const bool wide = m.rows.type == Type::f64;
+    if (item(o, 13) != Py_None) {
+        const Numbers entries = numbers_of(item(o, 13));
+        if (entries.wide != wide) throw std::invalid_argument("entries and rows of a matrix must agree in type");
+        m.entries = entries.data;
+        m.kept_entries = view(item(o, 13)).shape[0];
+    }
     if (m.rows.type != m.cols.type || m.rows.dim != m.cols.dim || (row_factor.data && row_factor.wide != wide) ||
         (col_factor.data && col_factor.wide != wide)) {
         throw std::invalid_argument("rows, columns and factors of a matrix must agree in type and length");
@@ -361,12 +396,26 @@ PyObject* py_log_sums(PyObject* const* args) {
     std::vector<Matrix> matrices;
     for (Py_ssize_t i = 0; i < length(args[0]); ++i) matrices.push_back(matrix_of(item(args[0], i)));
     const int64_t count = static_cast<int64_t>(matrices.size());
+    int64_t budget = integer(args[1]);
+    Object entries(PyTuple_New(budget > 0 ? count : 0));
+    for (int64_t i = 0; i < length(entries.get()); ++i) {
+        Object kept(none());
+        const int64_t numbers = numbers_to_keep(matrices[i], budget);
+        if (numbers > 0) {
+            const Type type = compute_type(matrices[i].rows.type);
+            kept = Object(new_reused_numbers(numbers, type));
+            matrices[i].entries = numbers_of(kept.get()).data;
+            matrices[i].kept_entries = numbers;
+            budget -= numbers * (type == Type::f64 ? 8 : 4);
+        }
+        PyTuple_SET_ITEM(entries.get(), i, kept.release());
+    }
     NewTensor rows({count, matrices[0].rows.count}, Type::f64), cols({count, matrices[0].cols.count}, Type::f64);
     {
         NoGil no_gil;
         log_sums(matrices, rows.data<double>(), cols.data<double>());
     }
-    return named_tuple(log_sums_type, rows.release(), cols.release());
+    return named_tuple(log_sums_type, rows.release(), cols.release(), entries.release());
 }
 
 PyObject* py_softplus_sums(PyObject* const* args) {
@@ -603,7 +652,7 @@ PyMethodDef methods[] = {
     FUNCTION(row_statistics, 2),
     FUNCTION(operand, 2),
     FUNCTION(centroids, 5),
-    FUNCTION(log_sums, 1),
+    FUNCTION(log_sums, 2),
     FUNCTION(softplus_sums, 2),
     FUNCTION(terms, 8),
     FUNCTION(softmax_sums, 3),

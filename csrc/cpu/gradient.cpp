@@ -138,7 +138,6 @@ template <class T>
 class Gradient {
     using A = Accumulator<T>;
     static constexpr bool packed = std::is_same_v<T, Bf16>;
-    static constexpr int64_t col_multiple = packed ? 32 : 16;
 
   public:
     Gradient(const Matrix& matrix, const Operands<T>& operands, const Products& products, bool parallel)
@@ -155,6 +154,7 @@ class Gradient {
           row_ld_(width_ + 32),
           transposed_ld_(height_ + 32),
           rows_at_once_(n_ > 1024 && !matrix.symmetric ? 256 : square),
+          kept_(matrix),
           workspace_(bytes()) {
         for (A*& p : per_row_) p = workspace_.take<A>(n_);  // three, and two for weights and limits
         for (A*& p : per_col_) p = workspace_.take<A>(padded_cols_);
@@ -261,7 +261,7 @@ class Gradient {
             } else if (t < tiles + panels) {
                 if constexpr (packed) {
                     pack_panel(operands_.cols + col * operands_.col_stride, operands_.col_stride, width, dim_,
-                               round_up(width, col_multiple) / 2, t - tiles, cols_interleaved_);
+                               round_up(width, col_multiple<T>) / 2, t - tiles, cols_interleaved_);
                 }
             } else {
                 const int64_t first = (t - tiles - panels) * panel_width;
@@ -303,13 +303,16 @@ class Gradient {
         double moment = 0;
         for (int64_t end = std::min(j + tile_cols, width); j < end; j += panel_width) {
             if (matrix_.symmetric && (col + j) / square < (row + i) / square) continue;
-            const int64_t tile_width = panel_columns(col + j, cols_, col_multiple);
-            inner_products(operands_, row + i, tile_height, (col + j) / panel_width, tile_width, s);
-            leave_out(s, row + i, tile_height, col + j, std::min(tile_width, cols_ - col - j), matrix_.diagonal, false);
-            leave_out_equal(s, row + i, tile_height, col + j, std::min(tile_width, cols_ - col - j), matrix_);
+            const int64_t tile_width = panel_columns(col + j, cols_, col_multiple<T>);
+            const A* kept = kept_.at(row + i, col + j);
+            if (!kept) {
+                inner_products(operands_, row + i, tile_height, (col + j) / panel_width, tile_width, s);
+                leave_out(s, row + i, tile_height, col + j, std::min(tile_width, cols_ - col - j), matrix_.diagonal, false);
+                leave_out_equal(s, row + i, tile_height, col + j, std::min(tile_width, cols_ - col - j), matrix_);
+            }
             const Destination<T> out{h_rows_ + i * row_ld_ + j, row_ld_,
                                      packed ? h_cols_ + (j / panel_width * (height_ / 2) + i / 2) * panel_width * 2 : nullptr};
-            moment += epilogue(s, tile_height, tile_width, row + i, col + j, out);
+            moment += epilogue(kept ? kept : s, tile_height, tile_width, row + i, col + j, out);
         }
         moments_[t] = moment;
     }
@@ -340,7 +343,7 @@ class Gradient {
         const int64_t m = std::min(rows_at_once_, height - i), d_end = std::min(d + dims_at_once, dim_);
         // Tiles below the diagonal of a symmetric matrix were not written.
         const int64_t first = matrix_.symmetric ? std::max<int64_t>((row + i) / square * square - col, 0) : 0;
-        const int64_t k_end = packed ? round_up(width, col_multiple) : width;
+        const int64_t k_end = packed ? round_up(width, col_multiple<T>) : width;
         if (first >= k_end) return;
         // A row's first products: of the first columns, or of a symmetric matrix those of its square on the diagonal,
         // unless rows above it have come before.
@@ -377,7 +380,7 @@ class Gradient {
             const int64_t n = std::min(panel_width, width - j);
             const T* left = rows_transposed_ + d * transposed_ld_;
             if constexpr (packed) {
-                product(m, panel_columns(col + j, cols_, col_multiple), k_end, left, transposed_ld_,
+                product(m, panel_columns(col + j, cols_, col_multiple<T>), k_end, left, transposed_ld_,
                         h_cols_ + j / panel_width * (height_ / 2) * panel_width * 2, panel_width, scratch, panel_width, false);
             } else {
                 for (int64_t k = 0; k < k_end; k += depth) {
@@ -395,6 +398,7 @@ class Gradient {
     bool parallel_;
     Entry kind_ = Entry::softmax;
     int64_t n_, cols_, dim_, padded_cols_, height_, width_, row_ld_, transposed_ld_, rows_at_once_;
+    KeptTiles<A> kept_;
     Workspace workspace_;
     Exponents<A> exponents_;
     Weights<A> weights_;

@@ -99,7 +99,10 @@ double centroid_stretch(const double* sums, int modalities, int64_t dim, int64_t
 
 // log_sums.cpp --------------------------------------------------------------------------------------------------------
 
-// row_logs [m, n], col_logs [m, N].
+// How many numbers of a matrix's inner products to keep for the gradient, in so many bytes.
+int64_t numbers_to_keep(const Matrix& matrix, int64_t bytes);
+
+// row_logs [m, n], col_logs [m, N]. Writes `entries` of the matrices that have some.
 void log_sums(const std::vector<Matrix>& matrices, double* row_logs, double* col_logs);
 
 // softplus_sums.cpp ---------------------------------------------------------------------------------------------------

@@ -102,6 +102,7 @@ class Sums {
           cols_(operands.num_cols),
           padded_cols_(round_up(cols_, panel_width)),
           groups_(n_, cols_),
+          kept_(matrix),
           workspace_(bytes()) {
         row_ = workspace_.take<A>(n_);
         col_ = workspace_.take<A>(padded_cols_);
@@ -202,12 +203,16 @@ class Sums {
             const int64_t height = std::min(tile_rows, row_end - row);
             std::fill(partial, partial + height * Vec<A>::size, largest ? -infinity<A> : A(0));
             for (int64_t col = h * groups_.width; col < col_end; col += panel_width) {
-                const int64_t width = panel_columns(col, cols_, 16);
+                const int64_t width = panel_columns(col, cols_, col_multiple<T>);
                 if (matrix_.symmetric && col + width <= row + 1) continue;  // below the diagonal
-                inner_products(operands_, row, height, col / panel_width, width, s);
-                leave_out(s, row, height, col, std::min(width, cols_ - col), matrix_.diagonal, matrix_.symmetric);
-                leave_out_equal(s, row, height, col, std::min(width, cols_ - col), matrix_);
-                reduce_tile<pass, biased, limited>(s, height, width, exponents_, row_ + row, col_ + col, shift_ + col,
+                A* kept = kept_.at(row, col);
+                A* tile = kept ? kept : s;
+                if (!kept || pass == Pass::sums) {
+                    inner_products(operands_, row, height, col / panel_width, width, tile);
+                    leave_out(tile, row, height, col, std::min(width, cols_ - col), matrix_.diagonal, matrix_.symmetric);
+                    leave_out_equal(tile, row, height, col, std::min(width, cols_ - col), matrix_);
+                }
+                reduce_tile<pass, biased, limited>(tile, height, width, exponents_, row_ + row, col_ + col, shift_ + col,
                                                    partial, col_out + col, row_max_ + row, col_max_ + col,
                                                    row_limit_ + row, col_limit_ + col);
             }
@@ -251,6 +256,7 @@ class Sums {
     bool parallel_;
     int64_t n_, cols_, padded_cols_;
     Groups groups_;
+    KeptTiles<A> kept_;
     Workspace workspace_;
     Exponents<A> exponents_;
     A *row_, *col_, *shift_, *row_partial_, *col_partial_, *row_max_, *col_max_, *row_limit_, *col_limit_,
@@ -258,6 +264,16 @@ class Sums {
 };
 
 }  // namespace
+
+int64_t numbers_to_keep(const Matrix& m, int64_t bytes) {
+    // Where so little is to be multiplied, it is multiplied again sooner than it is written and read.
+    if (m.rows.count == 0 || m.cols.count == 0 || !worth_threads(m)) return 0;
+    const auto count = [&](auto zero) {
+        using A = decltype(zero);
+        return KeptTiles<A>::size(m, KeptTiles<A>::rows_within(m, bytes / static_cast<int64_t>(sizeof(A))));
+    };
+    return m.rows.type == Type::f64 ? count(double()) : count(float());
+}
 
 void log_sums(const std::vector<Matrix>& matrices, double* row_logs, double* col_logs) {
     for (const Matrix& matrix : matrices) {

@@ -32,6 +32,8 @@ struct Matrix {
     bool biased, symmetric;
     const int64_t *row_ids, *col_ids;
     const double *row_limit, *col_limit;
+    void* entries;         // tiles of inner products kept by the sums, see KeptTiles; null for none
+    int64_t kept_entries;  // how many numbers
 };
 
 // What products accumulate in.

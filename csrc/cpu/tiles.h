@@ -8,7 +8,9 @@
 // not count, the diagonal's, those below it of a symmetric matrix and those of equal ids, get S = −∞.
 #pragma once
 
+#include <algorithm>
 #include <limits>
+#include <type_traits>
 
 #include "kernels.h"
 #include "pack.h"
@@ -52,7 +54,57 @@ void inner_products(const Operands<T>& operands, int64_t row, int64_t height, in
     }
 }
 
+// Tiles of inner products that the sums leave for the gradient, entries that do not count already left out: those of the
+// first rows of the matrix, as many as there is room for. Of a symmetric matrix without the squares on the diagonal, of
+// which the sums see one half and the gradient both.
+template <class A>
+class KeptTiles {
+  public:
+    static constexpr int64_t tile_size = tile_rows * panel_width;
+
+    explicit KeptTiles(const Matrix& m)
+        : data_(static_cast<A*>(m.entries)), symmetric_(m.symmetric), panels_((m.cols.count + panel_width - 1) / panel_width) {
+        if (data_) rows_ = rows_within(m, m.kept_entries);
+    }
+
+    // Rows of tiles that fit into so many numbers.
+    static int64_t rows_within(const Matrix& m, int64_t numbers) {
+        const int64_t all = (m.rows.count + tile_rows - 1) / tile_rows;
+        int64_t rows = 0;
+        while (rows < all && size(m, rows + 1) <= numbers) ++rows;
+        return rows;
+    }
+
+    // Numbers in the first rows of tiles.
+    static int64_t size(const Matrix& m, int64_t rows) {
+        const int64_t panels = (m.cols.count + panel_width - 1) / panel_width;
+        if (!m.symmetric) return rows * panels * tile_size;
+        return (before(rows, panels) + std::max<int64_t>(2 * rows - panels, 0)) * tile_size;  // no row has less than none
+    }
+
+    // Null where the tile is not kept.
+    A* at(int64_t row, int64_t col) const {
+        const int64_t r = row / tile_rows, p = col / panel_width;
+        if (r >= rows_) return nullptr;
+        if (!symmetric_) return data_ + (r * panels_ + p) * tile_size;
+        const int64_t first = (r + 1) * (tile_rows / panel_width);
+        return p < first ? nullptr : data_ + (before(r, panels_) + p - first) * tile_size;
+    }
+
+  private:
+    // Tiles of a symmetric matrix in the rows before row r: Σ_{q<r} (panels − 2(q + 1)).
+    static int64_t before(int64_t r, int64_t panels) { return r * (panels - r - 1); }
+
+    A* data_;
+    bool symmetric_;
+    int64_t panels_, rows_ = 0;
+};
+
 // Width of the panel that begins at column `col`: whole groups of 16.
+// Columns of a tile come in groups of so many.
+template <class T>
+constexpr int64_t col_multiple = std::is_same_v<T, Bf16> ? 32 : 16;
+
 inline int64_t panel_columns(int64_t col, int64_t num_cols, int64_t multiple) {
     return std::min(panel_width, round_up(num_cols - col, multiple));
 }

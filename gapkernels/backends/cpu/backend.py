@@ -54,8 +54,8 @@ class CpuBackend:
     ) -> Centroids:
         return self._kernels.centroids(embeddings, sums, uniformity_t, total_rows, spec)
 
-    def log_sums(self, matrices: list[Matrix], zeros: Tensor | None = None) -> LogSums:
-        return self._kernels.log_sums(matrices)
+    def log_sums(self, matrices: list[Matrix], zeros: Tensor | None = None, keep: int = 0) -> LogSums:
+        return self._kernels.log_sums(matrices, keep)
 
     def softplus_sums(self, matrix: Matrix, bias: Tensor) -> SoftplusSums:
         return self._kernels.softplus_sums(matrix, bias)
