@@ -206,32 +206,39 @@ class NewTensor {
     DLManagedTensorVersioned* managed_ = nullptr;
 };
 
-// Numbers in memory that is used again once the tensor has gone: what is allocated anew at every step is paid for page by
-// page.
-PyObject* new_reused_numbers(int64_t count, Type type) {
+// A tensor of bytes in memory that is used again once it has gone: what is allocated anew at every step is paid for page
+// by page.
+class ReusedBytes {
+  public:
+    explicit ReusedBytes(size_t bytes) : owner_(std::make_unique<Owner>(bytes)) {
+        DLManagedTensorVersioned& managed = owner_->managed;
+        managed.version = {DLPACK_MAJOR_VERSION, DLPACK_MINOR_VERSION};
+        managed.manager_ctx = owner_.get();
+        managed.deleter = [](DLManagedTensorVersioned* self) { delete static_cast<Owner*>(self->manager_ctx); };
+        managed.dl_tensor.data = owner_->memory.take<char>(owner_->size);
+        managed.dl_tensor.device = {kDLCPU, 0};
+        managed.dl_tensor.ndim = 1;
+        managed.dl_tensor.dtype = {kDLUInt, 8, 1};
+        managed.dl_tensor.shape = &owner_->size;
+        managed.dl_tensor.strides = &owner_->stride;
+    }
+    char* data() const { return static_cast<char*>(owner_->managed.dl_tensor.data); }
+    PyObject* release() {
+        void* object = nullptr;
+        if (torch_api->managed_tensor_to_py_object_no_sync(&owner_.release()->managed, &object) != 0) throw PythonError();
+        return static_cast<PyObject*>(object);
+    }
+
+  private:
     struct Owner {
-        DLManagedTensorVersioned managed;
-        int64_t shape, stride;
+        DLManagedTensorVersioned managed = {};
+        int64_t size, stride = 1;
         Workspace memory;
-        explicit Owner(size_t bytes) : managed{}, shape(0), stride(1), memory(bytes) {}
+        explicit Owner(size_t bytes)
+            : size(static_cast<int64_t>(bytes)), memory(Workspace::bytes<char>(static_cast<int64_t>(bytes))) {}
     };
-    const size_t bytes = static_cast<size_t>(count) * (type == Type::f64 ? sizeof(double) : sizeof(float));
-    auto owner = std::make_unique<Owner>(Workspace::bytes<char>(static_cast<int64_t>(bytes)));
-    owner->shape = count;
-    DLManagedTensorVersioned& managed = owner->managed;
-    managed.version = {DLPACK_MAJOR_VERSION, DLPACK_MINOR_VERSION};
-    managed.manager_ctx = owner.get();
-    managed.deleter = [](DLManagedTensorVersioned* self) { delete static_cast<Owner*>(self->manager_ctx); };
-    managed.dl_tensor.data = owner->memory.take<char>(static_cast<int64_t>(bytes));
-    managed.dl_tensor.device = {kDLCPU, 0};
-    managed.dl_tensor.ndim = 1;
-    managed.dl_tensor.dtype = dl_type(type);
-    managed.dl_tensor.shape = &owner->shape;
-    managed.dl_tensor.strides = &owner->stride;
-    void* object = nullptr;
-    if (torch_api->managed_tensor_to_py_object_no_sync(&owner.release()->managed, &object) != 0) throw PythonError();
-    return static_cast<PyObject*>(object);
-}
+    std::unique_ptr<Owner> owner_;
+};
 
 PyObject* new_scalar(double value) {
     NewTensor t({}, Type::f64);
@@ -251,26 +258,6 @@ std::vector<Rows> all_rows_of(PyObject* list) {
     for (Py_ssize_t m = 0; m < length(list); ++m) rows.push_back(rows_of(item(list, m)));
     return rows;
 }
-
-Type compute_type(Type type) { return type == Type::f64 ? Type::f64 : Type::f32; }
-
-// The type of the operands of pairs.
-Type operand_type_of(Type type) {
-    if (type == Type::f16) return Type::f32;
-    return type == Type::bf16 && !has_bf16_products() ? Type::f32 : type;
-}
-
-// Rounding to float16 moves CU by about 8e-4/√(N·D), which has to stay clear of 1e-5 relative; where there is so little to
-// average over, float32 costs nothing that could be measured.
-// Raw centroids may be of any length: ‖c_i‖² + ‖c_j‖² − 2⟨c_i, c_j⟩ of near copies then takes float64.
-Type centroid_type(Type type, int64_t total_rows, int64_t dim, const Spec& spec) {
-    if (type == Type::f64 || (!spec.normalize && !spec.normalize_centroids)) return Type::f64;
-    const bool few = total_rows * dim <= (1 << 16) && total_rows <= 4096;
-    return type == Type::bf16 && has_bf16_products() && !few ? Type::f16 : Type::f32;
-}
-
-// Length of rows in a type: products of bf16 take whole tiles.
-int64_t padded(int64_t dim, Type type) { return type == Type::bf16 || type == Type::f16 ? round_up(dim, 32) : dim; }
 
 Matrix matrix_of(PyObject* o) {
     Matrix m;
@@ -292,10 +279,9 @@ Matrix matrix_of(PyObject* o) {
     m.kept_entries = 0;
     const bool wide = m.rows.type == Type::f64;
     if (item(o, 13) != Py_None) {
-        const Numbers entries = numbers_of(item(o, 13));
-        if (entries.wide != wide) throw std::invalid_argument("entries and rows of a matrix must agree in type");
+        const DLTensor entries = view(item(o, 13));
         m.entries = entries.data;
-        m.kept_entries = view(item(o, 13)).shape[0];
+        m.kept_entries = entries.shape[0] / bytes_of_number(compute_type(m.rows.type));
     }
     if (m.rows.type != m.cols.type || m.rows.dim != m.cols.dim || (row_factor.data && row_factor.wide != wide) ||
         (col_factor.data && col_factor.wide != wide)) {
@@ -312,11 +298,8 @@ struct NoGil {
 // Operands from rows whose norms are known: the rows themselves where products can read them, else a copy.
 PyObject* make_operand(PyObject* embedding, const Rows& rows, const Spec& spec, bool moderate, NewTensor* factor) {
     const Type type = operand_type_of(rows.type);
-    const bool readable =
-        type != Type::bf16 ||
-        (rows.dim % 32 == 0 && rows.stride % 2 == 0 && reinterpret_cast<uintptr_t>(rows.data) % 4 == 0);
     const bool scaled = spec.normalize && !moderate;
-    if (type == rows.type && readable && !scaled) {
+    if (can_be_operand(rows) && !scaled) {
         Py_INCREF(embedding);
         return named_tuple(operand_type, embedding, factor ? factor->release() : none());
     }
@@ -402,11 +385,12 @@ PyObject* py_log_sums(PyObject* const* args) {
         Object kept(none());
         const int64_t numbers = numbers_to_keep(matrices[i], budget);
         if (numbers > 0) {
-            const Type type = compute_type(matrices[i].rows.type);
-            kept = Object(new_reused_numbers(numbers, type));
-            matrices[i].entries = numbers_of(kept.get()).data;
+            const int64_t bytes = numbers * bytes_of_number(compute_type(matrices[i].rows.type));
+            ReusedBytes tiles(bytes);
+            matrices[i].entries = tiles.data();
             matrices[i].kept_entries = numbers;
-            budget -= numbers * (type == Type::f64 ? 8 : 4);
+            budget -= bytes;
+            kept = Object(tiles.release());
         }
         PyTuple_SET_ITEM(entries.get(), i, kept.release());
     }
@@ -602,12 +586,74 @@ PyObject* py_scale_gradient(PyObject* const* args) {
         const DLTensor t = view(moment);
         const double* parts = doubles_of(moment);
         for (int64_t i = 0; i < t.shape[0]; ++i) gradient += parts[i];
-        gradient /= scalar_of(item(scalars, 0)) * log2_e;
-        gradient -= scalar_of(item(prepared, 4));
-        const double rows = static_cast<double>(integer(item(evaluation, 6)));
-        gradient *= doubles_of(item(evaluation, 4))[0] / (2 * static_cast<double>(pairs) * rows);
+        gradient = gradient_of_scale(gradient, scalar_of(item(prepared, 4)), scalar_of(item(scalars, 0)),
+                                     doubles_of(item(evaluation, 4))[0], pairs, integer(item(evaluation, 6)));
     }
     return new_scalar(gradient);
+}
+
+// ---- whole evaluations ----------------------------------------------------------------------------------------------
+
+StepTask step_task(PyObject* spec, PyObject* tensors) {
+    StepTask task;
+    task.spec = spec_of(spec);
+    task.kept_bytes = integer(item(spec, 7));
+    task.logit_scale = scalar_of(item(tensors, 0));
+    const double* weights = doubles_of(item(tensors, 1));
+    std::copy(weights, weights + 3, task.weights);
+    task.uniformity_t = scalar_of(item(tensors, 2));
+    for (Py_ssize_t m = 3; m < length(tensors); ++m) task.embeddings.push_back(rows_of(item(tensors, m)));
+    return task;
+}
+
+// spec, (scale, weights, sharpness, embeddings...), whether a backward pass follows → (loss, terms, workspace)
+PyObject* py_step_forward(PyObject* const* args) {
+    StepTask task = step_task(args[0], args[1]);
+    if (!truth(args[2])) task.kept_bytes = 0;
+    ReusedBytes workspace(step_workspace(task));
+    StepResult result;
+    {
+        NoGil no_gil;
+        step_forward(task, workspace.data(), result);
+    }
+    const Type type = compute_type(task.embeddings[0].type);
+    NewTensor loss({}, type), values({5}, type);
+    Numbers{loss.data(), type == Type::f64}.set(0, result.loss);
+    for (int t = 0; t < 5; ++t) Numbers{values.data(), type == Type::f64}.set(t, result.terms[t]);
+    Object first(loss.release()), second(values.release()), third(workspace.release());
+    return PyTuple_Pack(3, first.get(), second.get(), third.get());
+}
+
+// spec, (scale, ...), upstream [3], workspace, needs_grad of the embeddings and of the scale → the gradients needed
+PyObject* py_step_backward(PyObject* const* args) {
+    const StepTask task = step_task(args[0], args[1]);
+    const double* upstream = doubles_of(args[2]);
+    const DLTensor workspace = view(args[3]);
+    const Py_ssize_t modalities = static_cast<Py_ssize_t>(task.embeddings.size());
+    std::vector<std::unique_ptr<NewTensor>> gradients(modalities);
+    std::vector<Rows> out(modalities, Rows{});
+    for (Py_ssize_t m = 0; m < modalities; ++m) {
+        if (!truth(item(args[4], m))) continue;
+        const Rows& rows = task.embeddings[m];
+        gradients[m] = std::make_unique<NewTensor>(std::initializer_list<int64_t>{rows.count, rows.dim}, rows.type);
+        out[m] = {gradients[m]->data(), rows.type, rows.count, rows.dim, rows.dim};
+    }
+    const bool of_scale = truth(item(args[4], modalities));
+    double scale_gradient = 0;
+    {
+        NoGil no_gil;
+        step_backward(task, static_cast<char*>(workspace.data), upstream, out, of_scale ? &scale_gradient : nullptr);
+    }
+    Object result(PyList_New(0));
+    const auto append = [&](PyObject* gradient) {
+        Object owned(gradient);
+        if (PyList_Append(result.get(), owned.get()) != 0) throw PythonError();
+    };
+    for (const std::unique_ptr<NewTensor>& gradient : gradients) {
+        if (gradient) append(gradient->release());
+    }
+    if (of_scale) append(new_scalar(scale_gradient));
+    return result.release();
 }
 
 // bind(exchange table, names of the contract's tuples in the order of ResultType)
@@ -660,6 +706,8 @@ PyMethodDef methods[] = {
     FUNCTION(moment_buffer, 1),
     FUNCTION(row_gradients, 7),
     FUNCTION(scale_gradient, 2),
+    FUNCTION(step_forward, 3),
+    FUNCTION(step_backward, 5),
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -58,6 +58,39 @@ struct Numbers {
     Numbers from(int64_t i) const { return {static_cast<char*>(data) + i * (wide ? 8 : 4), wide}; }
 };
 
+// Types ---------------------------------------------------------------------------------------------------------------
+
+inline Type compute_type(Type type) { return type == Type::f64 ? Type::f64 : Type::f32; }
+
+// The type of the operands of pairs.
+inline Type operand_type_of(Type type) {
+    if (type == Type::f16) return Type::f32;
+    return type == Type::bf16 && !has_bf16_products() ? Type::f32 : type;
+}
+
+// Rounding to float16 moves CU by about 8e-4/√(N·D), which has to stay clear of 1e-5 relative; where there is so little to
+// average over, float32 costs nothing that could be measured.
+// Raw centroids may be of any length: ‖c_i‖² + ‖c_j‖² − 2⟨c_i, c_j⟩ of near copies then takes float64.
+inline Type centroid_type(Type type, int64_t total_rows, int64_t dim, const Spec& spec) {
+    if (type == Type::f64 || (!spec.normalize && !spec.normalize_centroids)) return Type::f64;
+    const bool few = total_rows * dim <= (1 << 16) && total_rows <= 4096;
+    return type == Type::bf16 && has_bf16_products() && !few ? Type::f16 : Type::f32;
+}
+
+// Length of rows in a type: products of bf16 take whole tiles.
+inline int64_t padded(int64_t dim, Type type) { return type == Type::bf16 || type == Type::f16 ? round_up(dim, 32) : dim; }
+
+// Whether rows of moderate norms can be read by products where they are.
+inline bool can_be_operand(const Rows& rows) {
+    const Type type = operand_type_of(rows.type);
+    if (type != rows.type) return false;
+    return type != Type::bf16 ||
+           (rows.dim % 32 == 0 && rows.stride % 2 == 0 && reinterpret_cast<uintptr_t>(rows.data) % 4 == 0);
+}
+
+// Of numbers and kept inner products.
+inline int64_t bytes_of_number(Type type) { return type == Type::f64 ? sizeof(double) : sizeof(float); }
+
 // rows.cpp ------------------------------------------------------------------------------------------------------------
 
 // factors: per modality, empty without InfoNCE or where rows are taken as they are. cosines [P, n].
@@ -152,3 +185,25 @@ struct SoftmaxTask {
     double reference, positive_moment;  // results
 };
 void softmax_sums(SoftmaxTask& task);
+
+// From Σ H_ij·x_ij to the gradient with respect to the logit scale; nce: upstream.
+double gradient_of_scale(double moment, double positive_moment, double logit_scale, double nce, int64_t pairs, int64_t total_rows);
+
+// step.cpp ------------------------------------------------------------------------------------------------------------
+
+struct StepTask {
+    std::vector<Rows> embeddings;  // normalised by the loss
+    Spec spec;
+    double logit_scale, weights[3], uniformity_t;
+    int64_t kept_bytes;
+};
+struct StepResult {
+    double loss, terms[5];
+};
+
+size_t step_workspace(const StepTask& task);
+void step_forward(const StepTask& task, char* workspace, StepResult& result);
+
+// out: per modality, data null where no gradient is needed. scale_gradient may be null.
+void step_backward(const StepTask& task, char* workspace, const double* upstream, const std::vector<Rows>& out,
+                   double* scale_gradient);

@@ -99,3 +99,8 @@ void softmax_sums(SoftmaxTask& task) {
     for (int64_t i = 0; i < task.num_pairs * n; ++i) moment += task.negative_mass[i] * (task.cosines[i] - mean);
     task.positive_moment = moment;
 }
+
+double gradient_of_scale(double moment, double positive_moment, double logit_scale, double nce, int64_t pairs, int64_t total_rows) {
+    const double of_cosines = moment / (logit_scale * log2_e) - positive_moment;
+    return of_cosines * nce / (2 * static_cast<double>(pairs) * static_cast<double>(total_rows));
+}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -37,11 +40,11 @@ class CpuBackend:
 
     sums_of = SUMS_OF
     gradient_block = None  # tiles are formed inside
-    steps = None
 
     def __init__(self) -> None:
         self._kernels = build.load()
         self._kernels.bind(torch.Tensor.__dlpack_c_exchange_api__, RESULTS)
+        self.steps = Steps(self._kernels)
 
     def row_statistics(self, embeddings: list[Tensor], spec: LossSpec) -> tuple[list[Operand], RowStatistics]:
         return self._kernels.row_statistics(embeddings, spec)
@@ -109,3 +112,33 @@ class CpuBackend:
 
     def scale_gradient(self, moment: Tensor, evaluation: Evaluation) -> Tensor:
         return self._kernels.scale_gradient(moment, evaluation)
+
+
+class Steps:
+    """Evaluations in two calls, without the plan; see ``csrc/cpu/step.cpp``."""
+
+    def __init__(self, kernels: ModuleType) -> None:
+        self._kernels = kernels
+
+    def find(self, spec: LossSpec, needs_grad: tuple[bool, ...], tensors: tuple[Tensor, ...]) -> Step | None:
+        """None where rows are not contiguous or not normalised: the plan sees to those."""
+        embeddings = tensors[3:]
+        if not spec.normalize or tensors[3].shape[0] == 0 or any(e.stride(1) != 1 for e in embeddings):
+            return None
+        return Step(self._kernels, spec, needs_grad)
+
+
+class Step(NamedTuple):
+    """One evaluation."""
+
+    kernels: ModuleType
+    spec: LossSpec
+    needs_grad: tuple[bool, ...]
+
+    repeats_forward = repeats_backward = True
+
+    def forward(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        return self.kernels.step_forward(self.spec, tensors, True in self.needs_grad)
+
+    def backward(self, tensors: tuple[Tensor, ...], upstream: Tensor, workspace: Tensor) -> list[Tensor]:
+        return self.kernels.step_backward(self.spec, tensors, upstream, workspace, self.needs_grad)
