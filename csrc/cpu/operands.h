@@ -75,7 +75,10 @@ void with_operands(const Matrix& m, bool exact, Use use) {
         using T = decltype(zero);
         Workspace workspace(Workspace::bytes<T>(transposed_size<T>(cols, dim)));
         T* panels = workspace.take<T>(transposed_size<T>(cols, dim));
-        pack_columns(static_cast<const T*>(m.cols.data), m.cols.stride, cols, dim, panels, parallel);
+        // The gradient takes no inner products of a matrix all of whose tiles were kept.
+        if (exact || !KeptTiles<Accumulator<T>>(m).complete()) {
+            pack_columns(static_cast<const T*>(m.cols.data), m.cols.stride, cols, dim, panels, parallel);
+        }
         const T* rows = static_cast<const T*>(m.rows.data);
         const T* columns = static_cast<const T*>(m.cols.data);
         use(Operands<T>{{{rows, panels}}, 1, m.rows.stride, columns, m.cols.stride, n, cols, dim}, parallel);

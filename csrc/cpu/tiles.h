@@ -63,7 +63,10 @@ class KeptTiles {
     static constexpr int64_t tile_size = tile_rows * panel_width;
 
     explicit KeptTiles(const Matrix& m)
-        : data_(static_cast<A*>(m.entries)), symmetric_(m.symmetric), panels_((m.cols.count + panel_width - 1) / panel_width) {
+        : data_(static_cast<A*>(m.entries)),
+          symmetric_(m.symmetric),
+          panels_((m.cols.count + panel_width - 1) / panel_width),
+          all_rows_((m.rows.count + tile_rows - 1) / tile_rows) {
         if (data_) rows_ = rows_within(m, m.kept_entries);
     }
 
@@ -82,6 +85,8 @@ class KeptTiles {
         return (before(rows, panels) + std::max<int64_t>(2 * rows - panels, 0)) * tile_size;  // no row has less than none
     }
 
+    bool complete() const { return !symmetric_ && rows_ == all_rows_; }
+
     // Null where the tile is not kept.
     A* at(int64_t row, int64_t col) const {
         const int64_t r = row / tile_rows, p = col / panel_width;
@@ -97,7 +102,7 @@ class KeptTiles {
 
     A* data_;
     bool symmetric_;
-    int64_t panels_, rows_ = 0;
+    int64_t panels_, all_rows_, rows_ = 0;
 };
 
 // Width of the panel that begins at column `col`: whole groups of 16.
