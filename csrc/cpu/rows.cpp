@@ -38,13 +38,6 @@ struct Chunks {
     }
 };
 
-uint16_t rounded_bf16(float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, sizeof(bits));
-    const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16, not_a_number = bits >> 16 | 0x40;
-    return static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? not_a_number : rounded);
-}
-
 // ---- rows in float64 ------------------------------------------------------------------------------------------------
 // A row in float64 is `length` numbers: those of the embedding, then zeros up to whole vectors of floats.
 
@@ -125,11 +118,7 @@ void store_row(const Rows& rows, int64_t i, const double* values, int64_t dim) {
     };
     switch (rows.type) {
         case Type::bf16:
-            return store(uint16_t(), [](Vec<float> x, uint16_t* out) {
-                alignas(64) float lanes[block];
-                x.store(lanes);
-                for (int64_t l = 0; l < block; ++l) out[l] = rounded_bf16(lanes[l]);
-            });
+            return store(uint16_t(), [](Vec<float> x, uint16_t* out) { round_to_bf16(x, out); });
         case Type::f16:
             return store(uint16_t(), [](Vec<float> x, uint16_t* out) { to_f16(x, out); });
         case Type::f32:

@@ -86,6 +86,15 @@ inline Vec<float> from_f16(const uint16_t* p) {
 inline void to_f16(Vec<float> x, uint16_t* p) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT));
 }
+// As torch rounds: to even, denormals kept (the instruction for it takes them for zero).
+inline void round_to_bf16(Vec<float> x, uint16_t* p) {
+    const __m512i bits = _mm512_castps_si512(x.v), high = _mm512_srli_epi32(bits, 16);
+    const __m512i half = _mm512_add_epi32(_mm512_set1_epi32(0x7fff), _mm512_and_si512(high, _mm512_set1_epi32(1)));
+    const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
+    const __mmask16 nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
+    const __m512i result = _mm512_mask_or_epi32(rounded, nan, high, _mm512_set1_epi32(0x40));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(result));
+}
 
 #ifdef __AVX512BF16__
 #define HAS_BF16_PRODUCTS 1

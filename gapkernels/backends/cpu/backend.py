@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -128,14 +127,15 @@ class Steps:
         return Step(self._kernels, spec, needs_grad)
 
 
-class Step(NamedTuple):
-    """One evaluation."""
-
-    kernels: ModuleType
-    spec: LossSpec
-    needs_grad: tuple[bool, ...]
+class Step:
+    """One evaluation, in the form of ``gapkernels.backends.triton.steps.Step``."""
 
     repeats_forward = repeats_backward = True
+
+    def __init__(self, kernels: ModuleType, spec: LossSpec, needs_grad: tuple[bool, ...]) -> None:
+        self.kernels = kernels
+        self.spec = spec
+        self.needs_grad = needs_grad
 
     def forward(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
         return self.kernels.step_forward(self.spec, tensors, True in self.needs_grad)
