@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 Pairs = tuple[tuple[int, int], ...]
 
-KEPT_BYTES = 48 * 2**20
+KEPT_BYTES = 32 * 2**20
 
 
 class LossSpec(NamedTuple):

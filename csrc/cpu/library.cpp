@@ -109,14 +109,14 @@ void product(int64_t m, int64_t n, int64_t k, const double* a, int64_t lda, cons
 
 namespace {
 
-// A few blocks are kept between calls: one call takes up to three.
-constexpr size_t largest_kept = size_t{64} << 20;
+// A few blocks are kept between calls: an evaluation takes up to five at a time.
+constexpr size_t largest_kept = size_t{16} << 20;  // new pages cost nothing beside the work that larger ones are for
 struct Block {
     char* memory = nullptr;
     size_t size = 0;
 };
 std::mutex mutex;
-Block kept[4];
+Block kept[8];
 
 }  // namespace
 
