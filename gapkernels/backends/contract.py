@@ -402,7 +402,7 @@ class Backend(Protocol):
 
     @property
     def steps(self) -> Any:
-        """Evaluations that can be repeated without the plan, ``gapkernels.backends.triton.steps.Steps``, or None."""
+        """Eager evaluations on one process that need no plan, ``gapkernels.backends.triton.steps.Steps``, or None."""
 
     def row_statistics(self, embeddings: list[Tensor], spec: LossSpec) -> tuple[list[Operand], RowStatistics]:
         """Operands (of no modality if there is no InfoNCE) and statistics of the own rows."""
