@@ -100,6 +100,12 @@ def embeddings(*shape, dtype=torch.float32):
         ),
         ([embeddings(4, 2)] * 3, {"anchor": 5}, ValueError, "`anchor` must be in [0, 2] for 3 embeddings, got 5"),
         ([embeddings(4, 2)] * 2, {"anchor": -1}, ValueError, "`anchor` must be in [0, 1] for 2 embeddings, got -1"),
+        (
+            [embeddings(4, 2)] * 2,
+            {"keep_similarities": 2**20},
+            TypeError,
+            "`keep_similarities` must be True, False or None, got 1048576",
+        ),
         ([embeddings(4, 2)] * 2, {"anchor": "text"}, TypeError, "`anchor` must be an integer, got str"),
         ([embeddings(4, 2)] * 2, {"pairs": "some"}, ValueError, "`pairs` must be 'anchor' or 'all', got 'some'"),
         (
