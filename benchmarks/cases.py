@@ -128,6 +128,14 @@ CPU: dict[str, list[Grid]] = {
         Grid((LIBRARIES,), loss=(INFO_NCE,), samples=powers_of_two(8, 11)),
     ],
     "width": [Grid((OURS, "authors", "matmul"), width=powers_of_two(6, 10))],
+    "small": [
+        Grid(
+            (OURS, "matmul", "matmul-compile"),
+            width=(64, 512),
+            samples=(16, 128, 512),
+            dtype=("float32", "bfloat16"),
+        )
+    ],
     "types": [
         Grid((OURS, "matmul", COMPILED), samples=(256, 1024, 4096), dtype=("bfloat16",)),
         Grid((OURS,), samples=(8192,), dtype=("float32", "bfloat16", "float16")),

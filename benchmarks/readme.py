@@ -14,7 +14,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.cases import option_of
+from benchmarks.cases import GAP, option_of
+from benchmarks.implementations import IMPLEMENTATIONS
 from benchmarks.options import ALL
 from gapkernels.benchmark_report import plots, tables
 from gapkernels.benchmark_report.page import scaling_sections
@@ -155,6 +156,9 @@ def _section(results: Results) -> str:
             lines += [f"**{problem.title}**", tables.markdown(table)]
             if tables.marked(table):
                 lines.append("\\" + tables.MARK_MEANING)
+    sizes = _by_size(results)
+    if len(sizes) > 1:
+        lines += ["**By size (InfoNCE + ATP + CU, forward + backward)**", tables.markdown(sizes)]
     lines += [_memory_sentence(results, problem) for problem in _memory_problems(results)]
     for title, table in scaling_sections(results):
         if "ATP" in title:
@@ -167,6 +171,24 @@ def _section(results: Results) -> str:
         ]
         lines.append("\n".join(pictures))
     return "\n\n".join(lines)
+
+
+def _by_size(results: Results) -> tables.Table:
+    """Every size of the whole loss that ours and the matmul form were measured on, smallest first."""
+    matmul, compiled = IMPLEMENTATIONS["matmul"].label, IMPLEMENTATIONS["matmul-compile"].label
+    table = [["type", "D", "N", "gapkernels", matmul, compiled, "the faster of them vs ours"]]
+    problems = {row.problem for row in results.rows if row.loss == GAP and row.backward and row.modalities == 2}
+    for problem in sorted(problems, key=lambda p: (p.dtype != "float32", p.width, p.samples)):
+        rows = {row.implementation: row for row in results.of(problem)}
+        ours = fastest_of_ours(list(rows.values()))
+        others = [rows.get(name) for name in ("matmul", "matmul-compile")]
+        times = [row.median for row in others if row is not None]
+        if ours is None or not times:
+            continue
+        shown = ["–" if row is None else tables.seconds(row.median) for row in others]
+        line = [problem.dtype, str(problem.width), str(problem.samples), tables.seconds(ours.median), *shown]
+        table.append([*line, tables.significant(min(times) / ours.median) + "×"])
+    return table
 
 
 def _line(results: Results) -> str:
