@@ -11,30 +11,29 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from benchmarks.kernels import SIZE, label
 from benchmarks.readme import replace_block
+from gapkernels.backends.triton import gradient_blocks
+from gapkernels.backends.triton.gradient_blocks import CLOCK, DEVICE_BYTES, LAUNCH_SECONDS, OPERATIONS
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "kernels.md"
-BLOCK = "predictions"
+BLOCK, SIDES = "predictions", "block-sides"
 
 # An H100 SXM by its datasheet, and what others measured of its L2 cache.
-PROCESSORS, CLOCK = 132, 1.755e9
-OPERATIONS = 4096  # of the tensor cores, per clock and processor
-SHARED_BYTES = 128  # of shared memory, likewise
+PROCESSORS = 132
+SHARED_BYTES = 128  # of shared memory, per clock and processor
 L2_BYTES = (48, 24)  # likewise: best and worst
-DEVICE_BYTES = 3.35e12  # per second
-LAUNCH_SECONDS = 3e-6
 
 SAMPLES, WIDTH = map(int, SIZE.split("x"))
-BLOCK_SIDE = 4096  # of gradients
-TILE, ITEM_BYTES = 128, 2
-GRADIENT_BLOCKS = (SAMPLES // BLOCK_SIDE) ** 2 + (SAMPLES // BLOCK_SIDE) * (SAMPLES // BLOCK_SIDE + 1) // 2
+TILE, WIDE, ITEM_BYTES = 128, 256, 2
+LARGEST_SIDE = 4096  # of a block of gradients in 16 bits
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,7 @@ class Stage:
         title: in the table.
         measured_as: the key of the kernels' result file, and a pattern of their names in it.
         operations: of the tensor cores in units of N²·D.
+        filled: share of the processors that its tiles fill.
         l2_bytes: per operation, through the L2 cache.
         shared_bytes: per operation, of shared memory, written and read.
         other: seconds on top.
@@ -54,6 +54,7 @@ class Stage:
     title: str
     measured_as: tuple[str, str]
     operations: int = 0
+    filled: float = field(default=1.0, kw_only=True)
     l2_bytes: float = 0.0
     shared_bytes: float = 0.0
     other: float = 0.0
@@ -61,7 +62,7 @@ class Stage:
 
     @property
     def tensor_seconds(self) -> float:
-        return self._count / (OPERATIONS * PROCESSORS * CLOCK)
+        return self._count / (OPERATIONS * PROCESSORS * CLOCK * self.filled)
 
     @property
     def l2_seconds(self) -> tuple[float, float]:
@@ -110,16 +111,37 @@ def panel_share(tiles_in_row: int, rows: int, clusters: int = PROCESSORS // 2) -
     return (1 + tiles / tiles_in_row) / tiles
 
 
+def side_of_block(width: int, processors: int, samples: int = SAMPLES) -> int:
+    """Of a block of gradients in 16 bits."""
+    return gradient_blocks.side(samples, samples, width, processors, _product_tile(width), (TILE, TILE), ITEM_BYTES)
+
+
+def _product_tile(width: int) -> tuple[int, int]:
+    """As ``gapkernels.backends.triton.tuning`` chooses by default."""
+    return TILE, WIDE if width >= 2 * WIDE else TILE
+
+
+def filled(side: int, width: int, processors: int) -> float:
+    """The share of the processors that the tiles of both products of a block fill."""
+    tile_m, tile_n = _product_tile(width)
+    tiles = 2 * math.ceil(side / tile_m) * math.ceil(width / tile_n)
+    return tiles / (math.ceil(tiles / processors) * processors)
+
+
 def stages() -> list[Stage]:
     """All rows of the table."""
-    launches = GRADIENT_BLOCKS * LAUNCH_SECONDS
-    side, block_side = SAMPLES // TILE, BLOCK_SIDE // TILE
+    gradient_side = side_of_block(WIDTH, PROCESSORS)
+    blocks = math.ceil(SAMPLES / gradient_side)
+    count = blocks**2 + blocks * (blocks + 1) // 2  # of the pair and of the centroids
+    launches = count * LAUNCH_SECONDS
+    side, block_side = SAMPLES // TILE, gradient_side // TILE
     forward_share, block_share = panel_share(side, side // 2), panel_share(block_side, block_side // 2)
     streamed, resident, triton = label("streamed"), label("resident"), "gapkernels-triton"
     alone, alone_resident = label("streamed, cluster of one"), label("resident, cluster of one")
-    totals = 2 * (SAMPLES * WIDTH * 4) * (2 * GRADIENT_BLOCKS / (SAMPLES // BLOCK_SIDE)) / DEVICE_BYTES
+    # Read and written by every block; those of the rows stay in the L2 cache along a row of blocks.
+    totals = 2 * (SAMPLES * WIDTH * 4) * (count / blocks) / DEVICE_BYTES
     stats, grad = r"StatsEpilogue", r"GradEpilogue"
-    launches_text = f"{launches * 1e3:.1f}: {GRADIENT_BLOCKS} launches"
+    launches_text = f"{launches * 1e3:.1f}: {count} launches"
     rows_text = "1.0 GB"
     rows = [
         Stage(
@@ -156,9 +178,10 @@ def stages() -> list[Stage]:
             "`both_products`, Triton",
             (triton, "both_products"),
             6,
-            *tile_bytes(1, 1, False, width=256),
+            *tile_bytes(1, 1, False, width=WIDE),
             totals + launches,
             f"{totals * 1e3:.1f}: totals; {launches_text}",
+            filled=filled(gradient_side, WIDTH, PROCESSORS),
         )
     )
     return rows
@@ -197,6 +220,21 @@ def block(measured: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     return title + "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def block_sides() -> str:
+    """Sides of blocks of gradients at N = 65,536 and what they fill, in Markdown."""
+    devices = {"A100": 108, "H100": PROCESSORS, "B200": 148}
+    lines = [["D", *(f"{name}, {count} processors" for name, count in devices.items())]]
+    lines.append(["---"] * len(lines[0]))
+    for width in (128, 256, 512, 640, 768, 1024, 1280):
+        cells = [f"{width:,}"]
+        for processors in devices.values():
+            side = side_of_block(width, processors, 65536)
+            now, before = (f"{filled(s, width, processors):.0%}" for s in (side, LARGEST_SIDE))
+            cells.append(f"{side}: {now}" + (f" (4096: {before})" if side != LARGEST_SIDE else ""))
+        lines.append(cells)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def _measured(stage: Stage, measured: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     key, pattern = stage.measured_as
     times = [kernel["milliseconds"] for kernel in measured.get(key, ()) if re.search(pattern, kernel["kernel"])]
@@ -221,6 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     measured = {} if options.measured is None else json.loads(options.measured.read_text(encoding="utf-8"))
     text = replace_block(PAGE.read_text(encoding="utf-8"), block(measured), BLOCK)
+    text = replace_block(text, block_sides(), SIDES)
     options.out.write_text(text, encoding="utf-8")
 
 

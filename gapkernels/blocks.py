@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gapkernels.backends.contract import (
     NO_DIAGONAL,
+    Backend,
     Centroids,
     Matrix,
     Operand,
@@ -30,12 +31,9 @@ def blocks_of(length: int, side: int | None) -> list[slice]:
     return [slice(start, min(start + side, length)) for start in range(0, length, side)]
 
 
-def blocks_of_matrix(matrix: Matrix, side: int | None) -> Iterator[tuple[slice, slice]]:
-    """Blocks of rows and columns; of a symmetric matrix those that hold anything on or above its diagonal."""
-    for row in blocks_of(matrix.rows.shape[0], side):
-        for col in blocks_of(matrix.cols.shape[0], side):
-            if not matrix.symmetric or col.start >= row.start:
-                yield row, col
+def block_side(backend: Backend, like: Tensor, rows: int, cols: int) -> int | None:
+    """Rows of the gradient that are finished at a time; None where the backend takes all at once."""
+    return None if backend.gradient_block is None else backend.gradient_block(like, rows, cols)
 
 
 def own_rows(x: Tensor, world: World) -> Tensor:

@@ -46,8 +46,8 @@ from gapkernels.backends.contract import (
 )
 from gapkernels.blocks import (
     accumulator,
+    block_side,
     blocks_of,
-    blocks_of_matrix,
     centroid_matrix,
     largest_products,
     log_sum_over_processes,
@@ -189,6 +189,7 @@ def backward(
     if prepared is None:
         prepared = backend.softmax_sums(saved, scalars, total_rows)
     evaluation = Evaluation(embeddings, scalars, spec, saved, upstream, prepared, total_rows, world.size)
+    side = block_side(backend, embeddings[0], rows, total_rows)
     gradients = [
         e.new_empty(e.shape) if needed else None for e, needed in zip(embeddings, embedding_needs_grad, strict=True)
     ]
@@ -212,7 +213,7 @@ def backward(
             )
             own_entries = entries[-1] if entries and world.size == 1 else None
             centroid_products = _centroid_products(c, own_entries, evaluation, backend, world)
-        if embeddings[0].dtype == torch.bfloat16 and len(blocks_of(rows, backend.gradient_block)) > 1:
+        if embeddings[0].dtype == torch.bfloat16 and len(blocks_of(rows, side)) > 1:
             # Memory is saved by working in blocks: their gradients will be rounded so, and it saves a copy.
             centroid_products = centroid_products.to(torch.bfloat16)
 
@@ -248,7 +249,7 @@ def backward(
         row_products: dict[int, Tensor | None] = {}
         received: set[int] = set()  # modalities all of whose column products have been written
         largest = largest_products(embeddings, pairs, spec, world)
-        row_blocks = blocks_of(rows, backend.gradient_block)
+        row_blocks = blocks_of(rows, side)
         for m, group in groupby(enumerate(pairs), key=lambda item: item[1][0]):
             members = [(p, k) for p, (_, k) in group]
             for row in row_blocks:
@@ -275,18 +276,17 @@ def backward(
                     if scale_needs_grad and moment is None:
                         moment = backend.moment_buffer(matrix)
                     row_sums, negative_mass = part(prepared.rows[p], row), part(saved.negative_mass[p], row)
-                    for col in blocks_of(total_rows, backend.gradient_block):
-                        backend.add_products(
-                            matrix.block(slice(0, row.stop - row.start), col),
-                            SoftmaxSums(row_sums, part(prepared.cols[p], col), negative_mass),
-                            prepared,
-                            products,
-                            part(col_products[k], col) if k in col_products else None,
-                            moment,
-                            first_rows,
-                            k not in received,
-                        )
-                        first_rows = False
+                    backend.add_products(
+                        matrix,
+                        SoftmaxSums(row_sums, prepared.cols[p], negative_mass),
+                        prepared,
+                        products,
+                        col_products.get(k),
+                        moment,
+                        first_rows,
+                        k not in received,
+                    )
+                    first_rows = False
                     received.add(k)
                 if m in own or products is None:
                     continue
@@ -455,15 +455,9 @@ def _centroid_products(
         total.zero_()  # this process's part of the triangle does not touch all rows
     for shard_row, shard_col in triangle(world, c.rows.shape[0] // world.size):
         matrix = centroid_matrix(c, shard_row, c, shard_col)._replace(entries=entries)
-        row_total, col_total = part(total, shard_row), part(total, shard_col)
-        for row, col in blocks_of_matrix(matrix, backend.gradient_block):
-            block = matrix.block(row, col)
-            cols = None if block.symmetric else part(col_total, col)
-            first_cols = world.size == 1 and row.start == 0
-            first_rows = first_cols and col.start == 0
-            backend.add_products(
-                block, None, evaluation.prepared, part(row_total, row), cols, None, first_rows, first_cols
-            )
+        cols = None if matrix.symmetric else part(total, shard_col)
+        is_first = world.size == 1
+        backend.add_products(matrix, None, evaluation.prepared, part(total, shard_row), cols, None, is_first, is_first)
     return _own_sum(total, evaluation.embeddings, world)
 
 

@@ -26,7 +26,7 @@ from gapkernels.backends.contract import (
     part,
     statistics_dtype,
 )
-from gapkernels.blocks import accumulator, blocks_of_matrix, centroid_matrix, triangle
+from gapkernels.blocks import accumulator, centroid_matrix, triangle
 from gapkernels.distributed import World
 from gapkernels.spec import LossSpec
 
@@ -88,17 +88,16 @@ def pair_products(
             if scale_needs_grad and moment is None:
                 moment = backend.moment_buffer(matrix)
             col_sums = part(prepared.cols[p], slice(owner * rows, (owner + 1) * rows))
-            for row, col in blocks_of_matrix(matrix, backend.gradient_block):
-                backend.add_products(
-                    matrix.block(row, col),
-                    SoftmaxSums(part(prepared.rows[p], row), part(col_sums, col), part(saved.negative_mass[p], row)),
-                    prepared,
-                    part(of_rows[m], row) if m in of_rows else None,
-                    part(of_cols[k], col) if k in of_cols else None,
-                    moment,
-                    m not in seen_rows and col.start == 0,
-                    step == 0 and k not in seen_cols and row.start == 0,
-                )
+            backend.add_products(
+                matrix,
+                SoftmaxSums(prepared.rows[p], col_sums, saved.negative_mass[p]),
+                prepared,
+                of_rows.get(m),
+                of_cols.get(k),
+                moment,
+                m not in seen_rows,
+                step == 0 and k not in seen_cols,
+            )
             seen_rows.add(m)
             seen_cols.add(k)
         of_cols = {k: world.shift(total, -1) for k, total in of_cols.items()}
@@ -131,12 +130,8 @@ def centroid_products(own: Centroids, prepared: PreparedSums, backend: Backend, 
     for owner, held in world.circulate([own.rows, own.bias], _centroid_steps(world)):
         for matrix, row, col in _triangle_matrices(own, held, owner, world):
             row_total, col_total = part(of_rows, row), part(of_cols, col)
-            for row_block, col_block in blocks_of_matrix(matrix, backend.gradient_block):
-                block = matrix.block(row_block, col_block)
-                # Of the own diagonal block, columns are own rows too.
-                to_cols = row_total if matrix.symmetric else col_total
-                cols = None if block.symmetric else part(to_cols, col_block)
-                backend.add_products(block, None, prepared, part(row_total, row_block), cols, None)
+            # Of the own diagonal block, columns are own rows too.
+            backend.add_products(matrix, None, prepared, row_total, None if matrix.symmetric else col_total, None)
         if (owner - world.rank) % world.size < _centroid_steps(world) - 1:
             of_cols = world.shift(of_cols, -1)
     return of_rows.add_(world.shift(of_cols, _centroid_steps(world) - 1))

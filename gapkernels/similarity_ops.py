@@ -31,17 +31,14 @@ from gapkernels.backends.contract import (
     Evaluation,
     Matrix,
     Operand,
-    PreparedSums,
     Saved,
     Scalars,
     SigmoidWeights,
     SoftmaxSums,
-    part,
     statistics_dtype,
 )
 from gapkernels.blocks import (
     accumulator,
-    blocks_of_matrix,
     largest_products,
     log_sum_over_processes,
     own_rows,
@@ -247,17 +244,9 @@ def _gradients(
     row_products = accumulator(operands[0]) if needs_rows else None
     col_products = accumulator(operands[1]) if needs_cols else None
     moment = p.backend.moment_buffer(matrix) if needs_scale else None
-    for row, col in blocks_of_matrix(matrix, p.backend.gradient_block):
-        p.backend.add_products(
-            matrix.block(row, col),
-            _block_of(sums, prepared, row, col),
-            prepared,
-            None if row_products is None else part(row_products, row),
-            None if col_products is None else part(col_products, col),
-            moment,
-            first_rows=col.start == 0,
-            first_cols=row.start == 0,
-        )
+    if isinstance(sums, SoftmaxSums):
+        sums = sums._replace(row=prepared.rows[0], col=prepared.cols[0])
+    p.backend.add_products(matrix, sums, prepared, row_products, col_products, moment, True, True)
     upstream = ones * (2 * p.total_rows) * weight_unit
     evaluation = Evaluation([p.rows, p.cols], scalars, p.spec, saved, upstream, prepared, p.total_rows, 1)
     gradients: list[Tensor | None] = [None, None]
@@ -304,19 +293,6 @@ def _with_weights_near_one(
         largest = torch.maximum(largest, sums.col_weight.abs().max())
     unit = torch.exp2(torch.frexp(p.world.max(largest)).exponent.to(largest.dtype))
     return sums._replace(**{name: weight / unit for name, weight in weights.items()}), unit
-
-
-def _block_of(
-    sums: SoftmaxSums | SigmoidWeights, prepared: PreparedSums, row: slice, col: slice
-) -> SoftmaxSums | SigmoidWeights:
-    assert sums.row_weight is not None
-    row_weight, negative_mass = part(sums.row_weight, row), part(sums.negative_mass, row)
-    if isinstance(sums, SigmoidWeights):
-        return SigmoidWeights(sums.bias, row_weight, negative_mass)
-    assert sums.col_weight is not None
-    return SoftmaxSums(
-        part(prepared.rows[0], row), part(prepared.cols[0], col), negative_mass, row_weight, part(sums.col_weight, col)
-    )
 
 
 # ---- operators ------------------------------------------------------------------------------------------------------

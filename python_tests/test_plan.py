@@ -34,7 +34,8 @@ class InBlocks:
         monkeypatch.setattr(backends, "select", lambda *_: self._backend)
 
     def of(self, side: int | None) -> None:
-        self._monkeypatch.setattr(type(self._backend), "gradient_block", side)
+        block = None if side is None else lambda *_: side
+        self._monkeypatch.setattr(type(self._backend), "gradient_block", block)
 
 
 @pytest.fixture(params=["torch", "cpu"])

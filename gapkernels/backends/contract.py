@@ -15,7 +15,7 @@ All logarithms are to base 2.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
@@ -336,6 +336,16 @@ class SoftmaxSums(NamedTuple):
     row_weight: Tensor | None = None
     col_weight: Tensor | None = None
 
+    def block(self, row: slice, col: slice) -> SoftmaxSums:
+        """The part that covers these rows and columns."""
+        return SoftmaxSums(
+            part(self.row, row),
+            part(self.col, col),
+            part(self.negative_mass, row),
+            None if self.row_weight is None else part(self.row_weight, row),
+            None if self.col_weight is None else part(self.col_weight, col),
+        )
+
 
 class SigmoidWeights(NamedTuple):
     """What turns a block of a pair into the gradient of its sums of softplus.
@@ -351,6 +361,10 @@ class SigmoidWeights(NamedTuple):
     bias: Tensor
     row_weight: Tensor
     negative_mass: Tensor
+
+    def block(self, row: slice, col: slice) -> SigmoidWeights:
+        """The part that covers these rows."""
+        return SigmoidWeights(self.bias, part(self.row_weight, row), part(self.negative_mass, row))
 
 
 class SoftplusSums(NamedTuple):
@@ -397,8 +411,11 @@ class Backend(Protocol):
         """What sums along one matrix may have here besides a matrix: of ``SUMS_OF``."""
 
     @property
-    def gradient_block(self) -> int | None:
-        """Rows and columns of a block of the gradient that is computed at a time; None for all at once."""
+    def gradient_block(self) -> Callable[[Tensor, int, int], int] | None:
+        """How many rows of the gradient are best computed and finished at a time; None for all at once.
+
+        By an operand (its width, type and device count), the matrix's number of rows and that of its columns.
+        """
 
     @property
     def steps(self) -> Any:
@@ -457,7 +474,7 @@ class Backend(Protocol):
 
     def add_products(
         self,
-        block: Matrix,
+        matrix: Matrix,
         sums: SoftmaxSums | SigmoidWeights | None,
         prepared: PreparedSums,
         row_products: Tensor | None,
@@ -469,19 +486,19 @@ class Backend(Protocol):
         """Add ``H·cols`` to ``row_products`` and ``Hᵀ·rows`` to ``col_products``, in place.
 
         Args:
-            block: the entries; without its diagonal.
+            matrix: the entries; without its diagonal.
             sums: of a pair, see ``SoftmaxSums`` and ``SigmoidWeights``. Without them, for centroids, ``H_ij = 2^(x_ij −
-                centroid_reference)``, and of a symmetric block the rows receive all.
+                centroid_reference)``, and of a symmetric matrix the rows receive all.
             prepared: the references.
             row_products, col_products: ``[R, D']``, ``[C, D']`` float32 or wider; None if not needed.
-            moment: from ``moment_buffer``, to which the block's part of Σ_ij H_ij·x_ij is added, for
+            moment: from ``moment_buffer``, to which the matrix's part of Σ_ij H_ij·x_ij is added, for
                 ``scale_gradient``; None if not needed.
             first_rows, first_cols: these products are the first that ``row_products``, or ``col_products``, receives:
                 it may hold anything, and is overwritten as a whole.
         """
 
     def moment_buffer(self, like: Matrix) -> Any:
-        """Zero, in the form in which ``add_products`` adds to it, for all blocks of an evaluation like this first."""
+        """Zero, in the form in which ``add_products`` adds to it, for all matrices of an evaluation like this first."""
 
     def row_gradients(
         self,

@@ -20,8 +20,7 @@ from gapkernels.backends import cuda
 from gapkernels.backends.contract import Matrix
 from gapkernels.backends.cuda import build, kernels
 from gapkernels.backends.cuda.kernels import CudaBackend
-from gapkernels.backends.triton import backend as triton_backend
-from gapkernels.backends.triton import products, tile_sums
+from gapkernels.backends.triton import gradient_blocks, products, tile_sums
 from gapkernels.backends.triton.device import INTERPRETED
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy on infinities that are meant
@@ -62,7 +61,7 @@ def on_cpu(library, monkeypatch):
     def product(total, left, right, first):
         total.addmm_(left.float(), right.float(), beta=0 if first else 1)
 
-    monkeypatch.setattr(products, "_by_library", lambda dtype: True)
+    monkeypatch.setattr(products, "by_library", lambda dtype: True)
     monkeypatch.setattr(products, "_library_product", product)
 
 
@@ -254,7 +253,7 @@ def test_unknown_choice_of_rows_is_named(monkeypatch):
 def test_values_with_rows_that_stay(on_cpu, monkeypatch, dtype):
     """The other order of tiles, in both kernels, triangle included; by blocks in the backward pass."""
     monkeypatch.setenv(kernels.ROWS_VARIABLE, "resident")
-    monkeypatch.setattr(triton_backend, "BLOCK", 200)
+    monkeypatch.setenv(gradient_blocks.VARIABLE, "200")
     assert_matches_oracle(random_embeddings(300, 256, dtype=dtype), 14.3, "cuda")
 
 
@@ -308,7 +307,7 @@ def test_values_of_centroids_in_float16(on_cpu, dtype, nce_weight):
 
 @pytest.mark.parametrize(("block", "dim", "modalities"), [(128, 24, 3), (200, 256, 2)])
 def test_values_by_blocks_of_gradients(on_cpu, monkeypatch, block, dim, modalities):
-    monkeypatch.setattr(triton_backend, "BLOCK", block)
+    monkeypatch.setenv(gradient_blocks.VARIABLE, str(block))
     embeddings = random_embeddings(260, dim, modalities, dtype=torch.float16)
     assert_matches_oracle(embeddings, 14.3, "cuda", pairs="all")
 

@@ -2,6 +2,10 @@
 
 import functools
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -111,3 +115,14 @@ def test_a_kind_of_arguments_has_one_binary(monkeypatch, dtype):
             evaluate(n, dim, dtype, spec=spec, offset=offset, needs_grad=needs_grad, keep=False)
         evaluate(4101, 16, dtype)  # several blocks
     assert Bound.runs > 2 * len(launch._bound) > 100
+
+
+def test_blocks_of_a_matrix_are_launched_as_the_launchers_would():
+    """What is written out for the first block of a kind has every argument right at the others, odd ones included."""
+    script = Path(__file__).with_name("stubbed_blocks.py")
+    root = str(script.parents[2])
+    run = subprocess.run(
+        [sys.executable, str(script)], env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) > 500

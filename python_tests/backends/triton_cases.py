@@ -9,8 +9,7 @@ from oracle import TOLERANCE, Tolerance, assert_matches_oracle, random_embedding
 from test_contrast import compare
 
 from gapkernels import backends, gap_loss, similarity_logsumexp, similarity_softplus
-from gapkernels.backends.triton import backend as triton_backend
-from gapkernels.backends.triton import steps, tuning
+from gapkernels.backends.triton import gradient_blocks, steps, tuning
 from gapkernels.backends.triton.device import INTERPRETED
 from gapkernels.backends.triton.products import add_products
 
@@ -180,7 +179,7 @@ def test_deterministic_mode_agrees_and_repeats():
 @pytest.mark.parametrize("block", [32, 48])
 def test_blocks_of_gradients(monkeypatch, block, dtype):
     """More rows than one block of gradients holds: partial blocks, diagonals, modalities with rows and columns."""
-    monkeypatch.setattr(triton_backend, "BLOCK", block)
+    monkeypatch.setenv(gradient_blocks.VARIABLE, str(block))
     assert_matches_oracle(random_embeddings(97, 20, 3, dtype=dtype), 14.3, "triton", pairs="all")
     assert_matches_oracle(random_embeddings(97, 20, 2, dtype=dtype), 14.3, "triton")
 
@@ -403,7 +402,7 @@ def sums_and_gradients(rows, cols, scale, backend, weights, **options):
 @pytest.mark.parametrize("mask", ["", "ids", "limits", "one limit"])
 def test_contrast_sums(monkeypatch, mask, scale, dtype):
     """Signed weights, rows without entries and limits, in range of the constant exponent and beyond; several blocks."""
-    monkeypatch.setattr(triton_backend, "BLOCK", 32)
+    monkeypatch.setenv(gradient_blocks.VARIABLE, "32")
     rows, cols = (e[:n] for e, n in zip(random_embeddings(45, 20, dtype=dtype), (45, 38), strict=True))
     options = {}
     if mask == "ids":

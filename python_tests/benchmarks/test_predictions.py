@@ -54,6 +54,7 @@ def test_page_shows_the_predictions() -> None:
     expected = predictions.block({})
     without = [line.rpartition(" | ")[0] for line in shown.splitlines()]  # the last column may hold a GPU's figures
     assert without == [line.rpartition(" | ")[0] for line in expected.splitlines()], "python -m benchmarks.predictions"
+    assert predictions.block_sides() in text, "python -m benchmarks.predictions"
 
 
 def test_measurements_stand_beside_their_predictions(tmp_path: Path) -> None:
@@ -107,3 +108,13 @@ def test_a_variant_is_a_process_with_its_environment() -> None:
     found, problem = kernels.measure_variant("resident", "16x8")
     assert found == []
     assert "CUDA" in problem or "NVIDIA" in problem
+
+
+def test_tiles_of_products_are_the_default_ones() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from gapkernels.backends.triton import tuning
+
+    for width in (64, 256, 512, 768):
+        for arch in ("sm_80", "sm_90", "sm_100"):
+            config = tuning.candidates("both_products", arch, torch.bfloat16, width)[0]
+            assert (config.tile_m, config.tile_n) == predictions._product_tile(width)

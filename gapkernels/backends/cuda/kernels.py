@@ -14,6 +14,7 @@ from torch import Tensor
 from gapkernels.backends.contract import Matrix
 from gapkernels.backends.triton.backend import TritonBackend
 from gapkernels.backends.triton.gradient_tiles import Moment
+from gapkernels.backends.triton.recording import Launch
 from gapkernels.backends.triton.tile_sums import room_for_sums
 
 MAX_MATRICES = 8
@@ -93,11 +94,10 @@ class CudaBackend(TritonBackend):
         scale: float,
         moment: Moment | None,
         out: Tensor,
-    ) -> None:
+    ) -> Launch | None:
         """Write one block of H; see ``gapkernels.backends.triton.gradient_tiles.gradient_tiles``."""
         if block.rows.dtype == torch.float32:
-            super().gradient_tiles(block, row_log_sum, col_log_sum, reference, scale, moment, out)
-            return
+            return super().gradient_tiles(block, row_log_sum, col_log_sum, reference, scale, moment, out)
         if moment is not None and not moment.used:  # the kernel adds
             moment.partials.zero_()
             moment.used = moment.partials.numel()
@@ -117,6 +117,7 @@ class CudaBackend(TritonBackend):
             None if moment is None else moment.partials,
             out,
         )
+        return None
 
 
 def _launches(matrices: list[Matrix]) -> list[slice]:

@@ -3,8 +3,8 @@
 No host synchronisation, no N×N memory, nothing depends on values on the host: an evaluation can be captured in a CUDA
 graph. Memory beyond inputs and gradients for two bf16 modalities, in units of N·D bytes: forward 2·2 (operands) + 2
 (centroids); backward first 2 (centroids) + 4 (their float32 products), then 2 (these, rounded) + 2 (the anchor as an
-operand) + 4 (its float32 products), so 8 = two copies of the inputs, plus one block of gradients (32 MiB) and the
-operand and products of BLOCK rows of the modality that is not the anchor.
+operand) + 4 (its float32 products), so 8 = two copies of the inputs, plus one block of gradients (32 MiB at most) and
+the operand and products of as many rows of the modality that is not the anchor.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gapkernels.backends.contract import (
+    NO_DIAGONAL,
     SUMS_OF,
     Centroids,
     Evaluation,
@@ -32,7 +33,9 @@ from gapkernels.backends.contract import (
     SoftplusSums,
 )
 from gapkernels.backends.triton import (
+    block_launches,
     device,
+    gradient_blocks,
     gradient_tiles,
     log_sums,
     products,
@@ -45,11 +48,9 @@ from gapkernels.backends.triton import (
     tuning,
 )
 from gapkernels.backends.triton.gradient_tiles import Moment
+from gapkernels.backends.triton.recording import Launch
 from gapkernels.backends.triton.steps import Steps
 from gapkernels.spec import LossSpec
-
-BLOCK = 4096
-"""Rows and columns of a block of gradients: 32 MiB in 16 bits, which stays in a 50 MB L2 cache."""
 
 CENTROID_HEADROOM = math.log2(gradient_tiles.HALF_SCALE)
 """Entries of H of the centroids may be as large as this: no entry exceeds its row's sum, float16 is used to its end."""
@@ -60,6 +61,10 @@ LARGEST_BIASED_EXPONENT = 32.0
 """Twice the largest bias of raw centroids: ‖c_i‖² + ‖c_j‖² − 2⟨c_i, c_j⟩ in float32 keeps a few 1e-6 of it."""
 
 
+def _whole_tiles(side: int) -> int:
+    return -(-side // LARGEST_TILE) * LARGEST_TILE
+
+
 class TritonBackend:
     """``backend="triton"``; see ``gapkernels.backends.contract.Backend``."""
 
@@ -67,10 +72,22 @@ class TritonBackend:
 
     def __init__(self) -> None:
         self.steps = Steps()
+        self._written = block_launches.Known()
 
-    @property
-    def gradient_block(self) -> int:
-        return BLOCK
+    def gradient_block(self, like: Tensor, rows: int, cols: int) -> int:
+        arch, width = device.architecture(like.device), like.shape[1]
+        products_, gradients = (
+            tuning.candidates(kernel, arch, like.dtype, width)[0] for kernel in ("both_products", "gradient_tiles")
+        )
+        return gradient_blocks.side(
+            rows,
+            cols,
+            width,
+            device.num_processors(like.device),
+            (products_.tile_m, products_.tile_n),
+            (gradients.tile_m, gradients.tile_n),
+            like.itemsize,
+        )
 
     # ---- what costs N², and what the CUDA backend replaces ----
 
@@ -89,9 +106,9 @@ class TritonBackend:
         scale: float,
         moment: Moment | None,
         out: Tensor,
-    ) -> None:
+    ) -> Launch | None:
         """See ``gapkernels.backends.triton.gradient_tiles.gradient_tiles``."""
-        gradient_tiles.gradient_tiles(block, row_log_sum, col_log_sum, reference, scale, moment, out)
+        return gradient_tiles.gradient_tiles(block, row_log_sum, col_log_sum, reference, scale, moment, out)
 
     # ---- the contract ----
 
@@ -175,7 +192,7 @@ class TritonBackend:
 
     def add_products(
         self,
-        block: Matrix,
+        matrix: Matrix,
         sums: SoftmaxSums | SigmoidWeights | None,
         prepared: PreparedSums,
         row_products: Tensor | None,
@@ -184,33 +201,91 @@ class TritonBackend:
         first_rows: bool = False,
         first_cols: bool = False,
     ) -> None:
+        (num_rows, _), num_cols = matrix.rows.shape, matrix.cols.shape[0]
+        side = self.gradient_block(matrix.rows, num_rows, num_cols)
+        h = matrix.rows.new_empty(_whole_tiles(min(side, num_rows)) * _whole_tiles(min(side, num_cols)))
+        if num_rows <= side and num_cols <= side:
+            self._add_block(matrix, sums, prepared, row_products, col_products, moment, first_rows, first_cols, h)
+            return
+        if matrix.symmetric:
+            col_products, first_cols = row_products, first_rows
+        reference = prepared.centroid_reference if sums is None else prepared.reference
+        partials = None if moment is None else moment.partials
+        where = block_launches.of_matrix(matrix, sums, reference, row_products, col_products, partials, h)
+        known = {} if where is None else self._written.of_kind(where.kind)
+        for top in range(0, num_rows, side):
+            height = min(side, num_rows - top)
+            for left in range(top if matrix.symmetric else 0, num_cols, side):
+                width = min(side, num_cols - left)
+                on_diagonal = matrix.symmetric and left == top
+                is_first = first_rows and left == 0, first_cols and top == 0
+                written = known.get((height, width, on_diagonal))
+                if where is not None and written is not None:
+                    diagonal = matrix.diagonal if matrix.diagonal == NO_DIAGONAL else matrix.diagonal + top - left
+                    written(where.addresses, where.stream, top, left, diagonal, int(is_first[0]), int(is_first[1]))
+                    continue
+                row, col = slice(top, top + height), slice(left, left + width)
+                launches = self._add_block(
+                    matrix.block(row, col),
+                    None if sums is None else sums.block(row, col),
+                    prepared,
+                    None if row_products is None else row_products[row],
+                    None if col_products is None or on_diagonal else col_products[col],
+                    moment,
+                    *is_first,
+                    h,
+                )
+                if where is not None and (written := block_launches.written(launches)) is not None:
+                    known[height, width, on_diagonal] = written
+
+    def _add_block(
+        self,
+        block: Matrix,
+        sums: SoftmaxSums | SigmoidWeights | None,
+        prepared: PreparedSums,
+        row_products: Tensor | None,
+        col_products: Tensor | None,
+        moment: Moment | None,
+        first_rows: bool,
+        first_cols: bool,
+        room: Tensor,
+    ) -> tuple[Launch | None, Launch | None]:
+        """``add_products`` of one block, with room for H; its two launches, see ``.launch.launch``."""
         (num_rows, _), num_cols = block.rows.shape, block.cols.shape[0]
-        sides = (-(-side // LARGEST_TILE) * LARGEST_TILE for side in (num_rows, num_cols))
-        h = block.rows.new_empty(tuple(sides))
+        sides = _whole_tiles(num_rows), _whole_tiles(num_cols)
+        h = room[: math.prod(sides)].view(sides)
         if sums is None:
-            self.gradient_tiles(block, None, None, prepared.centroid_reference, 1.0, None, h)
+            launched = self.gradient_tiles(block, None, None, prepared.centroid_reference, 1.0, None, h)
         else:
             scale, reference = gradient_tiles.gradient_scale(block.rows.dtype), prepared.reference
             if isinstance(sums, SigmoidWeights):
-                gradient_tiles.gradient_tiles(
+                launched = gradient_tiles.gradient_tiles(
                     block, None, None, reference, scale, moment, h, sums.row_weight, bias=sums.bias
                 )
             elif sums.row_weight is None and not block.masked:
-                self.gradient_tiles(block, sums.row, sums.col, reference, scale, moment, h)
+                launched = self.gradient_tiles(block, sums.row, sums.col, reference, scale, moment, h)
             else:
-                gradient_tiles.gradient_tiles(
+                launched = gradient_tiles.gradient_tiles(
                     block, sums.row, sums.col, reference, scale, moment, h, sums.row_weight, sums.col_weight
                 )
         h = h[:num_rows, :num_cols]
-        products.add_products(row_products, col_products, h, block.cols, block.rows, first_rows, first_cols)
+        return launched, products.add_products(
+            row_products, col_products, h, block.cols, block.rows, first_rows, first_cols
+        )
 
     def moment_buffer(self, like: Matrix) -> Moment:
-        sides = (min(BLOCK, operand.shape[0]) for operand in (like.rows, like.cols))
         rows = like.rows
+        largest = gradient_blocks.largest_side(rows.itemsize)
+        sides = (min(largest, operand.shape[0]) for operand in (rows, like.cols))
         options = tuning.candidates("gradient_tiles", device.architecture(rows.device), rows.dtype, rows.shape[1])
         smallest = min(min(config.tile_m, config.tile_n) for config in map(tile_sums.narrower, options))
         places = math.prod(-(-side // smallest) for side in sides)
-        return Moment(like.rows.new_empty(places, dtype=torch.float64))
+        moment = Moment(like.rows.new_empty(places, dtype=torch.float64))
+        if max(rows.shape[0], like.cols.shape[0]) > self.gradient_block(rows, rows.shape[0], like.cols.shape[0]):
+            # Blocks of other shapes may have more tiles than the first.
+            moment.partials.zero_()
+            moment.used = places
+        return moment
 
     def row_gradients(
         self,

@@ -31,6 +31,7 @@ from gapkernels.backends.contract import Matrix
 from gapkernels.backends.triton import tuning
 from gapkernels.backends.triton.device import cdiv, input_precision
 from gapkernels.backends.triton.launch import descriptor, launch
+from gapkernels.backends.triton.recording import Launch
 from gapkernels.backends.triton.tile_sums import mask_arguments, mask_kind, narrower
 from gapkernels.backends.triton.tiles import (
     exponents,
@@ -274,8 +275,8 @@ def gradient_tiles(
     row_weight: Tensor | None = None,
     col_weight: Tensor | None = None,
     bias: Tensor | None = None,
-) -> None:
-    """Write one block of H.
+) -> Launch | None:
+    """Write one block of H; see ``.launch.launch`` for what is returned.
 
     Args:
         block: ``[R, C]``; its diagonal entries are written as zero.
@@ -294,10 +295,10 @@ def gradient_tiles(
     def shape_of(config: tuning.Config) -> tuning.Config:
         return narrower(config) if row_weight is not None or block.masked else config
 
-    def run(config: tuning.Config) -> None:
+    def run(config: tuning.Config) -> Launch | None:
         config = shape_of(config)
         m, n, k = config.tile_m, config.tile_n, config.tile_k
-        launch(
+        return launch(
             gradient_tiles_kernel,
             (cdiv(num_rows, m) * cdiv(num_cols, n),),
             (
@@ -354,7 +355,8 @@ def gradient_tiles(
         )
 
     config = tuning.choose("gradient_tiles", block.rows, run, reset=None if moment is None else moment.partials)
-    run(config)
+    launched = run(config)
     config = shape_of(config)
     if moment is not None and is_first:
         moment.used = cdiv(num_rows, config.tile_m) * cdiv(num_cols, config.tile_n)
+    return launched

@@ -26,7 +26,7 @@ _IS_KNOWN = not INTERPRETED and tuple(map(int, triton.__version__.split(".")[:2]
 
 def launch(
     kernel: Any, grid: tuple[int, ...], kind: Hashable, args: tuple[Any, ...], constants: Callable[[], dict[str, Any]]
-) -> None:
+) -> recording.Launch | None:
     """``kernel[grid](*args, **constants())``.
 
     Args:
@@ -36,15 +36,18 @@ def launch(
             addresses are multiples of 16, values of numbers where Triton looks at them, and ``constants``.
         args: for the parameters that are not compile-time ones.
         constants: makes compile-time parameters and options; asked where the kind is new.
+
+    Returns:
+        The launch, where it went straight to a binary.
     """
     recorder = recording.active()
     if recorder is not None:
         named = constants()
         recorder.launch(kernel, grid, args, tuple(named[name] for name in kernel.arg_names[len(args) :]), named)
-        return
-    if not (_IS_KNOWN and recording.launches_directly()):
+        return None
+    if not is_direct():
         kernel[grid](*args, **constants())
-        return
+        return None
     driver = triton.runtime.driver.active
     device = driver.get_current_device()
     key = (kernel.__name__, device, kind)
@@ -54,7 +57,7 @@ def launch(
         compiled = kernel[grid](*args, **named)
         if compiled is not None:
             _bound[key] = compiled, tuple(named[name] for name in kernel.arg_names[len(args) :])
-        return
+        return None
     compiled, compile_time = found
     compiled.run(
         grid[0],
@@ -69,6 +72,12 @@ def launch(
         *args,
         *compile_time,
     )
+    return recording.Launch(kernel, compiled, grid, args, compile_time, {})
+
+
+def is_direct() -> bool:
+    """Whether launches go straight to binaries: this Triton is known, no profiler listens, and nothing is recorded."""
+    return _IS_KNOWN and recording.active() is None and recording.launches_directly()
 
 
 def described() -> str:

@@ -28,6 +28,7 @@ from torch import Tensor
 from gapkernels.backends.triton import tuning
 from gapkernels.backends.triton.device import INTERPRETED, cdiv, input_precision
 from gapkernels.backends.triton.launch import descriptor, launch
+from gapkernels.backends.triton.recording import Launch
 from gapkernels.backends.triton.tiles import grouped_tile
 
 VARIABLE = "GAPKERNELS_PRODUCTS"
@@ -142,8 +143,8 @@ def add_products(
     rows: Tensor,
     first: bool,
     first_cols: bool | None = None,
-) -> None:
-    """``total_rows += h @ cols`` and ``total_cols += h.T @ rows``, in one launch.
+) -> Launch | None:
+    """``total_rows += h @ cols`` and ``total_cols += h.T @ rows``, in one launch; returns what ``.launch.launch`` does.
 
     Args:
         total_rows: ``[R, D']`` float32; None if not wanted.
@@ -155,23 +156,23 @@ def add_products(
         first_cols: likewise of ``total_cols``; None: as ``first``.
     """
     first_cols = first if first_cols is None else first_cols
-    if _by_library(h.dtype):
+    if by_library(h.dtype):
         if total_rows is not None:
             _library_product(total_rows, h, cols, first)
         if total_cols is not None:
             _library_product(total_cols, h.T, rows, first_cols)
-        return
+        return None
     (num_rows, num_cols), dim = h.shape, cols.shape[1]
     totals = tuple(total for total in (total_rows, total_cols) if total is not None)
     if not totals:
-        return
+        return None
 
-    def run(config: tuning.Config) -> None:
+    def run(config: tuning.Config) -> Launch | None:
         m, n, k = config.tile_m, config.tile_n, config.tile_k
         use_tma = config.tma and _copyable(h, cols, rows)
         assert use_tma or h.stride(0) >= cdiv(num_cols, m) * m, "rows of H must have room for whole tiles"
         tiles = sum(cdiv(total.shape[0], m) for total in totals) * cdiv(dim, n)
-        launch(
+        return launch(
             both_products_kernel,
             (tiles,),
             (
@@ -214,10 +215,11 @@ def add_products(
             },
         )
 
-    run(tuning.choose("both_products", cols, run, reset=totals))
+    return run(tuning.choose("both_products", cols, run, reset=totals))
 
 
-def _by_library(dtype: torch.dtype) -> bool:
+def by_library(dtype: torch.dtype) -> bool:
+    """Whether products of operands of this type are the vendor's library's."""
     if INTERPRETED or torch.version.hip or torch.are_deterministic_algorithms_enabled():
         return False
     return dtype == torch.float32 or os.environ.get(VARIABLE) == "library"

@@ -65,10 +65,16 @@ class Place(NamedTuple):
         return inside.view(self.dtype).as_strided(self.size, self.stride)
 
 
+class Expression(NamedTuple):
+    """An argument as ``as_function`` writes it: Python, of the function's parameters."""
+
+    text: str
+
+
 class DescriptorPlace(NamedTuple):
     """A tensor that the copy engine reads, by its descriptor."""
 
-    place: Place
+    place: Any
     shape: Any
     strides: Any
     block_shape: list[int]
@@ -94,14 +100,20 @@ class Launch(NamedTuple):
     constants: dict[str, Any]
 
 
-class _Address:
-    """What a descriptor is made from, in place of a tensor."""
+class _Described(int):
+    """An address that Triton's launcher takes for a descriptor, and for the tensor it is made from.
 
-    def __init__(self, address: int) -> None:
-        self._address = address
+    Making one takes a tenth of the time of a ``TensorDescriptor``, and a block of gradients has four.
+    """
+
+    padding, round_f32_to_tf32 = "zero", False
+
+    @property
+    def base(self) -> _Described:
+        return self
 
     def data_ptr(self) -> int:
-        return self._address
+        return int(self)
 
 
 class Recorder(TorchDispatchMode):
@@ -276,49 +288,8 @@ class Recording:
             stream: to launch on.
         """
         if self._written is None:
-            self._written = self._as_function()
+            self._written = as_function(self._launches)
         self._written(addresses, stream)
-
-    def _as_function(self) -> Callable[[tuple[int, ...], int], None]:
-        """All launches written out as one function: additions of offsets are then all that is left to do.
-
-        A loop that puts addresses into the arguments takes longer than everything else of a step.
-        """
-        values: dict[str, Any] = {"descriptor": _descriptor, "Address": _Address}
-        bases: set[int] = set()
-
-        def named(value: Any) -> str:
-            name = f"v{len(values)}"
-            values[name] = value
-            return name
-
-        def address(place: Place) -> str:
-            bases.add(place.base)
-            return f"b{place.base}+{place.offset}" if place.offset else f"b{place.base}"
-
-        def written(arg: Any) -> str:
-            if isinstance(arg, Place):
-                return address(arg)
-            if isinstance(arg, DescriptorPlace):
-                return f"descriptor(Address({address(arg.place)}), {named(arg)})"
-            if type(arg) is tuple:
-                return f"({''.join(written(a) + ', ' for a in arg)})"
-            return repr(arg) if arg is None or type(arg) in (int, bool) else named(arg)
-
-        lines = []
-        for launch in self._launches:
-            grid = (*launch.grid, 1, 1)[:3]
-            known = [launch.compiled.function, launch.compiled.packed_metadata, None, None, None]
-            args = [*map(written, grid), "stream", *map(written, (*known, *launch.args, *launch.compile_time))]
-            lines.append(f" {named(launch.compiled.run)}({', '.join(args)})")
-        lines = [
-            "def launch(addresses, stream):",
-            *(f" b{b} = addresses[{b}]" for b in sorted(bases)),
-            *lines,
-            " return",
-        ]
-        exec("\n".join(lines), values)
-        return values["launch"]
 
     def run_by_triton(self, bases: Sequence[Tensor]) -> None:
         """The same through Triton's own launcher, with tensors for addresses: what its interpreter takes."""
@@ -332,6 +303,55 @@ class Recording:
 
         for launch in self._launches:
             launch.kernel[launch.grid](*map(argument, launch.args), **launch.constants)
+
+
+def as_function(launches: Sequence[Launch], parameters: Sequence[str] = ()) -> Callable[..., None]:
+    """Launches written out as one function of addresses and a stream: additions of offsets are all that is left to do.
+
+    A loop that puts addresses into the arguments takes longer than everything else of a step.
+
+    Args:
+        launches: their arguments with places among the addresses, and expressions, instead of tensors.
+        parameters: of the function, after the two.
+    """
+    values: dict[str, Any] = {}
+    bases: set[int] = set()
+
+    def named(value: Any) -> str:
+        name = f"v{len(values)}"
+        values[name] = value
+        return name
+
+    def address(place: Place | Expression) -> str:
+        if isinstance(place, Expression):
+            return place.text
+        bases.add(place.base)
+        return f"b{place.base}+{place.offset}" if place.offset else f"b{place.base}"
+
+    def written(arg: Any) -> str:
+        if isinstance(arg, (Place, Expression)):
+            return address(arg)
+        if isinstance(arg, DescriptorPlace):
+            look = {"shape": arg.shape, "strides": arg.strides, "block_shape": arg.block_shape}
+            return f"{named(type('Described', (_Described,), look))}({address(arg.place)})"
+        if type(arg) is tuple:
+            return f"({''.join(written(a) + ', ' for a in arg)})"
+        return repr(arg) if arg is None or type(arg) in (int, bool) else named(arg)
+
+    lines = []
+    for launch in launches:
+        grid = (*launch.grid, 1, 1)[:3]
+        known = [launch.compiled.function, launch.compiled.packed_metadata, None, None, None]
+        args = [*map(written, grid), "stream", *map(written, (*known, *launch.args, *launch.compile_time))]
+        lines.append(f" {named(launch.compiled.run)}({', '.join(args)})")
+    lines = [
+        f"def launch({', '.join(('addresses', 'stream', *parameters))}):",
+        *(f" b{b} = addresses[{b}]" for b in sorted(bases)),
+        *lines,
+        " return",
+    ]
+    exec("\n".join(lines), values)
+    return values["launch"]
 
 
 def _descriptor(base: Any, place: DescriptorPlace) -> TensorDescriptor:

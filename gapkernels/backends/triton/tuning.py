@@ -69,13 +69,21 @@ def choose(
     if INTERPRETED:
         return INTERPRETER
     # Asked at every launch: what is decided once holds for the process.
-    question = kernel, like.device, like.dtype, like.shape[1], torch.get_float32_matmul_precision()
-    decided = _decided.get(question)
-    if decided is None:
-        decided = _choose(kernel, like, launch, reset)
+    found = decided(kernel, like)
+    if found is None:
+        found = _choose(kernel, like, launch, reset)
         if not (_searching() and torch.cuda.is_current_stream_capturing()):
-            _decided[question] = decided
-    return decided
+            _decided[_question(kernel, like)] = found
+    return found
+
+
+def decided(kernel: str, like: Tensor) -> Config | None:
+    """What ``choose`` has chosen for operands like these; None before it has."""
+    return _decided.get(_question(kernel, like))
+
+
+def _question(kernel: str, like: Tensor) -> tuple[object, ...]:
+    return kernel, like.device, like.dtype, like.shape[1], torch.get_float32_matmul_precision()
 
 
 _decided: dict[tuple[object, ...], Config] = {}
