@@ -25,6 +25,8 @@ def distinct_launches(arch, all_candidates=False, **evaluation):
     with recorded(arch, all_candidates) as launches:
         evaluate(4100, **evaluation)
         evaluate(1100, keep=False, **evaluation)  # terms in one launch; what is not kept is made again
+        evaluate(1100, **evaluation)  # entries are kept, in float32 for the gradient of the scale
+        evaluate(1100, **{**evaluation, "needs_grad": (*evaluation.get("needs_grad", (True,) * 3)[:-1], False)})
         deterministic = torch.are_deterministic_algorithms_enabled()
         torch.use_deterministic_algorithms(True)  # another way to the log sums, no library products
         try:

@@ -28,6 +28,7 @@ GROUPS = {
     "products": "both_products",
     "repeated": "repeated",
     "contrasts": "contrast",
+    "kept": "kept",
 }
 
 

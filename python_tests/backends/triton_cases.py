@@ -5,11 +5,12 @@ import itertools
 import pytest
 import torch
 from contrast_cases import CASES
-from oracle import TOLERANCE, Tolerance, assert_matches_oracle, random_embeddings
+from oracle import TOLERANCE, Tolerance, assert_matches_oracle, random_embeddings, trained_embeddings
 from test_contrast import compare
 
 from gapkernels import backends, gap_loss, similarity_logsumexp, similarity_softplus
-from gapkernels.backends.triton import gradient_blocks, steps, tuning
+from gapkernels.backends.triton import backend as triton_backend
+from gapkernels.backends.triton import gradient_blocks, gradient_tiles, steps, tuning
 from gapkernels.backends.triton.device import INTERPRETED
 from gapkernels.backends.triton.products import add_products
 
@@ -466,3 +467,73 @@ def test_contrast_in_deterministic_mode():
         compare(CASES[20], random_embeddings(37, 20), 14.3, "triton")
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+# ---- entries kept between the passes --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kept(monkeypatch):
+    """Whether blocks of gradients took kept entries, in order: those of the centroids and then those of the pairs."""
+    taken = []
+    usable = gradient_tiles.usable_entries
+    monkeypatch.setattr(
+        gradient_tiles, "usable_entries", lambda *a: taken.append((found := usable(*a)) is not None) or found
+    )
+    return taken
+
+
+@pytest.mark.parametrize(("keep", "dtype"), [(True, torch.float16), (False, torch.float32)], ids=str)
+def test_kept_entries(monkeypatch, kept, keep, dtype):
+    """By blocks whose last tile is a part; the same gradients as from entries made again."""
+    monkeypatch.setenv(gradient_blocks.VARIABLE, "48")
+    assert_matches_oracle(random_embeddings(70, 20, dtype=dtype), 14.3, "triton", keep_similarities=keep)
+    assert any(kept) == keep
+
+
+def test_kept_entries_within_the_budget(monkeypatch, kept):
+    """One of three matrices of 256×256 fits, of which the budget then has nothing left."""
+    monkeypatch.setattr("gapkernels.functional.KEPT_BYTES", 2 * 4 * 256**2 - 1)
+    leaves = [e.requires_grad_() for e in random_embeddings(40, 12, 3)]
+    gap_loss(*leaves, pairs="all", cu_weight=0.0, backend="triton").backward()
+    assert len(kept) == 3
+    assert sum(kept) == 1
+
+
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_kept_entries_rounded_to_bfloat16(monkeypatch, kept, scale):
+    """As of bf16 embeddings, which the interpreter cannot multiply: within the bound of their gradients."""
+    room = triton_backend.TritonBackend._room_for_entries
+
+    def rounded(self, matrices, keep):
+        narrow = torch.empty(256, 256, dtype=torch.bfloat16)[:80, :80]
+        return [None if r is None else narrow for r in room(self, matrices, keep)]
+
+    monkeypatch.setattr(triton_backend.TritonBackend, "_room_for_entries", rounded)
+    for made in (random_embeddings, trained_embeddings):
+        embeddings = made(80, 24)
+        exact = [e.double().requires_grad_() for e in embeddings]
+        ours = [e.clone().requires_grad_() for e in embeddings]
+        gap_loss(*exact, logit_scale=scale, backend="reference").backward()
+        gap_loss(*ours, logit_scale=scale, backend="triton").backward()
+        assert True in kept
+        for e, o in zip(exact, ours, strict=True):
+            assert (o.grad - e.grad).norm() <= TOLERANCE[torch.bfloat16].gradient * e.grad.norm()
+    kept.clear()
+    learned = torch.tensor(scale, requires_grad=True)  # its gradient takes logarithms: entries are made again
+    gap_loss(*ours, logit_scale=learned, backend="triton").backward()
+    assert not any(kept)
+
+
+def test_kept_entries_of_sums_out_of_range_are_not_used(monkeypatch, kept):
+    """In one tile they are lost, in the others they are not. Without the check the gradient of the first is wrong."""
+    x, y = random_embeddings(70, 8)
+    x[:20], y[:20] = x[:1] + 0.01 * x[:20], -x[:1] + 0.01 * y[:20]
+    x[20:], y[20:] = x[20:], x[20:] + 0.1 * y[20:]
+    tolerance = Tolerance(1e-4, 4e-4)
+    assert_matches_oracle([x, y], 400.0, "triton", tolerance, cu_weight=0.0)
+    assert all(kept)
+    tiles = gradient_tiles.gradient_tiles
+    monkeypatch.setattr(gradient_tiles, "gradient_tiles", lambda *a, **k: tiles(*a, **{**k, "smallest_log": -1e30}))
+    with pytest.raises(AssertionError):
+        assert_matches_oracle([x, y], 400.0, "triton", tolerance, cu_weight=0.0)

@@ -128,7 +128,7 @@ def evaluate(
         for e in random_embeddings(n, dim, modalities, dtype=dtype)
     ]
     numbers = (torch.tensor(v, dtype=torch.float64) for v in ([1.0, 1.0, 1.0], 2.0))
-    scalars = Scalars(torch.tensor(14.3), *numbers)
+    scalars = Scalars(torch.tensor(14.3, requires_grad=needs_grad[-1]), *numbers)
     implementation, spec, world = triton_backend.create(), spec or LossSpec(), world or World()
     found = plan.forward(embeddings, scalars, spec, implementation, world, keep=keep)
     upstream = torch.ones(3, dtype=torch.float64)

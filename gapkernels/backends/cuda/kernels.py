@@ -6,6 +6,7 @@ Matrices of 16-bit operands are computed here, those of float32 operands (the ce
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from itertools import groupby
 
 import torch
@@ -54,9 +55,15 @@ class CudaBackend(TritonBackend):
     """``backend="cuda"``; what it does not replace is Triton's."""
 
     sums_of: frozenset[str] = frozenset()  # its kernels know neither weights nor masks
+    keeps_entries = False
 
     def tile_sums(
-        self, matrices: list[Matrix], largest: Tensor | None, headroom: int, zeros: Tensor | None = None
+        self,
+        matrices: list[Matrix],
+        largest: Tensor | None,
+        headroom: int,
+        zeros: Tensor | None = None,
+        kept: Sequence[Tensor | None] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Sums relative to the constant reference exponent; see ``gapkernels.backends.triton.tile_sums.tile_sums``.
 
@@ -64,7 +71,7 @@ class CudaBackend(TritonBackend):
         """
         first = matrices[0]
         if first.rows.dtype == torch.float32:
-            return super().tile_sums(matrices, largest, headroom, zeros)
+            return super().tile_sums(matrices, largest, headroom, zeros, kept)
         _, row_sums, col_sums = room_for_sums(matrices, zeros)
         for part in _launches(matrices):
             members = matrices[part]
@@ -94,10 +101,11 @@ class CudaBackend(TritonBackend):
         scale: float,
         moment: Moment | None,
         out: Tensor,
+        num_terms: int,
     ) -> Launch | None:
         """Write one block of H; see ``gapkernels.backends.triton.gradient_tiles.gradient_tiles``."""
         if block.rows.dtype == torch.float32:
-            return super().gradient_tiles(block, row_log_sum, col_log_sum, reference, scale, moment, out)
+            return super().gradient_tiles(block, row_log_sum, col_log_sum, reference, scale, moment, out, num_terms)
         if moment is not None and not moment.used:  # the kernel adds
             moment.partials.zero_()
             moment.used = moment.partials.numel()

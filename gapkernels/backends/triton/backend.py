@@ -10,6 +10,7 @@ the operand and products of as many rows of the modality that is not the anchor.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import groupby
 
 import torch
@@ -61,6 +62,11 @@ LARGEST_BIASED_EXPONENT = 32.0
 """Twice the largest bias of raw centroids: ‖c_i‖² + ‖c_j‖² − 2⟨c_i, c_j⟩ in float32 keeps a few 1e-6 of it."""
 
 
+def _headroom(num_terms: int) -> int:
+    """The largest exponent that entries may have for a sum of so many."""
+    return LARGEST_EXPONENT - num_terms.bit_length()
+
+
 def _whole_tiles(side: int) -> int:
     return -(-side // LARGEST_TILE) * LARGEST_TILE
 
@@ -69,6 +75,7 @@ class TritonBackend:
     """``backend="triton"``; see ``gapkernels.backends.contract.Backend``."""
 
     sums_of: frozenset[str] = SUMS_OF
+    keeps_entries = True  # where there is room
 
     def __init__(self) -> None:
         self.steps = Steps()
@@ -92,10 +99,15 @@ class TritonBackend:
     # ---- what costs N², and what the CUDA backend replaces ----
 
     def tile_sums(
-        self, matrices: list[Matrix], largest: Tensor | None, headroom: int, zeros: Tensor | None = None
+        self,
+        matrices: list[Matrix],
+        largest: Tensor | None,
+        headroom: int,
+        zeros: Tensor | None = None,
+        kept: Sequence[Tensor | None] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See ``gapkernels.backends.triton.tile_sums.tile_sums``."""
-        return tile_sums.tile_sums(matrices, largest, headroom, zeros)
+        return tile_sums.tile_sums(matrices, largest, headroom, zeros, kept)
 
     def gradient_tiles(
         self,
@@ -106,9 +118,20 @@ class TritonBackend:
         scale: float,
         moment: Moment | None,
         out: Tensor,
+        num_terms: int,
     ) -> Launch | None:
-        """See ``gapkernels.backends.triton.gradient_tiles.gradient_tiles``."""
-        return gradient_tiles.gradient_tiles(block, row_log_sum, col_log_sum, reference, scale, moment, out)
+        """See ``gapkernels.backends.triton.gradient_tiles.gradient_tiles``; ``num_terms`` of the longest sum."""
+        return gradient_tiles.gradient_tiles(
+            block,
+            row_log_sum,
+            col_log_sum,
+            reference,
+            scale,
+            moment,
+            out,
+            headroom=_headroom(num_terms),
+            smallest_log=math.log2(num_terms * log_sums.SMALLEST_EXACT_SUM),
+        )
 
     # ---- the contract ----
 
@@ -139,6 +162,7 @@ class TritonBackend:
         new = first.rows.new_empty
         rows = new((len(matrices), first.rows.shape[0]), dtype=torch.float64)
         cols = new((len(matrices), first.cols.shape[0]), dtype=torch.float64)
+        entries = self._room_for_entries(matrices, keep)
         start = 0
         for _, group in groupby(matrices, key=lambda m: m.rows.dtype.itemsize):  # tiles of one size: one launch
             members = list(group)
@@ -147,18 +171,49 @@ class TritonBackend:
             out = (rows, cols) if everything else (rows[part], cols[part])
             all_zeros = None if zeros is None else zeros.view(len(matrices), -1)
             own = zeros if all_zeros is None or everything else all_zeros[part].view(-1)
-            self._log_sums(members, own, out)
+            self._log_sums(members, own, entries[part], out)
             start = part.stop
-        return LogSums(rows, cols)
+        return LogSums(rows, cols, entries)
 
-    def _log_sums(self, matrices: list[Matrix], zeros: Tensor | None, out: tuple[Tensor, Tensor]) -> None:
+    def _room_for_entries(self, matrices: list[Matrix], keep: int) -> list[Tensor | None]:
+        """Room for the entries of as many pairs as fit; none of one whose sums may take another way.
+
+        They are exponentials relative to the constant exponent, so bfloat16 holds whatever float32 sums can. Its
+        rounding is that of H, which the gradient bound of bfloat16 embeddings allows for, but neither that of other
+        embeddings nor the gradient of the scale, which takes logarithms. The triangle of the centroids is not kept.
+        """
+        if not keep or not self.keeps_entries or torch.are_deterministic_algorithms_enabled():
+            return []
+        rooms: list[Tensor | None] = []
+        for m in matrices:
+            coarse = m.rows.dtype == torch.bfloat16 and not m.scale.requires_grad
+            dtype = torch.bfloat16 if coarse else torch.float32
+            sides = _whole_tiles(m.rows.shape[0]), _whole_tiles(m.cols.shape[0])
+            size = math.prod(sides) * dtype.itemsize
+            if m.biased or m.masked or m.largest is not None or size > keep:
+                rooms.append(None)
+                continue
+            keep -= size
+            # The last tile of a block may reach beyond the last column, in the last row beyond the last number.
+            room = m.rows.new_empty(math.prod(sides) + LARGEST_TILE, dtype=dtype)[:-LARGEST_TILE].view(sides)
+            rooms.append(room[: m.rows.shape[0], : m.cols.shape[0]])
+        return rooms
+
+    def _log_sums(
+        self,
+        matrices: list[Matrix],
+        zeros: Tensor | None,
+        entries: list[Tensor | None],
+        out: tuple[Tensor, Tensor],
+    ) -> None:
         num_rows, num_cols = matrices[0].rows.shape[0], matrices[0].cols.shape[0]
-        headroom = LARGEST_EXPONENT - max(num_rows, num_cols).bit_length()
+        headroom = _headroom(max(num_rows, num_cols))
         bounds = [m.largest for m in matrices if m.largest is not None]
         largest = torch.stack(bounds).float() if bounds else None
         sums = None
         if not torch.are_deterministic_algorithms_enabled():
-            sums = self.tile_sums(matrices, largest, headroom, zeros)
+            kept = {"kept": entries} if any(room is not None for room in entries) else {}
+            sums = self.tile_sums(matrices, largest, headroom, zeros, **kept)
         log_sums.log_sums(matrices, sums, largest, headroom, out)
 
     def softplus_sums(self, matrix: Matrix, bias: Tensor) -> SoftplusSums:
@@ -202,16 +257,22 @@ class TritonBackend:
         first_cols: bool = False,
     ) -> None:
         (num_rows, _), num_cols = matrix.rows.shape, matrix.cols.shape[0]
-        side = self.gradient_block(matrix.rows, num_rows, num_cols)
+        side, num_terms = self.gradient_block(matrix.rows, num_rows, num_cols), max(num_rows, num_cols)
         h = matrix.rows.new_empty(_whole_tiles(min(side, num_rows)) * _whole_tiles(min(side, num_cols)))
         if num_rows <= side and num_cols <= side:
-            self._add_block(matrix, sums, prepared, row_products, col_products, moment, first_rows, first_cols, h)
+            first = first_rows, first_cols
+            self._add_block(matrix, sums, prepared, row_products, col_products, moment, *first, h, num_terms)
             return
         if matrix.symmetric:
             col_products, first_cols = row_products, first_rows
         reference = prepared.centroid_reference if sums is None else prepared.reference
         partials = None if moment is None else moment.partials
-        where = block_launches.of_matrix(matrix, sums, reference, row_products, col_products, partials, h)
+        entries = gradient_tiles.usable_entries(matrix, moment)
+        where = None
+        if entries is None or side * entries.itemsize % 16 == 0:
+            where = block_launches.of_matrix(
+                matrix, sums, reference, row_products, col_products, partials, h, entries, num_terms
+            )
         known = {} if where is None else self._written.of_kind(where.kind)
         for top in range(0, num_rows, side):
             height = min(side, num_rows - top)
@@ -234,6 +295,7 @@ class TritonBackend:
                     moment,
                     *is_first,
                     h,
+                    num_terms,
                 )
                 if where is not None and (written := block_launches.written(launches)) is not None:
                     known[height, width, on_diagonal] = written
@@ -249,13 +311,14 @@ class TritonBackend:
         first_rows: bool,
         first_cols: bool,
         room: Tensor,
+        num_terms: int,
     ) -> tuple[Launch | None, Launch | None]:
         """``add_products`` of one block, with room for H; its two launches, see ``.launch.launch``."""
         (num_rows, _), num_cols = block.rows.shape, block.cols.shape[0]
         sides = _whole_tiles(num_rows), _whole_tiles(num_cols)
         h = room[: math.prod(sides)].view(sides)
         if sums is None:
-            launched = self.gradient_tiles(block, None, None, prepared.centroid_reference, 1.0, None, h)
+            launched = self.gradient_tiles(block, None, None, prepared.centroid_reference, 1.0, None, h, num_terms)
         else:
             scale, reference = gradient_tiles.gradient_scale(block.rows.dtype), prepared.reference
             if isinstance(sums, SigmoidWeights):
@@ -263,7 +326,7 @@ class TritonBackend:
                     block, None, None, reference, scale, moment, h, sums.row_weight, bias=sums.bias
                 )
             elif sums.row_weight is None and not block.masked:
-                launched = self.gradient_tiles(block, sums.row, sums.col, reference, scale, moment, h)
+                launched = self.gradient_tiles(block, sums.row, sums.col, reference, scale, moment, h, num_terms)
             else:
                 launched = gradient_tiles.gradient_tiles(
                     block, sums.row, sums.col, reference, scale, moment, h, sums.row_weight, sums.col_weight

@@ -25,7 +25,7 @@ MOST_KINDS = 256
 
 OF_ROWS = ("rows", "row_factors", "row_log_sums", "row_ids", "row_limits", "row_weights", "total_rows")
 OF_COLS = ("cols", "col_factors", "col_log_sums", "col_ids", "col_limits", "col_weights", "total_cols")
-OF_ALL = ("scale_pointer", "reference", "bias", "out", "scale_partials")
+OF_ALL = ("scale_pointer", "reference", "bias", "out", "scale_partials", "kept")
 NUMBERS = ("diagonal", "rows_are_first", "cols_are_first")
 PLACES = {name: place for place, name in enumerate((*OF_ROWS, *OF_COLS, *OF_ALL))}
 """Tensors of a block, by the names that the kernels have for them."""
@@ -70,6 +70,8 @@ def of_matrix(
     col_products: Tensor | None,
     partials: Tensor | None,
     h: Tensor,
+    entries: Tensor | None,
+    num_terms: int,
 ) -> Whereabouts | None:
     """Where the blocks of a matrix lie; None where their launches cannot be written out.
 
@@ -78,6 +80,8 @@ def of_matrix(
         reference: of the exponents.
         partials: of the moment.
         h: room for a block.
+        entries: that were kept, where blocks begin at multiples of 16 bytes.
+        num_terms: of the longest sum.
     """
     configs = [tuning.decided(kernel, matrix.rows) for kernel in ("gradient_tiles", "both_products")]
     aligned = all(x.data_ptr() % 16 == 0 and x.stride(0) * x.itemsize % 16 == 0 for x in (matrix.rows, matrix.cols))
@@ -89,7 +93,7 @@ def of_matrix(
     of_rows = (matrix.rows, matrix.row_factor, log_sums[0], matrix.row_ids, matrix.row_limit, row_weight, row_products)
     of_cols = (matrix.cols, matrix.col_factor, log_sums[1], matrix.col_ids, matrix.col_limit, col_weight, col_products)
     bias = sums.bias if isinstance(sums, SigmoidWeights) else None
-    of_all = (matrix.scale, reference, bias, h, partials)
+    of_all = (matrix.scale, reference, bias, h, partials, entries)
     driver = triton.runtime.driver.active
     device = driver.get_current_device()
     tensors = (*of_rows, *of_cols, *of_all)
@@ -101,6 +105,7 @@ def of_matrix(
             *configs,
             input_precision(matrix.rows.dtype),
             matrix.scale.data_ptr() % 16,
+            entries is not None and (num_terms, entries.data_ptr() % 16),
             *looks,
         ),
         addresses=tuple([0 if x is None else x.data_ptr() for x in tensors]),
@@ -118,8 +123,13 @@ def written(launches: Sequence[Launch | None]) -> Written | None:
             return DescriptorPlace(placed(name, arg.base), arg.shape, arg.strides, arg.block_shape)
         if isinstance(arg, Tensor):
             place = f"addresses[{PLACES[name]}]"
-            start = "top" if name in OF_ROWS else "left" if name in OF_COLS else None
-            return Expression(place if start is None else f"{place}+{start}*{arg.stride(0) * arg.itemsize}")
+            if name in (*OF_ROWS, "kept"):
+                place += f"+top*{arg.stride(0) * arg.itemsize}"
+            if name in OF_COLS:
+                place += f"+left*{arg.stride(0) * arg.itemsize}"
+            if name == "kept":
+                place += f"+left*{arg.itemsize}"
+            return Expression(place)
         return Expression(name) if name in NUMBERS else arg
 
     return recording.as_function(

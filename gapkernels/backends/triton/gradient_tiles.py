@@ -32,13 +32,14 @@ from gapkernels.backends.triton import tuning
 from gapkernels.backends.triton.device import cdiv, input_precision
 from gapkernels.backends.triton.launch import descriptor, launch
 from gapkernels.backends.triton.recording import Launch
-from gapkernels.backends.triton.tile_sums import mask_arguments, mask_kind, narrower
+from gapkernels.backends.triton.tile_sums import constant_shift, mask_arguments, mask_kind, narrower
 from gapkernels.backends.triton.tiles import (
     exponents,
     grouped_tile,
     inner_products,
     load_scale,
     softplus_and_sigmoid,
+    store_tile,
     within_limits,
     without_diagonal,
     without_equal_ids,
@@ -150,21 +151,65 @@ def store_entries(
 ):
     """Add up the tile's part of the moment, and store H."""
     if NEEDS_SCALE:
-        # Each tile has a place of its own, and launches follow one another: no atomics, always the same bits.
-        moment = tl.sum(tl.sum(gradient * tl.maximum(x, LOWEST), axis=1), axis=0)
-        place = scale_partials + tl.program_id(0)
-        if not IS_FIRST:
-            moment += tl.load(place)
-        tl.store(place, moment)
+        store_moment(tl.sum(tl.sum(gradient * tl.maximum(x, LOWEST), axis=1), axis=0), scale_partials, IS_FIRST)
     gradient = gradient * row_factor[:, None] * col_factor[None, :]
     store_tile(gradient, out, out_stride)
 
 
 @triton.jit
-def store_tile(values, out, out_stride):
-    """Store a whole tile at ``out``, which has room for what lies past the edges."""
-    i, j = tl.arange(0, values.shape[0]), tl.arange(0, values.shape[1])
-    tl.store(out + (i[:, None] * out_stride + j[None, :]), values.to(out.dtype.element_ty))
+def store_kept(
+    kept,
+    kept_stride,
+    row_start,
+    num_rows,
+    row_log,
+    row_factor,
+    col_start,
+    num_cols,
+    col_log_sums,
+    col_factors,
+    exponent,
+    out,
+    out_stride,
+    scale_partials,
+    NEEDS_SCALE: tl.constexpr,
+    IS_FIRST: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+):
+    """From kept entries to H, some columns at a time: a whole tile of entries and of H would not fit the registers.
+
+    ``exponent`` is what the logarithms of the entries lack to those relative to the reference.
+    """
+    WIDTH: tl.constexpr = min(TILE_N, 32)
+    i, j = tl.arange(0, TILE_M), tl.arange(0, WIDTH)
+    i_exists = row_start + i < num_rows
+    row_share = tl.exp2(exponent - row_log)
+    kept += tl.cast(row_start, tl.int64) * kept_stride
+    places = kept + (tl.minimum(i, num_rows - 1 - row_start)[:, None] * kept_stride + (col_start + j)[None, :])
+    moment = tl.zeros((TILE_M,), tl.float32)
+    for start in tl.range(0, TILE_N, WIDTH):
+        col = col_start + start + j
+        j_exists = col < num_cols
+        col_share = tl.exp2(exponent - tl.load(col_log_sums + col, mask=j_exists, other=float("inf")))
+        col_factor = tl.load(col_factors + col, mask=j_exists, other=0.0)
+        entries = tl.load(places + start).to(tl.float32)
+        entries = tl.where(i_exists[:, None] & j_exists[None, :], entries, 0.0)
+        gradient = entries * (row_share[:, None] + col_share[None, :])
+        if NEEDS_SCALE:
+            moment += tl.sum(gradient * tl.maximum(tl.log2(entries) + exponent, LOWEST), axis=1)
+        store_tile(gradient * row_factor[:, None] * col_factor[None, :], out + start, out_stride)
+    if NEEDS_SCALE:
+        store_moment(tl.sum(moment, axis=0), scale_partials, IS_FIRST)
+
+
+@triton.jit
+def store_moment(moment, scale_partials, IS_FIRST: tl.constexpr):
+    """Each tile has a place of its own, and launches follow one another: no atomics, always the same bits."""
+    place = scale_partials + tl.program_id(0)
+    if not IS_FIRST:
+        moment += tl.load(place)
+    tl.store(place, moment)
 
 
 @triton.jit(
@@ -203,6 +248,8 @@ def gradient_tiles_kernel(
     row_weights,
     col_weights,
     bias,
+    kept,
+    kept_stride,
     out,
     out_stride,
     scale_partials,
@@ -211,6 +258,8 @@ def gradient_tiles_kernel(
     dim,
     diagonal,
     entry_scale,
+    headroom,
+    smallest_log,
     BIASED: tl.constexpr,
     NEEDS_SCALE: tl.constexpr,
     IS_FIRST: tl.constexpr,
@@ -226,42 +275,64 @@ def gradient_tiles_kernel(
     scale = load_scale(scale_pointer)
     row_tile, col_tile = grouped_tile(program, tl.cdiv(num_rows, TILE_M), tl.cdiv(num_cols, TILE_N), GROUP)
     row_start, col_start = row_tile * TILE_M, col_tile * TILE_N
-    acc = inner_products(
-        rows, row_stride, row_start, num_rows, cols, col_stride, col_start, num_cols, dim, TILE_M, TILE_N, TILE_K,
-        EVEN_K, PRECISION, USE_TMA,
-    )  # fmt: skip
     i, j = row_start + tl.arange(0, TILE_M), col_start + tl.arange(0, TILE_N)
     i_exists, j_exists = i < num_rows, j < num_cols
     row_factor = tl.load(row_factors + i, mask=i_exists, other=0.0)
     col_factor = tl.load(col_factors + j, mask=j_exists, other=0.0)
     origin = tl.load(reference)
-    x = exponents(acc, row_factor, col_factor, BIASED, scale) - origin
-    x = without_diagonal(x, row_start, num_rows, col_start, num_cols, diagonal, False, TILE_M, TILE_N)
-    x = without_equal_ids(x, row_ids, i, num_rows, col_ids, j, num_cols)
     out += row_start.to(tl.int64) * out_stride + col_start
-    if BIASED:
-        store_tile(tl.exp2(x), out, out_stride)
-    elif bias is not None:
-        _, sigmoid = softplus_and_sigmoid(x + (tl.load(bias) + origin).to(tl.float32))
-        gradient = sigmoid * load_weights(row_weights, i, num_rows)[:, None]
-        row_factor *= entry_scale
-        store_entries(gradient, x, row_factor, col_factor, out, out_stride, scale_partials, NEEDS_SCALE, IS_FIRST)
-    else:
+    recompute = True
+    if kept is not None:
         row_log = tl.load(row_log_sums + i, mask=i_exists, other=float("inf"))
         col_log = tl.load(col_log_sums + j, mask=j_exists, other=float("inf"))
-        smallest, largest = log_sum_range(row_log, col_log, i_exists, j_exists)
-        middle = (smallest + largest) * 0.5
-        row_factor *= entry_scale
-        if largest - smallest <= 100.0:
-            store_pair(
-                x, row_log, col_log, middle, origin, row_weights, row_limits, i, num_rows, col_weights, col_limits, j,
-                num_cols, row_factor, col_factor, out, out_stride, scale_partials, True, NEEDS_SCALE, IS_FIRST,
+        smallest, _ = log_sum_range(row_log, col_log, i_exists, j_exists)
+        exponent = constant_shift(scale, None, 0, headroom, False, True) - origin
+        # Entries of a sum that left the range of float32 are lost. What is not a number compares false and shows.
+        recompute = smallest - exponent < smallest_log
+        if not recompute:
+            store_kept(
+                kept, kept_stride, row_start, num_rows, row_log, row_factor * entry_scale, col_start, num_cols,
+                col_log_sums, col_factors, exponent, out, out_stride, scale_partials, NEEDS_SCALE, IS_FIRST, TILE_M,
+                TILE_N,
             )  # fmt: skip
+    if recompute:
+        acc = inner_products(
+            rows, row_stride, row_start, num_rows, cols, col_stride, col_start, num_cols, dim, TILE_M, TILE_N, TILE_K,
+            EVEN_K, PRECISION, USE_TMA,
+        )  # fmt: skip
+        x = exponents(acc, row_factor, col_factor, BIASED, scale) - origin
+        x = without_diagonal(x, row_start, num_rows, col_start, num_cols, diagonal, False, TILE_M, TILE_N)
+        x = without_equal_ids(x, row_ids, i, num_rows, col_ids, j, num_cols)
+        if BIASED:
+            store_tile(tl.exp2(x), out, out_stride)
+        elif bias is not None:
+            _, sigmoid = softplus_and_sigmoid(x + (tl.load(bias) + origin).to(tl.float32))
+            gradient = sigmoid * load_weights(row_weights, i, num_rows)[:, None]
+            row_factor *= entry_scale
+            store_entries(gradient, x, row_factor, col_factor, out, out_stride, scale_partials, NEEDS_SCALE, IS_FIRST)
         else:
-            store_pair(
-                x, row_log, col_log, middle, origin, row_weights, row_limits, i, num_rows, col_weights, col_limits, j,
-                num_cols, row_factor, col_factor, out, out_stride, scale_partials, False, NEEDS_SCALE, IS_FIRST,
-            )  # fmt: skip
+            row_log = tl.load(row_log_sums + i, mask=i_exists, other=float("inf"))
+            col_log = tl.load(col_log_sums + j, mask=j_exists, other=float("inf"))
+            smallest, largest = log_sum_range(row_log, col_log, i_exists, j_exists)
+            middle = (smallest + largest) * 0.5
+            row_factor *= entry_scale
+            if largest - smallest <= 100.0:
+                store_pair(
+                    x, row_log, col_log, middle, origin, row_weights, row_limits, i, num_rows, col_weights, col_limits,
+                    j, num_cols, row_factor, col_factor, out, out_stride, scale_partials, True, NEEDS_SCALE, IS_FIRST,
+                )  # fmt: skip
+            else:
+                store_pair(
+                    x, row_log, col_log, middle, origin, row_weights, row_limits, i, num_rows, col_weights, col_limits,
+                    j, num_cols, row_factor, col_factor, out, out_stride, scale_partials, False, NEEDS_SCALE, IS_FIRST,
+                )  # fmt: skip
+
+
+def usable_entries(block: Matrix, moment: Moment | None) -> Tensor | None:
+    """Kept entries, if the gradient can take them: a logarithm of bfloat16 is too coarse for that of the scale."""
+    if block.entries is None or (moment is not None and block.entries.dtype == torch.bfloat16):
+        return None
+    return block.entries
 
 
 def gradient_tiles(
@@ -275,6 +346,8 @@ def gradient_tiles(
     row_weight: Tensor | None = None,
     col_weight: Tensor | None = None,
     bias: Tensor | None = None,
+    headroom: int = 0,
+    smallest_log: float = 0.0,
 ) -> Launch | None:
     """Write one block of H; see ``.launch.launch`` for what is returned.
 
@@ -287,13 +360,16 @@ def gradient_tiles(
         out: in the type of the operands, unit stride along its columns; at least ``[R, C]``, rounded up to whole tiles.
         row_weight, col_weight: ``[R]``, ``[C]`` of any floating type; None for ones. A sigmoid has the first only.
         bias: 0-dim, of a sigmoid, to base 2; None for a soft-max and for centroids.
+        headroom: with which the entries of the block were kept, see ``.tile_sums.tile_sums``.
+        smallest_log: of a sum relative to the constant exponent, below which kept entries are not used.
     """
     num_rows, dim = block.rows.shape
     num_cols = block.cols.shape[0]
     is_first = moment is not None and not moment.used
+    kept = usable_entries(block, moment)
 
     def shape_of(config: tuning.Config) -> tuning.Config:
-        return narrower(config) if row_weight is not None or block.masked else config
+        return narrower(config) if row_weight is not None or block.masked or kept is not None else config
 
     def run(config: tuning.Config) -> Launch | None:
         config = shape_of(config)
@@ -311,6 +387,7 @@ def gradient_tiles(
                 is_first,
                 row_weight is not None and (row_weight.dtype, bias is None),
                 mask_kind(block),
+                kept is not None and (kept.dtype, kept.stride(0) % 16, kept.data_ptr() % 16),
                 config,
                 input_precision(block.rows.dtype),
             ),
@@ -329,6 +406,8 @@ def gradient_tiles(
                 row_weight,
                 col_weight,
                 bias,
+                kept,
+                0 if kept is None else kept.stride(0),
                 out,
                 out.stride(0),
                 None if moment is None else moment.partials,
@@ -337,6 +416,8 @@ def gradient_tiles(
                 dim,
                 block.diagonal,
                 scale,
+                float(headroom),
+                smallest_log,
             ),
             lambda: {
                 "BIASED": block.biased,

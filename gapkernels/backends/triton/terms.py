@@ -297,7 +297,8 @@ def terms(
         (num_programs,),
         (modalities, num_pairs, has_centroids, dim, alone, scalars.logit_scale.dtype, scalars.weights.dtype),
         (
-            *(pair_sums or (None, None)),
+            None if pair_sums is None else pair_sums.rows,
+            None if pair_sums is None else pair_sums.cols,
             all_cosines,
             statistics.sums,
             scalars.logit_scale,

@@ -18,6 +18,8 @@ Per pair: 2·n·N·D operations, n·N exponentials, operand traffic from L2 n·N
 device memory about the operands once per group of tiles; n·N·(1/TILE_M + 1/TILE_N) atomic additions.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -32,6 +34,7 @@ from gapkernels.backends.triton.tiles import (
     inner_products,
     load_scale,
     num_triangle_tiles,
+    store_tile,
     triangle_tile,
     within_limits,
     without_diagonal,
@@ -70,6 +73,8 @@ def tile_sums_kernel(
     col_limits,
     row_sums,
     col_sums,
+    kept,
+    kept_strides,
     num_rows,
     num_cols,
     dim,
@@ -120,6 +125,9 @@ def tile_sums_kernel(
                 )
                 x = without_equal_ids(x, row_ids, i, num_rows, col_ids, j, num_cols)
                 entries = tl.exp2(x)
+                if kept[m] is not None:
+                    place = kept[m] + tl.cast(row_start, tl.int64) * kept_strides[m] + col_start
+                    store_tile(entries, place, kept_strides[m])
                 of_rows = within_limits(entries, x, row_limits, i, num_rows, shift, True, 0.0)
                 of_cols = within_limits(entries, x, col_limits, j, num_cols, shift, False, 0.0)
                 row_base = row_sums + m * num_rows.to(tl.int64)
@@ -132,7 +140,11 @@ def tile_sums_kernel(
 
 
 def tile_sums(
-    matrices: list[Matrix], largest: torch.Tensor | None, headroom: int, zeros: torch.Tensor | None = None
+    matrices: list[Matrix],
+    largest: torch.Tensor | None,
+    headroom: int,
+    zeros: torch.Tensor | None = None,
+    kept: Sequence[torch.Tensor | None] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums relative to the constant reference exponent.
 
@@ -142,6 +154,8 @@ def tile_sums(
             taken as they are; None for unit vectors.
         headroom: largest exponent an entry may have.
         zeros: ``[m·(n + N)]`` float32 zeros that the sums may take; None to make them.
+        kept: per matrix ``[n, N]`` of any floating type for its entries, relative to the same exponent, with room for
+            whole tiles; None for those that are not to be kept.
 
     Returns:
         ``([m, n], [m, N])`` float32; a symmetric matrix has all of its sums in the first.
@@ -150,6 +164,7 @@ def tile_sums(
     num_rows, dim = first.rows.shape
     num_cols = first.cols.shape[0]
     sums, row_sums, col_sums = room_for_sums(matrices, zeros)
+    places = (None,) * len(matrices) if kept is None else tuple(kept)
 
     def run(config: tuning.Config) -> None:
         if first.row_limit is not None or first.col_limit is not None:
@@ -159,13 +174,20 @@ def tile_sums(
         launch(
             tile_sums_kernel,
             grid,
-            (matrix_kind(matrices, largest), config, input_precision(first.rows.dtype)),
+            (
+                matrix_kind(matrices, largest),
+                tuple(place is not None and (place.dtype, place.stride(0) % 16) for place in places),
+                config,
+                input_precision(first.rows.dtype),
+            ),
             (
                 *matrix_arguments(matrices),
                 largest,
                 *mask_arguments(matrices),
                 row_sums,
                 col_sums,
+                places,
+                tuple(0 if place is None else place.stride(0) for place in places),
                 num_rows,
                 num_cols,
                 dim,

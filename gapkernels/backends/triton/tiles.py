@@ -114,6 +114,13 @@ def inner_products(
 
 
 @triton.jit
+def store_tile(values, out, out_stride):
+    """Store a whole tile at ``out``, which has room for what lies past the edges."""
+    i, j = tl.arange(0, values.shape[0]), tl.arange(0, values.shape[1])
+    tl.store(out + (i[:, None] * out_stride + j[None, :]), values.to(out.dtype.element_ty))
+
+
+@triton.jit
 def exponents(acc, row_factor, col_factor, BIASED: tl.constexpr, scale):
     """x_ij from the inner products; the factors are inverse norms, or biases if BIASED."""
     if BIASED:
