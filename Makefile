@@ -77,7 +77,8 @@ gpu-speed:
 		$(GPU_PYTHON) $(MEASURE) --out $(GPU_OUT)/speed.json && exit; done; exit 1'
 
 # NAME:VARIABLE=VALUE, what the backends read when they start.
-GPU_SETTINGS ?= tuned:GAPKERNELS_TUNE=1 resident:GAPKERNELS_CUDA_ROWS=resident
+GPU_SETTINGS ?= tuned:GAPKERNELS_TUNE=1 resident:GAPKERNELS_CUDA_ROWS=resident \
+	kept-all:GAPKERNELS_BENCH_KEEP=all kept-none:GAPKERNELS_BENCH_KEEP=none
 gpu-settings:
 	@rm -f $(GPU_OUT)/settings.json
 	@GAPKERNELS_TUNING_FILE=$(abspath $(GPU_OUT))/tuning.json $(STAGE) settings 20 sh -c 'failed=0; \
@@ -106,7 +107,7 @@ gpu-training:
 		--run.eval_every 1000 --run.checkpoint_every 100000
 
 gpu-kernels:
-	@$(STAGE) kernels 20 sh -c '$(GPU_PYTHON) -m benchmarks.kernels --device cuda --out $(GPU_OUT)/kernels.json && \
+	@$(STAGE) kernels 25 sh -c '$(GPU_PYTHON) -m benchmarks.kernels --device cuda --out $(GPU_OUT)/kernels.json && \
 		$(GPU_PYTHON) -m benchmarks.predictions $(GPU_OUT)/kernels.json --out $(GPU_OUT)/kernels.md'
 
 gpu-nsight:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -99,6 +100,10 @@ class Implementation:
 GPU_BACKENDS = frozenset({"triton", "cuda"})
 
 
+KEEP_VARIABLE = "GAPKERNELS_BENCH_KEEP"
+"""``all`` or ``none`` of the similarities kept by our losses, instead of what fits into their default budget."""
+
+
 # ---- ours -----------------------------------------------------------------------------------------------------------
 
 
@@ -107,7 +112,14 @@ def _ours(backend: str) -> Callable[[Case], Loss]:
         if option_of(case.loss):
             return options.ours(case, backend, LOGIT_SCALE)
         function = gapkernels.gap_loss if case.loss == GAP else gapkernels.info_nce
-        return lambda z: function(*z, logit_scale=LOGIT_SCALE, backend=backend)
+        chosen = os.environ.get(KEEP_VARIABLE)
+        if not chosen:
+            return lambda z: function(*z, logit_scale=LOGIT_SCALE, backend=backend)
+        keep = {"all": True, "none": False}[chosen]
+        weights = {} if case.loss == GAP else {"atp_weight": 0.0, "cu_weight": 0.0}
+        return lambda z: gapkernels.gap_loss(
+            *z, logit_scale=LOGIT_SCALE, backend=backend, keep_similarities=keep, **weights
+        )
 
     return build
 

@@ -1,4 +1,4 @@
-"""Which kernels a step of the loss spends its time in; of the CUDA kernels every variant.
+"""Which kernels a step of the loss spends its time in, and in every variant of ours.
 
 python -m benchmarks.kernels --out kernels.json
 """
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.cases import Case
-from benchmarks.implementations import IMPLEMENTATIONS, our_backends
+from benchmarks.implementations import IMPLEMENTATIONS, KEEP_VARIABLE, our_backends
 from benchmarks.workload import embeddings, step
 
 SIZE = "32768x512"
@@ -27,17 +27,22 @@ SIZE = "32768x512"
 
 # What decides over rows and clusters is read when a process starts, the second when the kernels are compiled.
 _CLUSTER_OF_ONE = {"GAPKERNELS_NVCC_FLAGS": "-DGAPKERNELS_CLUSTER=1"}
+OTHER_SIDES = (2048, 8192)
 VARIANTS = {
-    f"{rows}{name}": {"GAPKERNELS_CUDA_ROWS": rows, **environment}
-    for name, environment in (("", {}), (", cluster of one", _CLUSTER_OF_ONE))
-    for rows in ("streamed", "resident")
+    **{
+        f"{rows}{name}": ("gapkernels-cuda", {"GAPKERNELS_CUDA_ROWS": rows, **environment})
+        for name, environment in (("", {}), (", cluster of one", _CLUSTER_OF_ONE))
+        for rows in ("streamed", "resident")
+    },
+    "entries kept": ("gapkernels-triton", {KEEP_VARIABLE: "all"}),
+    **{f"blocks of {side}": ("gapkernels-triton", {"GAPKERNELS_GRADIENT_BLOCK": str(side)}) for side in OTHER_SIDES},
 }
-"""Of the CUDA kernels: the environment of each."""
+"""Implementation and environment of each."""
 
 
 def label(variant: str) -> str:
     """The key of a variant in the result file."""
-    return f"gapkernels-cuda: {variant}"
+    return f"{VARIANTS[variant][0]}: {variant}"
 
 
 def time_by_kernel(case: Case, device: torch.device, steps: int = 3) -> list[dict[str, Any]]:
@@ -75,23 +80,24 @@ def time_by_kernel(case: Case, device: torch.device, steps: int = 3) -> list[dic
 
 
 def measure_variant(variant: str, size: str) -> tuple[list[dict[str, Any]], str]:
-    """The kernels of a variant of ``gapkernels-cuda``, in a process of its own.
+    """The kernels of a variant, in a process of its own.
 
     Returns:
         ``(kernels, "")``, or nothing and why it could not be built or run.
     """
+    implementation, environment = VARIANTS[variant]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "kernels.json"
-        command = ["--implementation", "gapkernels-cuda", "--device", "cuda", "--size", size, "--out", str(out)]
+        command = ["--implementation", implementation, "--device", "cuda", "--size", size, "--out", str(out)]
         run = subprocess.run(
             [sys.executable, "-m", "benchmarks.kernels", *command],
-            env={**os.environ, **VARIANTS[variant]},
+            env={**os.environ, **environment},
             capture_output=True,
             text=True,
         )
         if run.returncode != 0:
             return [], run.stderr[-2000:] or f"ended with status {run.returncode}"
-        return json.loads(out.read_text(encoding="utf-8"))["gapkernels-cuda"], ""
+        return json.loads(out.read_text(encoding="utf-8"))[implementation], ""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -113,8 +119,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     names = [options.implementation] if options.implementation else our_backends(device)
     for name in names:
         keep(name, time_by_kernel(Case(name, samples=samples, width=width, dtype="bfloat16"), device))
-    if "gapkernels-cuda" in names and not options.implementation:
-        for variant in VARIANTS:
+    if not options.implementation:
+        for variant, (implementation, _) in VARIANTS.items():
+            if implementation not in names:
+                continue
             kernels, problem = measure_variant(variant, options.size)
             if problem:
                 print(f"{label(variant)}: {problem}")

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.kernels import SIZE, label
+from benchmarks.kernels import OTHER_SIDES, SIZE, label
 from benchmarks.readme import replace_block
 from gapkernels.backends.triton import gradient_blocks
 from gapkernels.backends.triton.gradient_blocks import CLOCK, DEVICE_BYTES, LAUNCH_SECONDS, OPERATIONS
@@ -131,15 +131,14 @@ def filled(side: int, width: int, processors: int) -> float:
 def stages() -> list[Stage]:
     """All rows of the table."""
     gradient_side = side_of_block(WIDTH, PROCESSORS)
-    blocks = math.ceil(SAMPLES / gradient_side)
-    count = blocks**2 + blocks * (blocks + 1) // 2  # of the pair and of the centroids
+    count = _blocks(gradient_side)
     launches = count * LAUNCH_SECONDS
     side, block_side = SAMPLES // TILE, gradient_side // TILE
     forward_share, block_share = panel_share(side, side // 2), panel_share(block_side, block_side // 2)
     streamed, resident, triton = label("streamed"), label("resident"), "gapkernels-triton"
     alone, alone_resident = label("streamed, cluster of one"), label("resident, cluster of one")
-    # Read and written by every block; those of the rows stay in the L2 cache along a row of blocks.
-    totals = 2 * (SAMPLES * WIDTH * 4) * (count / blocks) / DEVICE_BYTES
+    kept = SAMPLES**2 * ITEM_BYTES / DEVICE_BYTES  # written once, read once, of the pair
+    kept_text = f"{kept * 1e3:.1f}: entries"
     stats, grad = r"StatsEpilogue", r"GradEpilogue"
     launches_text = f"{launches * 1e3:.1f}: {count} launches"
     rows_text = "1.0 GB"
@@ -151,6 +150,14 @@ def stages() -> list[Stage]:
             other_text=f"{1.0e12 / DEVICE_BYTES:.1f}: {rows_text}",
         ),
         Stage("`tile_sums`, Triton", (triton, "tile_sums"), 3, *tile_bytes(1, 1, False)),
+        Stage(
+            "… entries of the pair kept",
+            (label("entries kept"), "tile_sums"),
+            3,
+            *tile_bytes(1, 1, False),
+            kept,
+            kept_text,
+        ),
         Stage("`similarity_stats`", (streamed, stats), 3, *tile_bytes(1, 0.5, False)),
         Stage("… cluster of one", (alone, stats), 3, *tile_bytes(1, 1, False)),
         Stage("… rows stay", (resident, stats), 3, *tile_bytes(forward_share, 0.5, False, rows_copied=forward_share)),
@@ -173,18 +180,41 @@ def stages() -> list[Stage]:
         ),
     ]
     rows += [Stage(title, key, 3, *bytes_, launches, launches_text) for title, key, bytes_ in gradients]
-    rows.append(
+    rows.insert(
+        -4,
         Stage(
-            "`both_products`, Triton",
-            (triton, "both_products"),
-            6,
-            *tile_bytes(1, 1, False, width=WIDE),
-            totals + launches,
-            f"{totals * 1e3:.1f}: totals; {launches_text}",
-            filled=filled(gradient_side, WIDTH, PROCESSORS),
-        )
+            "… entries of the pair kept",
+            (label("entries kept"), "gradient_tiles"),
+            1,
+            *tile_bytes(1, 1, True),
+            kept + launches,
+            f"{kept_text}; {launches_text}",
+        ),
     )
+    rows.append(_products("`both_products`, Triton", triton, gradient_side))
+    rows += [_products(f"… blocks of {side}", label(f"blocks of {side}"), side) for side in OTHER_SIDES]
     return rows
+
+
+def _blocks(side: int) -> int:
+    """Blocks of the pair and of the centroids."""
+    blocks = math.ceil(SAMPLES / side)
+    return blocks**2 + blocks * (blocks + 1) // 2
+
+
+def _products(title: str, key: str, side: int) -> Stage:
+    launches = _blocks(side) * LAUNCH_SECONDS
+    # Read and written by every block; those of the rows stay in the L2 cache along a row of blocks.
+    totals = 2 * (SAMPLES * WIDTH * 4) * (_blocks(side) / math.ceil(SAMPLES / side)) / DEVICE_BYTES
+    return Stage(
+        title,
+        (key, "both_products"),
+        6,
+        *tile_bytes(1, 1, False, width=WIDE),
+        totals + launches,
+        f"{totals * 1e3:.1f}: totals; {launches * 1e3:.1f}: {_blocks(side)} launches",
+        filled=filled(side, WIDTH, PROCESSORS),
+    )
 
 
 def block(measured: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:

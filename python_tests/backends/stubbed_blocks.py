@@ -57,6 +57,8 @@ def cases(dtype):
     bias = vector(1, double)[0]
     yield pair, plain_sums, True
     yield pair._replace(diagonal=NO_DIAGONAL), plain_sums, False
+    yield pair._replace(entries=torch.zeros(ROWS, 1024)[:, :COLS]), plain_sums, True
+    yield pair._replace(entries=torch.zeros(ROWS, 1024, dtype=torch.bfloat16)[:, :COLS]), plain_sums, False
     yield pair, weighted, True
     yield masked, weighted, False
     yield pair, SigmoidWeights(bias, vector(ROWS, double), vector(ROWS, double)), True

@@ -102,6 +102,41 @@ def test_every_configuration_of_the_table(place, dim, monkeypatch):
     assert_matches_oracle(random_embeddings(1500, dim, dtype=torch.bfloat16), 14.3, "triton")
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize(("n", "dim"), [(1000, 64), (4097, 768), (6000, 512)])
+def test_entries_kept_and_made_again(n, dim, keep, dtype):
+    """One block and several, the last of which are parts; trained embeddings fill the upper end of the range."""
+    assert_matches_oracle(random_embeddings(n, dim, dtype=dtype), 14.3, "triton", keep_similarities=keep)
+    assert_matches_oracle(trained_embeddings(n, dim, dtype=dtype), 100.0, "triton", keep_similarities=keep)
+
+
+def test_entries_kept_in_bfloat16_agree_with_those_made_again():
+    """Without a gradient of the scale, which asks for float32."""
+    x, y = (e.requires_grad_() for e in random_embeddings(6000, 512, dtype=torch.bfloat16))
+    gradients = [
+        torch.autograd.grad(gap_loss(x, y, logit_scale=50.0, keep_similarities=keep, backend="triton"), (x, y))
+        for keep in (True, False)
+    ]
+    for kept, again in zip(*gradients, strict=True):
+        assert (kept.double() - again.double()).norm() <= TOLERANCE[torch.bfloat16].gradient * again.double().norm()
+
+
+def test_kept_entries_of_sums_below_the_range_are_not_used():
+    x, y = random_embeddings(600, 8)
+    x[:300], y[:300] = x[:1] + 0.01 * x[:300], -x[:1] + 0.01 * y[:300]
+    assert_matches_oracle([x, y], 400.0, "triton", Tolerance(1e-4, 4e-4), keep_similarities=True)
+
+
+@pytest.mark.parametrize("side", [512, 2816, 8192])
+def test_sides_of_blocks(monkeypatch, side):
+    """From the second block of a kind on launches are written out; of whole blocks and of their rests."""
+    monkeypatch.setenv("GAPKERNELS_GRADIENT_BLOCK", str(side))
+    for dtype in (torch.bfloat16, torch.float16):
+        embeddings = random_embeddings(9000, 384, dtype=dtype)
+        assert_matches_chunked_oracle(embeddings, 20.0, "triton")
+
+
 # ---- more than 2³¹ numbers ------------------------------------------------------------------------------------------
 
 
@@ -153,14 +188,14 @@ def test_columns_beyond_two_to_the_31():
 
 @pytest.mark.parametrize(("n", "dim"), [(32768, 512), (65536, 768), (131072, 128), (4096, 64)])
 def test_peak_memory(n, dim):
-    """Beyond inputs and gradients at most two copies of the inputs and 64 MiB."""
+    """Beyond inputs and gradients at most two copies of the inputs and 64 MiB, where no entries are kept."""
     x, y = (e.requires_grad_() for e in random_embeddings(n, dim, dtype=torch.bfloat16))
-    gap_loss(x, y, backend="triton").backward()  # the library's own workspace is allocated once
+    gap_loss(x, y, keep_similarities=False, backend="triton").backward()  # the library's workspace is allocated once
     x.grad = y.grad = None
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    gap_loss(x, y, backend="triton").backward()
+    gap_loss(x, y, keep_similarities=False, backend="triton").backward()
     inputs = 2 * n * dim * 2
     extra = torch.cuda.max_memory_allocated() - before - inputs
     assert extra <= 2 * inputs + 64 * 2**20, f"{extra / 2**20:.0f} MiB beside inputs of {inputs / 2**20:.0f} MiB"

@@ -23,6 +23,7 @@ from gapkernels.backends import triton as triton_backend
 from gapkernels.backends.contract import Scalars
 from gapkernels.backends.triton import (
     device,
+    gradient_tiles,
     launch,
     log_sums,
     products,
@@ -105,7 +106,7 @@ def recorded(arch: str = "sm_90", all_candidates: bool = False) -> Iterator[list
             (launch, "_IS_KNOWN", False),  # nothing to remember where nothing is compiled
             (products, "_library_product", product),
             *((module, "num_processors", mock.Mock(return_value=132)) for module in ASK_FOR_PROCESSORS),
-            *((module, "architecture", mock.Mock(return_value=arch)) for module in (device, tuning)),
+            *((module, "architecture", mock.Mock(return_value=arch)) for module in (device, tuning, gradient_tiles)),
         ):
             patches.enter_context(mock.patch.object(owner, name, replacement))
         yield launches

@@ -93,7 +93,7 @@ def test_a_variant_that_does_not_run_is_said_and_takes_nothing_from_the_others(
     def measure(variant: str, size: str) -> tuple[list[dict[str, object]], str]:
         return ([], "no such instruction") if "cluster of one" in variant else ([kernel], "")
 
-    monkeypatch.setattr(kernels, "our_backends", lambda device: ["gapkernels-cuda"])
+    monkeypatch.setattr(kernels, "our_backends", lambda device: ["gapkernels-cuda"])  # variants of its own only
     monkeypatch.setattr(kernels, "time_by_kernel", lambda case, device: [kernel])
     monkeypatch.setattr(kernels, "measure_variant", measure)
     kernels.main(["--out", str(out), "--device", "cpu"])

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from gapkernels.backends.contract import Matrix
 from gapkernels.backends.triton import tuning
-from gapkernels.backends.triton.device import cdiv, input_precision
+from gapkernels.backends.triton.device import architecture, cdiv, input_precision
 from gapkernels.backends.triton.launch import descriptor, launch
 from gapkernels.backends.triton.recording import Launch
 from gapkernels.backends.triton.tile_sums import constant_shift, mask_arguments, mask_kind, narrower
@@ -371,6 +371,11 @@ def gradient_tiles(
     def shape_of(config: tuning.Config) -> tuning.Config:
         return narrower(config) if row_weight is not None or block.masked or kept is not None else config
 
+    def registers(config: tuning.Config) -> dict[str, int]:
+        # ptxas would spill numbers to stay at 128 registers.
+        nvidia = architecture(block.rows.device).startswith("sm_")
+        return {"maxnreg": 168} if kept is not None and config.num_warps == 8 and nvidia else {}
+
     def run(config: tuning.Config) -> Launch | None:
         config = shape_of(config)
         m, n, k = config.tile_m, config.tile_n, config.tile_k
@@ -432,6 +437,7 @@ def gradient_tiles(
                 "USE_TMA": config.tma,
                 "num_warps": config.num_warps,
                 "num_stages": config.num_stages,
+                **registers(config),
             },
         )
 

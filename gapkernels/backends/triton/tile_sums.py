@@ -169,6 +169,8 @@ def tile_sums(
     def run(config: tuning.Config) -> None:
         if first.row_limit is not None or first.col_limit is not None:
             config = narrower(config)
+        if any(place is not None and place.dtype == torch.float32 for place in places):
+            config = config._replace(tile_n=min(config.tile_n, 128))  # two of each entry in the registers
         tiles = len(matrices) * cdiv(num_rows, config.tile_m) * cdiv(num_cols, config.tile_n)
         grid = (min(tiles, num_processors(sums.device) * config.programs_per_processor),)
         launch(
