@@ -35,6 +35,7 @@ VARIANTS = {
         for rows in ("streamed", "resident")
     },
     "entries kept": ("gapkernels-triton", {KEEP_VARIABLE: "all"}),
+    "products start early": ("gapkernels-triton", {"GAPKERNELS_EARLY_LAUNCH": "1"}),
     **{f"blocks of {side}": ("gapkernels-triton", {"GAPKERNELS_GRADIENT_BLOCK": str(side)}) for side in OTHER_SIDES},
 }
 """Implementation and environment of each."""

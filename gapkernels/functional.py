@@ -122,8 +122,9 @@ def gap_loss(
         normalize_centroids: put centroids back on the unit sphere, as the paper's code does and its formula does not.
         keep_similarities: keep the N² similarities of the forward pass for the backward pass, which then multiplies a
             quarter less. None: as many as fit into 32 MiB. True: all of them, 4 bytes each (N² a pair; on a CPU N²/2
-            for the centroids; 2 bytes on a GPU of bfloat16 embeddings whose logit scale has no gradient). False: none, O(N·D) memory at any N. Compiled functions (``torch.compile``) keep none,
-            nor does the ring of ``group_mode``.
+            for the centroids; on a GPU 2 bytes of bfloat16 embeddings whose logit scale has no gradient). False: none,
+            O(N·D) memory at any N. Compiled functions (``torch.compile``) keep none, nor does the ring of
+            ``group_mode``.
         backend: ``"cuda"`` (tensor-core kernels for Hopper, bfloat16 and float16, compiled at first use), ``"triton"``
             (fused kernels for NVIDIA and AMD GPUs; no float64), ``"cpu"`` (fused C++ kernels, compiled at first use),
             ``"torch"`` (tiled, any device), ``"reference"`` (dense, O(N²) memory), or ``"auto"``: the first of

@@ -3,6 +3,8 @@
 Compiled is what the backend asks for, recorded from evaluations that the plan drives.
 """
 
+import re
+
 import pytest
 import torch
 
@@ -105,6 +107,20 @@ def test_two_programs_fit_a_hopper_processor():
     assert config.programs_per_processor == 2
     assert 2 * compiled.registers * 32 * config.num_warps <= 65536
     assert 2 * compiled.shared <= 227 * 1024
+
+
+@pytest.mark.parametrize(("arch", "early"), [("sm_80", False), ("sm_90", True), ("sm_100", True)])
+def test_products_that_start_early_wait_before_they_read(monkeypatch, arch, early):
+    monkeypatch.setenv("GAPKERNELS_EARLY_LAUNCH", "1")
+    with recorded(arch) as launches:
+        evaluate(1100, 512)
+    launch = next(launch for launch in launches if launch.name == "both_products_kernel")
+    assert launch.options.launch_pdl == early
+    check(launch, arch)
+    before, wait, _ = compile_for(launch, arch).assembly.partition("griddepcontrol.wait")
+    assert bool(wait) == early
+    if early:  # nothing but the kernel's own parameters
+        assert not re.search(r"ld\.global|cp\.async|st\.global|red\.global", before)
 
 
 def test_table_has_an_entry_for_any_architecture():

@@ -106,7 +106,10 @@ def recorded(arch: str = "sm_90", all_candidates: bool = False) -> Iterator[list
             (launch, "_IS_KNOWN", False),  # nothing to remember where nothing is compiled
             (products, "_library_product", product),
             *((module, "num_processors", mock.Mock(return_value=132)) for module in ASK_FOR_PROCESSORS),
-            *((module, "architecture", mock.Mock(return_value=arch)) for module in (device, tuning, gradient_tiles)),
+            *(
+                (module, "architecture", mock.Mock(return_value=arch))
+                for module in (device, tuning, gradient_tiles, products)
+            ),
         ):
             patches.enter_context(mock.patch.object(owner, name, replacement))
         yield launches

@@ -105,6 +105,7 @@ def of_matrix(
             *configs,
             input_precision(matrix.rows.dtype),
             matrix.scale.data_ptr() % 16,
+            products.starts_early(matrix.rows.device),
             entries is not None and (num_terms, entries.data_ptr() % 16),
             *looks,
         ),

@@ -14,6 +14,9 @@ True float32 products are the vendor's library's, which is far faster there. Of 
 float32 accumulator as well, on NVIDIA GPUs (``torch.addmm(out_dtype=…)``, with a float32 addend since 2.10):
 GAPKERNELS_PRODUCTS=library takes that instead of the kernel, to measure both. In deterministic mode the library refuses
 to unless CUBLAS_WORKSPACE_CONFIG was set when it started, so there it is the kernel in any case.
+
+GAPKERNELS_EARLY_LAUNCH=1 lets the kernel be launched while the one that writes H ends (programmatic dependent launch,
+from compute capability 9.0 on): it reads nothing before that has ended and what it wrote can be seen.
 """
 
 from __future__ import annotations
@@ -24,14 +27,16 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_wait
 
 from gapkernels.backends.triton import tuning
-from gapkernels.backends.triton.device import INTERPRETED, cdiv, input_precision
+from gapkernels.backends.triton.device import INTERPRETED, architecture, cdiv, input_precision
 from gapkernels.backends.triton.launch import descriptor, launch
 from gapkernels.backends.triton.recording import Launch
 from gapkernels.backends.triton.tiles import grouped_tile
 
 VARIABLE = "GAPKERNELS_PRODUCTS"
+EARLY_VARIABLE = "GAPKERNELS_EARLY_LAUNCH"
 
 
 @triton.jit
@@ -117,7 +122,10 @@ def both_products_kernel(
     GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
     USE_TMA: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    if EARLY:
+        gdc_wait()
     tile = tl.program_id(0)
     row_tiles = 0
     if total_rows is not None:
@@ -163,6 +171,7 @@ def add_products(
             _library_product(total_cols, h.T, rows, first_cols)
         return None
     (num_rows, num_cols), dim = h.shape, cols.shape[1]
+    early = starts_early(h.device)
     totals = tuple(total for total in (total_rows, total_cols) if total is not None)
     if not totals:
         return None
@@ -182,6 +191,7 @@ def add_products(
                 total_rows is None,
                 total_cols is None,
                 use_tma,
+                early,
                 config,
                 input_precision(h.dtype),
             ),
@@ -210,6 +220,8 @@ def add_products(
                 "GROUP": config.group,
                 "PRECISION": input_precision(h.dtype),
                 "USE_TMA": use_tma,
+                "EARLY": early,
+                **({"launch_pdl": True} if early else {}),
                 "num_warps": config.num_warps,
                 "num_stages": config.num_stages,
             },
@@ -223,6 +235,14 @@ def by_library(dtype: torch.dtype) -> bool:
     if INTERPRETED or torch.version.hip or torch.are_deterministic_algorithms_enabled():
         return False
     return dtype == torch.float32 or os.environ.get(VARIABLE) == "library"
+
+
+def starts_early(device: torch.device) -> bool:
+    """Whether the kernel is launched while the one before it ends."""
+    if os.environ.get(EARLY_VARIABLE) != "1":
+        return False
+    arch = architecture(device)
+    return arch.startswith("sm_") and int(arch.removeprefix("sm_")) >= 90
 
 
 def _library_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
