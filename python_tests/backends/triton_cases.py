@@ -526,10 +526,9 @@ def test_kept_entries_rounded_to_bfloat16(monkeypatch, kept, scale):
 
 
 def test_kept_entries_of_sums_out_of_range_are_not_used(monkeypatch, kept):
-    """In one tile they are lost, in the others they are not. Without the check the gradient of the first is wrong."""
-    x, y = random_embeddings(70, 8)
+    """In some tiles they are lost, in others they are not. Without the check the gradient of the first is wrong."""
+    x, y = random_embeddings(60, 8)
     x[:20], y[:20] = x[:1] + 0.01 * x[:20], -x[:1] + 0.01 * y[:20]
-    x[20:], y[20:] = x[20:], x[20:] + 0.1 * y[20:]
     tolerance = Tolerance(1e-4, 4e-4)
     assert_matches_oracle([x, y], 400.0, "triton", tolerance, cu_weight=0.0)
     assert all(kept)
