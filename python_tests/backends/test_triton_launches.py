@@ -125,4 +125,7 @@ def test_blocks_of_a_matrix_are_launched_as_the_launchers_would():
         [sys.executable, str(script)], env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
-    assert int(run.stdout) > 500
+    compared, written, launched = map(float, run.stdout.split())
+    assert compared > 500
+    # The target is 10 µs on a machine of one's own; a busy one takes twice as long for both.
+    assert written < launched / 3, run.stdout
