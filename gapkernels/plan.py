@@ -1,8 +1,8 @@
 """The plan of an evaluation: which functions of a backend run, in which order, on which blocks and processes.
 
     forward     row_statistics ─► centroids ─► log_sums (all pairs and the triangle of the centroids) ─► terms
-    backward    softmax_sums ─┬─► per block of the centroids' triangle: add_products
-                operand ──────┴─► per block of each pair: add_products ─► row_gradients; scale_gradient
+    backward    softmax_sums ─┬─► per part of the centroids' triangle: add_products
+                operand ──────┴─► per block of rows of each pair: add_products ─► row_gradients; scale_gradient
 
 Notation: s logit scale, M modalities, N rows in all, n of them on this process, P InfoNCE pairs.
 

@@ -1,7 +1,7 @@
 """Prints how many launches of blocks were compared, and what a block costs the host, written out and by the launchers.
 
-Run by ``test_triton_launches.py`` in a process of its own. The blocks of a matrix are launched twice on the same tensors,
-by the launchers and written out, and nothing runs.
+Run by ``test_triton_launches.py`` in a process of its own. The blocks of a matrix are launched twice on the same
+tensors, by the launchers and written out, and nothing runs.
 """
 
 import os
