@@ -56,6 +56,13 @@ from gapkernels.spec import LossSpec
 CENTROID_HEADROOM = math.log2(gradient_tiles.HALF_SCALE)
 """Entries of H of the centroids may be as large as this: no entry exceeds its row's sum, float16 is used to its end."""
 
+EVERYTHING = 2**60
+"""Bytes: whoever may keep as many was asked to keep all."""
+
+NUMBERS_PER_KEPT_BYTE = 128
+"""Inner products of rows so long take more time than writing and reading an entry: by count, on an H100, from 53 to 107
+on where entries stay in the L2 cache, and from 177 on where they do not."""
+
 LARGEST_TILE = 256
 LARGEST_EXPONENT = 126
 LARGEST_BIASED_EXPONENT = 32.0
@@ -180,7 +187,8 @@ class TritonBackend:
 
         They are exponentials relative to the constant exponent, so bfloat16 holds whatever float32 sums can. Its
         rounding is that of H, which the gradient bound of bfloat16 embeddings allows for, but neither that of other
-        embeddings nor the gradient of the scale, which takes logarithms. The triangle of the centroids is not kept.
+        embeddings nor the gradient of the scale, which takes logarithms. The triangle of the centroids is not kept, nor
+        are entries of short rows, unless all are asked for.
         """
         if not keep or not self.keeps_entries or torch.are_deterministic_algorithms_enabled():
             return []
@@ -190,7 +198,8 @@ class TritonBackend:
             dtype = torch.bfloat16 if coarse else torch.float32
             sides = _whole_tiles(m.rows.shape[0]), _whole_tiles(m.cols.shape[0])
             size = math.prod(sides) * dtype.itemsize
-            if m.biased or m.masked or m.largest is not None or size > keep:
+            pays = keep >= EVERYTHING or m.rows.shape[1] >= NUMBERS_PER_KEPT_BYTE * dtype.itemsize
+            if m.biased or m.masked or m.largest is not None or size > keep or not pays:
                 rooms.append(None)
                 continue
             keep -= size
