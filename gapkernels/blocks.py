@@ -20,6 +20,21 @@ from gapkernels.backends.contract import (
 from gapkernels.distributed import World, triangle_blocks
 from gapkernels.spec import LossSpec, Pairs
 
+GATHERED_BYTES = 2**30
+"""Rows of all processes up to this size are gathered, beyond it they circulate, where the mode is "auto"."""
+
+
+def circulate(gathered_bytes: int, world: World) -> bool:
+    """Whether rows go around the circle of processes instead of being gathered.
+
+    Args:
+        gathered_bytes: how much a process would hold of the rows of all; the same on every one.
+        world: the processes, and what was asked for.
+    """
+    if world.size == 1 or world.mode == "gather":
+        return False
+    return world.mode == "ring" or gathered_bytes > GATHERED_BYTES
+
 
 def readable(embeddings: list[Tensor]) -> list[Tensor]:
     """Embeddings as backends read them: any stride between rows, unit stride along them."""

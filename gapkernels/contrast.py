@@ -21,7 +21,7 @@ from torch import Tensor
 from gapkernels import similarity_ops  # noqa: F401 (registers the operators)
 from gapkernels.backends.contract import NORM_EPS, compute_dtype, statistics_dtype
 from gapkernels.blocks import own_rows
-from gapkernels.collectives import gather_rows, sum_over_processes
+from gapkernels.collectives import gather_rows, mean_of_equal_ids, sum_over_processes
 from gapkernels.distributed import world_of
 from gapkernels.spec import Candidates, Contrast, SimilaritySums
 
@@ -266,13 +266,10 @@ def _total(x: Tensor, how: How) -> Tensor:
 
 def _class_means(cols: Tensor, ids: Tensor, how: How) -> tuple[Tensor, Tensor]:
     """For each own sample the mean of the vectors of its id over all processes ``[n, D]``, and their number ``[n]``."""
-    vectors = how.gather(vectors_of(cols, how))
-    all_ids = how.gather(ids)
-    place, size = _classes(all_ids)
-    sums = vectors.new_zeros(vectors.shape).index_add(0, place, vectors)
-    world = world_of(how.group)
-    place, size = own_rows(place, world), own_rows(size, world)
-    return sums[place] / size[:, None].to(sums.dtype), size
+    vectors = vectors_of(cols, how)
+    place, size = _classes(how.gather(ids))
+    size = own_rows(size, world_of(how.group))
+    return mean_of_equal_ids(vectors, place, size.to(vectors.dtype), how.group), size
 
 
 def _classes(ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,16 +15,64 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gapkernels.spec import LossSpec
+from gapkernels.spec import Candidates, Contrast, LossSpec, contrast_numbers
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-NEEDS_GRAD = "inputs that require grad (embeddings in order, then the logit scale)"
-_DESCRIBED = 4 + len(LossSpec._fields) + 3
-"""How many numbers ``agree`` is told beside the scalars."""
-
-STEP_SCALARS = ("logit scale", "nce_weight", "atp_weight", "cu_weight", "uniformity_t")
+NEEDS_GRAD = "inputs that require grad (embeddings in order, the logit scale, negatives, the logit bias)"
+STEP_SCALARS = ("logit scale", "nce_weight", "atp_weight", "cu_weight", "uniformity_t", "logit_bias")
 
 MODES = ("auto", "gather", "ring")
+
+
+def spec_numbers(spec: LossSpec) -> dict[str, float]:
+    """The settings of a loss by the names they have in messages."""
+    return {{"nce": "InfoNCE", "atp": "ATP", "cu": "CU"}.get(k, k): float(v) for k, v in spec._asdict().items()}
+
+
+FUNCTIONS = ("a loss", "similarity_logsumexp", "similarity_softplus")
+
+_UNSAID: dict[str, float] = {
+    "number of rows": 0,
+    "function": 0,
+    "dimension D": 0,
+    "number of embeddings": 0,
+    "dtype": 0,
+    **contrast_numbers(Contrast(), Candidates()),
+    "uniformity_of_equal_ids": True,
+    "reduction": 0,
+    **spec_numbers(LossSpec()),
+    "number of columns": 0,
+    "matched": True,
+    **dict.fromkeys([f"presence of {name}" for name in ("row_ids", "col_ids", "row_limit", "col_limit")], 0),
+    NEEDS_GRAD: 0,
+    "group_mode": 0,
+    "choice between torch.compile and eager": 0,
+}
+"""Every name that ``agree`` may be told, and what not to be told it means. Processes exchange as many numbers in any
+call, so that one which calls another function, or fails, is understood by those that wait."""
+
+
+def complete(description: Mapping[str, float]) -> dict[str, float]:
+    """The numbers of a description and those it does not say, always as many and in one order.
+
+    Raises:
+        KeyError: it says something that nobody knows of.
+    """
+    unknown = description.keys() - _UNSAID.keys()
+    if unknown:
+        raise KeyError(f"{sorted(unknown)} are not among {list(_UNSAID)}")
+    return {**_UNSAID, **description}
+
+
+_SPELLED = {
+    "function": FUNCTIONS,
+    "contrast": ("'softmax'", "'sigmoid'"),
+    "partition": ("'per_direction'", "'joint'"),
+    "duplicates": ("'mask'", "'positive'"),
+    "reduction": ("'mean'", "'none'"),
+    "group_mode": tuple(map(repr, MODES)),
+    "dtype": tuple(str(dtype).removeprefix("torch.") for dtype in DTYPES),
+}
 
 _FAILED = -1.0  # in place of a number of rows: a process that could not call the loss
 _SEPARATOR = ":"
@@ -94,23 +142,26 @@ class ProcessGroupWorld(World):
         they have long arrived on the host.
 
         Args:
-            description: name and number, the same names on every process.
-            scalars: what may change from step to step, on the device of the embeddings.
+            description: numbers by name, of ``_UNSAID``, the first of which is always given.
+            scalars: what may change from step to step, on the device of the embeddings: as many of ``STEP_SCALARS``
+                as there are.
 
         Raises:
             ValueError: names what differs, with every process's value, or the process that could not call the loss.
         """
         _count_agreement()
-        names = [*description, *STEP_SCALARS]
+        described = complete(description)
+        names = [*described, *STEP_SCALARS]
         device = scalars[0].device
-        numbers = torch.tensor(list(description.values()), dtype=torch.float64, device=device)
+        numbers = torch.tensor(list(described.values()), dtype=torch.float64, device=device)
         own = torch.cat([numbers, *(s.detach().double().reshape(-1) for s in scalars)])
+        own = torch.nn.functional.pad(own, (0, len(names) - own.numel()))
         everyone = self.gather_rows(own[None])
         if device.type == "cpu":
             self._compare(everyone, names)
             return
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        key = (self._group.group_name, *description.items())
+        key = (self._group.group_name, *described.items())
         if not capturing:
             self._look_at_last()
         if key not in self._agreed and not capturing:
@@ -157,8 +208,7 @@ class ProcessGroupWorld(World):
 
     def report_failure(self, error: Exception, device: torch.device) -> None:
         """Tell the processes that wait in ``agree`` that this one will not come."""
-        count = _DESCRIBED + len(STEP_SCALARS)
-        own = torch.zeros(count, dtype=torch.float64, device=device)
+        own = torch.zeros(len(_UNSAID) + len(STEP_SCALARS), dtype=torch.float64, device=device)
         own[0] = _FAILED
         self.gather_rows(own[None])
         self._messages(device, str(error))
@@ -277,13 +327,16 @@ def _report(group: Any, embeddings: Sequence[Any], error: Exception) -> None:
     except (TypeError, ValueError, RuntimeError):  # this process is not a member, or there is no such group
         return
     if size > 1 and isinstance(world, ProcessGroupWorld):
+        _count_agreement()  # a function around this one need not report it again
         devices = [e.device for e in embeddings if isinstance(e, Tensor)]
         world.report_failure(error, devices[0] if devices else world._device())
 
 
 def _spelled(name: str, value: float) -> str:
-    if name == "dtype":
-        return str(DTYPES[int(value)]).removeprefix("torch.")
+    if name in _SPELLED:
+        return _SPELLED[name][int(value)]
+    if name == "false_negative_margin" and value < 0:
+        return "None"
     if name == NEEDS_GRAD:
         return str([place for place in range(int(value).bit_length()) if int(value) >> place & 1])
     return f"{value:g}" if value != int(value) else str(int(value))

@@ -10,9 +10,11 @@ from torch import Tensor
 from gapkernels import contrast, ops
 from gapkernels.backends import reference
 from gapkernels.backends.contract import Scalars, compute_dtype
-from gapkernels.collectives import mean_of_gradients, mean_over_processes
+from gapkernels.checks import check_rows
+from gapkernels.collectives import agreed, mean_of_gradients, mean_over_processes
 from gapkernels.contrast import How
-from gapkernels.spec import Candidates, Contrast, LossSpec, SimilaritySums, pairs_of
+from gapkernels.distributed import DTYPES, MODES, NEEDS_GRAD, spec_numbers, world_of
+from gapkernels.spec import Candidates, Contrast, LossSpec, SimilaritySums, contrast_numbers, pairs_of
 
 
 class GapLossTerms(NamedTuple):
@@ -55,12 +57,13 @@ def with_contrast(
     """
     dtype = compute_dtype(embeddings[0].dtype)
     term = uniformity = None
+    if different_only and not spec.normalize_centroids:
+        raise ValueError("`uniformity_of_equal_ids`=False needs normalize_centroids=True, got False")
+    scale = agreed_scale(embeddings, scalars, spec, chosen, given, how, different_only=different_only)
     if spec.nce:
-        losses, _ = contrast_per_sample(embeddings, scalars.logit_scale, spec, chosen, given, how)
+        losses, _ = contrast_per_sample(embeddings, scale, spec, chosen, given, how)
         term = mean_over_samples(losses, how)
     if spec.cu and different_only:
-        if not spec.normalize_centroids:
-            raise ValueError("`uniformity_of_equal_ids`=False needs normalize_centroids=True, got False")
         uniformity = _uniformity_of_different(embeddings, scalars.uniformity_t, given, how)
     rest = spec._replace(nce=False, cu=spec.cu and uniformity is None)
     if how.backend == "reference":
@@ -81,16 +84,54 @@ def with_contrast(
     )
 
 
+def agreed_scale(
+    embeddings: list[Tensor],
+    scalars: Scalars,
+    spec: LossSpec,
+    chosen: Contrast,
+    given: Candidates,
+    how: How,
+    *,
+    different_only: bool = False,
+    per_sample: bool = False,
+) -> Tensor:
+    """The logit scale as ``contrast_per_sample`` takes it, after the processes have compared what they evaluate.
+
+    Raises:
+        ValueError: they evaluate different things, or nothing, or the backend takes no group.
+    """
+    if how.world_size == 1:
+        return scalars.logit_scale
+    if how.backend == "reference":
+        _refuse_group(how.world_size)
+    rows, dim = embeddings[0].shape
+    inputs = *embeddings, scalars.logit_scale, given.negatives, given.bias
+    description = {
+        "number of rows": rows,
+        "dimension D": dim,
+        "number of embeddings": len(embeddings),
+        "dtype": DTYPES.index(embeddings[0].dtype),
+        **contrast_numbers(chosen, given),
+        "uniformity_of_equal_ids": not different_only,
+        "reduction": per_sample,
+        **spec_numbers(spec),
+        NEEDS_GRAD: sum(2**place for place, x in enumerate(inputs) if x is not None and x.requires_grad),
+        "group_mode": MODES.index(world_of(how.group).mode),
+    }
+    told = [*scalars] if given.bias is None else [*scalars, given.bias]
+    scale = agreed(scalars.logit_scale, told, description, how.group, how.world_size)
+    check_rows("embedding 0", embeddings[0])
+    return scale
+
+
 def contrast_per_sample(
     embeddings: list[Tensor], scale: Tensor, spec: LossSpec, chosen: Contrast, given: Candidates, how: How
 ) -> tuple[Tensor, list[SimilaritySums | None]]:
     """The contrastive term of each own sample ``[n]``, averaged over pairs, and the sums of each pair."""
     device = embeddings[0].device.type
-    scale = mean_of_gradients(scale, how.group, how.world_size)
     if given.bias is not None:
         given = given._replace(bias=mean_of_gradients(given.bias, how.group, how.world_size))
     if how.backend == "reference":
-        _refuse_group(how.world_size)
         dtype = compute_dtype(embeddings[0].dtype)
         vectors = [contrast.vectors_of(e, how) for e in embeddings]
         negatives = None if given.negatives is None else contrast.vectors_of(given.negatives, how)

@@ -64,6 +64,7 @@ if TYPE_CHECKING:
         normalize: bool
         backend: str
         group: ProcessGroup | str | None
+        group_mode: str
         reduction: str
 
 
@@ -209,6 +210,7 @@ def info_nce(
 ) -> tuple[Tensor, tuple[SimilaritySums, ...]]: ...
 
 
+@heard_by_all
 def info_nce(
     *embeddings: Tensor,
     logit_scale: float | Tensor | None = None,
@@ -218,6 +220,7 @@ def info_nce(
     normalize: bool = True,
     backend: str = "auto",
     group: ProcessGroup | str | None = None,
+    group_mode: str = "auto",
     reduction: str = "mean",
     return_sums: bool = False,
     **contrast_options: Unpack[ContrastOptions],
@@ -226,7 +229,7 @@ def info_nce(
 
     Args:
         *embeddings: as for ``gap_loss``; of two the anchor is the query, the other its positive.
-        logit_scale, temperature, anchor, pairs, normalize, backend, group: as for ``gap_loss``.
+        logit_scale, temperature, anchor, pairs, normalize, backend, group, group_mode: as for ``gap_loss``.
         reduction: ``"mean"``; ``"none"``: the losses of this process's samples, ``[N]``. With ``group`` gradients of
             the latter are those of the sum over the processes of what each makes of its own.
         return_sums: return the log sums that the loss is made of as well, one ``SimilaritySums`` per pair, rows being
@@ -259,11 +262,14 @@ def info_nce(
             normalize=normalize,
             backend=backend,
             group=group,
+            group_mode=group_mode,
             **contrast_options,
         )
     options.refuse_unknown("info_nce()", contrast_options)
     scale = logit_scale, temperature
-    loss, sums = _contrast(embeddings, scale, anchor, pairs, normalize, backend, group, reduction, contrast_options)
+    loss, sums = _contrast(
+        embeddings, scale, anchor, pairs, normalize, backend, group, group_mode, reduction, contrast_options
+    )
     if not return_sums:
         return loss
     if None in sums:
@@ -271,6 +277,7 @@ def info_nce(
     return loss, tuple(s for s in sums if s is not None)
 
 
+@heard_by_all
 def sigmoid_loss(
     *embeddings: Tensor,
     logit_scale: float | Tensor = DEFAULT_SIGMOID_SCALE,
@@ -280,6 +287,7 @@ def sigmoid_loss(
     normalize: bool = True,
     backend: str = "auto",
     group: ProcessGroup | str | None = None,
+    group_mode: str = "auto",
     reduction: str = "mean",
     negatives: Tensor | None = None,
     ids: Tensor | None = None,
@@ -293,7 +301,7 @@ def sigmoid_loss(
         *embeddings: as for ``gap_loss``.
         logit_scale: s, a positive number or a tensor of one element, which may require gradient.
         logit_bias: b, likewise, of any sign.
-        anchor, pairs, normalize, backend, group: as for ``gap_loss``.
+        anchor, pairs, normalize, backend, group, group_mode: as for ``gap_loss``.
         reduction: as for ``info_nce``.
         negatives, ids, negative_ids, duplicates: see ``gapkernels.ContrastOptions``.
 
@@ -319,6 +327,7 @@ def sigmoid_loss(
         normalize,
         backend,
         group,
+        group_mode,
         reduction,
         {
             "contrast": "sigmoid",
@@ -369,6 +378,7 @@ def centroid_uniformity(
     normalize_centroids: bool = True,
     backend: str = "auto",
     group: ProcessGroup | str | None = None,
+    group_mode: str = "auto",
 ) -> Tensor:
     """Logarithm of the mean Gaussian potential exp(−t‖c_i − c_j‖²) between the centroids of different samples.
 
@@ -391,6 +401,7 @@ def centroid_uniformity(
         normalize_centroids=normalize_centroids,
         backend=backend,
         group=group,
+        group_mode=group_mode,
     )
 
 
@@ -402,6 +413,7 @@ def _contrast(
     normalize: bool,
     backend: str,
     group: ProcessGroup | str | None,
+    group_mode: str,
     reduction: str,
     contrast_options: ContrastOptions,
 ) -> tuple[Tensor, list[SimilaritySums | None]]:
@@ -410,13 +422,15 @@ def _contrast(
         raise ValueError(f"`reduction` must be 'mean' or 'none', got {reduction!r}")
     tensors = _check_embeddings(embeddings, may_be_empty=group is not None)
     device = tensors[0].device
-    spec, _, _ = _settings(anchor, pairs, 1.0, 0.0, 0.0, 1.0, normalize, True, len(tensors), device)
-    group_name, world_size = group_name_and_size(group)
+    spec, weights, t = _settings(anchor, pairs, 1.0, 0.0, 0.0, 1.0, normalize, True, len(tensors), device)
+    group_name, world_size = group_name_and_size(group, group_mode)
     how = How(spec.normalize, check_backend(backend), group_name, world_size)
     chosen, given = options.parse(tensors[0], tensors[0].shape[0] * world_size, **contrast_options)
-    logit_scale = logit_scale_of(*scale, device)
+    scalars = Scalars(logit_scale_of(*scale, device), weights, t)
+    per_sample = reduction == "none"
+    logit_scale = evaluation.agreed_scale(tensors, scalars, spec, chosen, given, how, per_sample=per_sample)
     losses, sums = evaluation.contrast_per_sample(tensors, logit_scale, spec, chosen, given, how)
-    loss = losses if reduction == "none" else evaluation.mean_over_samples(losses, how)
+    loss = losses if per_sample else evaluation.mean_over_samples(losses, how)
     return loss.to(compute_dtype(tensors[0].dtype)), sums
 
 

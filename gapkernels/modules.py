@@ -271,6 +271,7 @@ class InfoNCELoss(GapLoss):
         normalize: bool = True,
         backend: str = "auto",
         group: ProcessGroup | str | None = None,
+        group_mode: str = "auto",
         **contrast_options: Unpack[ContrastOptions],
     ) -> None:
         super().__init__(
@@ -283,6 +284,7 @@ class InfoNCELoss(GapLoss):
             normalize=normalize,
             backend=backend,
             group=group,
+            group_mode=group_mode,
             **contrast_options,
         )
 
@@ -293,7 +295,7 @@ class SigmoidLoss(GapLoss):
     Args:
         temperature, logit_bias: fixed, or the initial values where they are learned.
         learn_temperature, learn_bias: make them parameters.
-        anchor, pairs, normalize, backend, group, duplicates: as for the function.
+        anchor, pairs, normalize, backend, group, group_mode, duplicates: as for the function.
 
     Raises:
         TypeError, ValueError: as for the function.
@@ -316,6 +318,7 @@ class SigmoidLoss(GapLoss):
         normalize: bool = True,
         backend: str = "auto",
         group: ProcessGroup | str | None = None,
+        group_mode: str = "auto",
         duplicates: Literal["mask", "positive"] = "mask",
     ) -> None:
         super().__init__(
@@ -329,6 +332,7 @@ class SigmoidLoss(GapLoss):
             normalize=normalize,
             backend=backend,
             group=group,
+            group_mode=group_mode,
             contrast="sigmoid",
             logit_bias=logit_bias,
             duplicates=duplicates,
@@ -367,6 +371,7 @@ class CentroidUniformityLoss(GapLoss):
         normalize_centroids: bool = True,
         backend: str = "auto",
         group: ProcessGroup | str | None = None,
+        group_mode: str = "auto",
     ) -> None:
         super().__init__(
             nce_weight=0.0,
@@ -376,4 +381,5 @@ class CentroidUniformityLoss(GapLoss):
             normalize_centroids=normalize_centroids,
             backend=backend,
             group=group,
+            group_mode=group_mode,
         )

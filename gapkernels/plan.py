@@ -49,20 +49,18 @@ from gapkernels.blocks import (
     block_side,
     blocks_of,
     centroid_matrix,
+    circulate,
     largest_products,
     log_sum_over_processes,
     own_rows,
     readable,
     triangle,
 )
-from gapkernels.distributed import DTYPES, MODES, NEEDS_GRAD, World
+from gapkernels.distributed import DTYPES, MODES, NEEDS_GRAD, World, spec_numbers
 from gapkernels.spec import LossSpec
 
 KEPT_BYTES = 16 * 2**20
 """Operands and centroids up to this size are kept for the backward pass."""
-
-GATHERED_BYTES = 2**30
-"""Rows of all processes up to this size are gathered, and kept for the backward pass; beyond it they circulate."""
 
 
 def forward(
@@ -337,12 +335,8 @@ def _circulates(embeddings: list[Tensor], spec: LossSpec, world: World) -> bool:
             "`group_mode`='ring' cannot send raw centroids (normalize=False, normalize_centroids=False), whose type "
             "depends on the largest of all; choose group_mode='gather'"
         )
-    if world.size == 1 or world.mode == "gather" or raw:
-        return False
-    if world.mode == "ring":
-        return True
     modalities = len({k for _, k in spec.nce_pairs(len(embeddings))}) + spec.cu
-    return modalities * world.size * embeddings[0].nbytes > GATHERED_BYTES
+    return not raw and circulate(modalities * world.size * embeddings[0].nbytes, world)
 
 
 def _gathered_modalities(embeddings: list[Tensor], spec: LossSpec, backend: Backend) -> list[int]:
@@ -489,16 +483,16 @@ def _over_processes(
 def _description(
     embeddings: list[Tensor], spec: LossSpec, needs_grad: list[bool], world: World, keep: bool
 ) -> dict[str, float]:
-    """What processes must agree on before they talk about anything else: always as many numbers."""
+    """What processes must agree on before they talk about anything else."""
     rows, dim = embeddings[0].shape
     return {
         "number of rows": rows,
         "dimension D": dim,
         "number of embeddings": len(embeddings),
         "dtype": DTYPES.index(embeddings[0].dtype),
-        **{{"nce": "InfoNCE", "atp": "ATP", "cu": "CU"}.get(k, k): float(v) for k, v in spec._asdict().items()},
+        **spec_numbers(spec),
         NEEDS_GRAD: sum(2**place for place, needed in enumerate(needs_grad) if needed),
-        "group_mode (auto, gather, ring)": MODES.index(world.mode),
+        "group_mode": MODES.index(world.mode),
         "choice between torch.compile and eager": keep,
     }
 

@@ -15,13 +15,14 @@ from gapkernels import contrast
 from gapkernels.backends.contract import statistics_dtype
 from gapkernels.checks import as_tensor, check_backend, check_rows, check_scalar, check_vector, logit_scale_of, name_of
 from gapkernels.contrast import How
-from gapkernels.distributed import group_name_and_size
+from gapkernels.distributed import group_name_and_size, heard_by_all
 from gapkernels.spec import SimilaritySums
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+@heard_by_all
 def similarity_logsumexp(
     rows: Tensor,
     cols: Tensor,
@@ -36,6 +37,7 @@ def similarity_logsumexp(
     normalize: bool = True,
     backend: str = "auto",
     group: ProcessGroup | str | None = None,
+    group_mode: str = "auto",
 ) -> SimilaritySums:
     """Logarithms of the sums of exp(s·cos_ij) along rows and along columns, positives apart.
 
@@ -55,6 +57,7 @@ def similarity_logsumexp(
         backend: as for ``gap_loss``.
         group: processes that hold the batch, each as many rows and as many columns: sums run over all. Gradients are
             those of the sum over the processes of what each makes of its own sums.
+        group_mode: as for ``gap_loss``.
 
     Returns:
         ``SimilaritySums``, float64 (float32 on devices without): −∞ where nothing is left to sum.
@@ -70,7 +73,7 @@ def similarity_logsumexp(
         True
     """
     _check(rows, cols, matched, row_ids=row_ids, col_ids=col_ids, row_limit=row_limit, col_limit=col_limit)
-    name, size = group_name_and_size(group)
+    name, size = group_name_and_size(group, group_mode)
     scale = logit_scale_of(logit_scale, temperature, rows.device)
     row_limit, col_limit = (
         None if x is None else x.detach().to(statistics_dtype(rows.device)) for x in (row_limit, col_limit)
@@ -80,6 +83,7 @@ def similarity_logsumexp(
     return contrast.logsumexp(rows, cols, scale, how, matched, ids, row_limit, col_limit)
 
 
+@heard_by_all
 def similarity_softplus(
     rows: Tensor,
     cols: Tensor,
@@ -92,11 +96,13 @@ def similarity_softplus(
     normalize: bool = True,
     backend: str = "auto",
     group: ProcessGroup | str | None = None,
+    group_mode: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Sums of softplus(s·cos_ij + b) along rows, positives apart: what a sigmoid loss is made of.
 
     Args:
-        rows, cols, logit_scale, matched, row_ids, col_ids, normalize, backend, group: as for ``similarity_logsumexp``.
+        rows, cols, logit_scale, matched, row_ids, col_ids, normalize, backend, group, group_mode: as for
+            ``similarity_logsumexp``.
         logit_bias: b, a number or a tensor of one element, which may require gradient.
 
     Returns:
@@ -112,7 +118,7 @@ def similarity_softplus(
         [2.079, 10.0]
     """
     _check(rows, cols, matched, row_ids=row_ids, col_ids=col_ids)
-    name, size = group_name_and_size(group)
+    name, size = group_name_and_size(group, group_mode)
     scale = logit_scale_of(logit_scale, None, rows.device)
     bias = as_tensor(check_scalar("logit_bias", logit_bias, positive=False), rows.device)
     ids = None if row_ids is None or col_ids is None else (row_ids, col_ids)

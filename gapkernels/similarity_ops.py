@@ -7,7 +7,8 @@ is one of these and O(N·D) arithmetic around it can be written with them in pla
 Rows and columns are matched, sample by sample, or not. The entries of matching rows and columns, the positives, are
 left out of all sums and returned by themselves: what is made of both is then exact where a positive dominates its sum.
 
-With several processes each holds ``n`` rows and ``k`` columns; sums run over the columns, or rows, of all. Gradients of
+With several processes each holds ``n`` rows and ``k`` columns; sums run over the columns, or rows, of all. The columns
+are gathered, or go around the circle of processes with their products, as in ``gapkernels.ring``. Gradients of
 rows and columns are those of the sum over the processes of whatever each makes of its own sums; that of the scale is
 the process's own part. Their mean over processes, which DistributedDataParallel takes, is the gradient of the mean.
 """
@@ -15,7 +16,7 @@ the process's own part. Their mean over processes, which DistributedDataParallel
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -35,16 +36,18 @@ from gapkernels.backends.contract import (
     Scalars,
     SigmoidWeights,
     SoftmaxSums,
+    part,
     statistics_dtype,
 )
 from gapkernels.blocks import (
     accumulator,
+    circulate,
     largest_products,
     log_sum_over_processes,
     own_rows,
     readable,
 )
-from gapkernels.distributed import World, world_of
+from gapkernels.distributed import DTYPES, FUNCTIONS, MODES, NEEDS_GRAD, World, world_of
 from gapkernels.ops import fill_absent, library, no_autocast, no_second_derivative, on_device
 from gapkernels.spec import LossSpec
 
@@ -80,11 +83,19 @@ class _Problem(NamedTuple):
     def total_rows(self) -> int:
         return self.rows.shape[0] * self.world.size
 
-    def matrix(self, operands: tuple[Operand, Operand]) -> Matrix:
-        """The own rows against the columns of all processes."""
-        world, mask = self.world, self.mask
+    @property
+    def total_cols(self) -> int:
+        return self.cols.shape[0] * self.world.size
+
+    @property
+    def circulates(self) -> bool:
+        return circulate(self.cols.nbytes * self.world.size, self.world)
+
+    def matrices(self, operands: tuple[Operand, Operand]) -> Iterator[tuple[Matrix, slice]]:
+        """The own rows against columns, and which of all columns these are: all at once, or as they come by."""
+        world, mask, count = self.world, self.mask, self.cols.shape[0]
         (largest,) = largest_products([self.rows, self.cols], ((0, 1),), self.spec, world)
-        return Matrix(
+        everything = Matrix(
             *operands[0],
             *operands[1],
             self.logit_scale,
@@ -95,17 +106,38 @@ class _Problem(NamedTuple):
             row_limit=None if mask.row_limit is None else mask.row_limit * LOG2_E,
             col_limit=None if mask.col_limit is None else world.gather_rows(mask.col_limit) * LOG2_E,
         )
+        if not self.circulates:
+            yield everything, slice(0, self.total_cols)
+            return
+        for owner, (rows, *factor) in world.circulate([x for x in operands[1] if x is not None], world.size):
+            cols = slice(owner * count, (owner + 1) * count)
+            yield (
+                everything._replace(
+                    cols=rows,
+                    col_factor=factor[0] if factor else None,
+                    diagonal=everything.diagonal - cols.start if self.matched else NO_DIAGONAL,
+                    col_ids=None if everything.col_ids is None else part(everything.col_ids, cols),
+                    col_limit=None if everything.col_limit is None else part(everything.col_limit, cols),
+                ),
+                cols,
+            )
 
     def operands(self) -> tuple[tuple[Operand, Operand], Tensor]:
-        """Own rows and columns of all processes; cosines (inner products) of matching rows, ``[0]`` if none match."""
+        """Own rows, and columns of all processes, or the own ones if they are to circulate.
+
+        Beside them cosines (inner products) of matching rows, ``[0]`` if none match.
+        """
         rows = own_cols = None
         cosines = self.rows.new_empty(0, dtype=statistics_dtype(self.rows.device))
         if self.matched:
             (rows, own_cols), statistics = self.backend.row_statistics([self.rows, self.cols], self.spec)
             cosines = statistics.cosines[0]
-        if own_cols is None or self.world.size > 1:
+        if self.world.size > 1 and not self.circulates:
             own_cols = self.backend.operand(self.world.gather_rows(self.cols), self.spec)
-        return (rows or self.backend.operand(self.rows, self.spec), own_cols), cosines
+        return (
+            rows or self.backend.operand(self.rows, self.spec),
+            own_cols or self.backend.operand(self.cols, self.spec),
+        ), cosines
 
 
 def _problem(
@@ -118,31 +150,38 @@ def _problem(
     backend: str,
     group: str,
     *,
-    softplus: bool = False,
+    bias: Tensor | None = None,
+    again: bool = False,
 ) -> _Problem:
+    """Check what an operator was given; ``bias`` of a softplus, ``again`` if the processes have agreed before."""
     spec = LossSpec(anchor=1, atp=False, cu=False, normalize=normalize)
     world = world_of(group)
     needs = frozenset(
         name
         for name, needed in (
-            ("softplus", softplus),
-            ("weights", not softplus),
+            ("softplus", bias is not None),
+            ("weights", bias is None),
             ("ids", mask.row_ids is not None),
             ("limits", mask.row_limit is not None or mask.col_limit is not None),
         )
         if needed
     )
-    if world.size > 1:
+    if world.size > 1 and not again:
+        inputs = rows, cols, logit_scale, *([] if bias is None else [bias])
         world.agree(
             {
                 "number of rows": rows.shape[0],
-                "number of columns": cols.shape[0],
+                "function": FUNCTIONS.index("similarity_logsumexp" if bias is None else "similarity_softplus"),
                 "dimension D": rows.shape[1],
+                "dtype": DTYPES.index(rows.dtype),
+                "number of columns": cols.shape[0],
                 "matched": matched,
                 "normalize": normalize,
                 **{f"presence of {name}": float(value is not None) for name, value in mask._asdict().items()},
+                NEEDS_GRAD: sum(2**place for place, x in enumerate(inputs) if x.requires_grad),
+                "group_mode": MODES.index(world.mode),
             },
-            [logit_scale, logit_scale.new_zeros(4)],  # no weights here
+            [logit_scale, logit_scale.new_zeros(4), *([] if bias is None else [bias])],  # no weights and no t here
         )
     rows, cols = readable([rows, cols])
     mask = Mask(*(None if x is None else x.contiguous() for x in mask))
@@ -156,11 +195,18 @@ def _problem(
 def _log_sums(p: _Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log sums of own rows and columns, logits of the positives, log sums of all columns (``[0]`` if these are all)."""
     operands, cosines = p.operands()
-    sums = p.backend.log_sums([p.matrix(operands)])
-    all_cols = log_sum_over_processes(sums.cols[0], p.world)
+    row_sums: Tensor | None = None
+    parts: dict[int, Tensor] = {}
+    for matrix, cols in p.matrices(operands):
+        sums = p.backend.log_sums([matrix])
+        row_sums = sums.rows[0] if row_sums is None else torch.logaddexp2(row_sums, sums.rows[0])
+        parts[cols.start] = sums.cols[0]
+    assert row_sums is not None
+    col_sums = torch.cat([parts[start] for start in sorted(parts)]) if len(parts) > 1 else parts[0]
+    all_cols = log_sum_over_processes(col_sums, p.world)
     own_cols = own_rows(all_cols, p.world)
     positives = cosines * p.logit_scale.to(cosines.dtype)
-    return sums.rows[0] * LN_2, own_cols * LN_2, positives, all_cols if p.world.size > 1 else all_cols.new_empty(0)
+    return row_sums * LN_2, own_cols * LN_2, positives, all_cols if p.world.size > 1 else all_cols.new_empty(0)
 
 
 def _log_sum_gradients(
@@ -218,15 +264,14 @@ def _gradients(
     sums, weight_unit = _with_weights_near_one(p, sums)
     num_rows, world = p.rows.shape[0], p.world
     operands, cosines = p.operands()
-    matrix = p.matrix(operands)
     zeros = sums.negative_mass.new_zeros
     if isinstance(sums, SoftmaxSums):
         row_log, col_log = sums.row, sums.col
     else:
-        row_log, col_log = zeros(num_rows), zeros(matrix.cols.shape[0])
+        row_log, col_log = zeros(num_rows), zeros(p.total_cols)
     per_cosine = p.logit_scale.to(row_log.dtype) * LOG2_E
     if not p.matched:  # the backend puts its reference near the positives: where there are none, near a usual entry
-        cosines = (row_log - math.log2(matrix.cols.shape[0])) / per_cosine
+        cosines = (row_log - math.log2(p.total_cols)) / per_cosine
     empty = zeros(0)
     saved = Saved(
         row_log_sum=row_log[None],
@@ -243,19 +288,31 @@ def _gradients(
 
     row_products = accumulator(operands[0]) if needs_rows else None
     col_products = accumulator(operands[1]) if needs_cols else None
-    moment = p.backend.moment_buffer(matrix) if needs_scale else None
-    if isinstance(sums, SoftmaxSums):
-        sums = sums._replace(row=prepared.rows[0], col=prepared.cols[0])
-    p.backend.add_products(matrix, sums, prepared, row_products, col_products, moment, True, True)
+    moment = None
+    first = True
+    for matrix, cols in p.matrices(operands):
+        if needs_scale and moment is None:
+            moment = p.backend.moment_buffer(matrix)
+        of_cols = sums
+        if isinstance(of_cols, SoftmaxSums):
+            assert of_cols.col_weight is not None
+            of_cols = of_cols._replace(
+                row=prepared.rows[0], col=part(prepared.cols[0], cols), col_weight=part(of_cols.col_weight, cols)
+            )
+        p.backend.add_products(matrix, of_cols, prepared, row_products, col_products, moment, first, first)
+        first = False
+        if p.circulates and col_products is not None:
+            col_products = world.shift(col_products, -1)
+    if not p.circulates and col_products is not None:
+        col_products = world.sum_own_rows(col_products)
     upstream = ones * (2 * p.total_rows) * weight_unit
     evaluation = Evaluation([p.rows, p.cols], scalars, p.spec, saved, upstream, prepared, p.total_rows, 1)
     gradients: list[Tensor | None] = [None, None]
-    own_col_factor = None if matrix.col_factor is None else own_rows(matrix.col_factor, world)
+    col_factor = operands[1].factor
+    if col_factor is not None and not p.circulates:
+        col_factor = own_rows(col_factor, world)
     for side, (embedding, factor, products) in enumerate(
-        (
-            (p.rows, matrix.row_factor, row_products),
-            (p.cols, own_col_factor, None if col_products is None else world.sum_own_rows(col_products)),
-        )
+        ((p.rows, operands[0].factor, row_products), (p.cols, col_factor, col_products))
     ):
         if products is None:
             continue
@@ -339,7 +396,7 @@ def _logsumexp_backward(
 ) -> tuple[Tensor, ...]:
     mask, (row_sums, col_sums, all_cols, *how, needs) = Mask(*arguments[:4]), arguments[4:]
     with no_autocast([rows]), on_device([rows]):
-        p = _problem(rows, cols, logit_scale, mask, *how)
+        p = _problem(rows, cols, logit_scale, mask, *how, again=True)
         grads = grad_row, grad_col, grad_positive
         gradients, of_scale = _log_sum_gradients(p, grads, row_sums, col_sums, all_cols, needs)
     return tuple(fill_absent([rows, cols, logit_scale], [*gradients, of_scale]))
@@ -350,10 +407,12 @@ def _softplus(
 ) -> tuple[Tensor, ...]:
     mask, how = Mask(*arguments[:2]), arguments[2:]
     with no_autocast([rows]), on_device([rows]):
-        p = _problem(rows, cols, logit_scale, mask, *how, softplus=True)
+        p = _problem(rows, cols, logit_scale, mask, *how, bias=logit_bias)
         operands, cosines = p.operands()
-        sums = p.backend.softplus_sums(p.matrix(operands), logit_bias.to(cosines.dtype) * LOG2_E)
-        return sums.softplus, cosines * logit_scale.to(cosines.dtype), sums.sigmoid
+        bias = logit_bias.to(cosines.dtype) * LOG2_E
+        parts = [p.backend.softplus_sums(matrix, bias) for matrix, _ in p.matrices(operands)]
+        softplus, sigmoid = (x[0] if len(parts) == 1 else torch.stack(x).sum(dim=0) for x in zip(*parts, strict=True))
+        return softplus, cosines * logit_scale.to(cosines.dtype), sigmoid
 
 
 def _softplus_fake(
@@ -374,7 +433,7 @@ def _softplus_backward(
 ) -> tuple[Tensor, ...]:
     mask, (sigmoid, *how, needs) = Mask(*arguments[:2]), arguments[2:]
     with no_autocast([rows]), on_device([rows]):
-        p = _problem(rows, cols, logit_scale, mask, *how, softplus=True)
+        p = _problem(rows, cols, logit_scale, mask, *how, bias=logit_bias, again=True)
         gradients, of_scale = _softplus_gradients(p, (grad_row, grad_positive), logit_bias, sigmoid, needs)
     return tuple(fill_absent([rows, cols, logit_scale], [*gradients, of_scale]))
 

@@ -86,6 +86,27 @@ class Candidates(NamedTuple):
     bias: Tensor | None = None
 
 
+def contrast_numbers(contrast: Contrast, given: Candidates) -> dict[str, float]:
+    """What processes must agree on of a contrast, by the names of its options."""
+    negatives = given.negatives
+    return {
+        "contrast": contrast.sigmoid,
+        "directions (weight from the anchor)": contrast.from_anchor,
+        "directions (weight to the anchor)": contrast.to_anchor,
+        "same_side (of the anchor)": contrast.same_anchor,
+        "same_side (of the other)": contrast.same_other,
+        "partition": contrast.joint,
+        "decoupled": contrast.decoupled,
+        "label_smoothing": contrast.label_smoothing,
+        "duplicates": contrast.equal_are_positive,
+        "false_negative_margin": -1.0 if contrast.margin is None else contrast.margin,
+        "presence of ids": given.ids is not None,
+        "presence of negative_ids": given.negative_ids is not None,
+        "number of negatives": 0 if negatives is None else negatives.shape[-2],
+        "dimensions of negatives": 0 if negatives is None else negatives.dim(),
+    }
+
+
 class SimilaritySums(NamedTuple):
     """Natural logarithms of sums of exponentials of logits, positives left out. Differentiable, in float64.
 

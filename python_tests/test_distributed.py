@@ -352,7 +352,7 @@ def _refusals_in_each_process(rank: int, size: int, port: int) -> None:
             ValueError, match="could not call the loss: `anchor` must" if rank == 0 else "`anchor` must"
         ):
             gap_loss(x, y, group="world", anchor=5 * rank)
-        with pytest.raises(ValueError, match=r"same group_mode .*: rank 0 has 0, rank 1 has 2"):
+        with pytest.raises(ValueError, match="same group_mode: rank 0 has 'auto', rank 1 has 'ring'"):
             gap_loss(x, y, group="world", group_mode=("auto", "ring")[rank])
         with pytest.raises(ValueError, match="`group_mode` must be 'auto', 'gather' or 'ring', got 'tree'"):
             gap_loss(x, y, group="world", group_mode="tree")
