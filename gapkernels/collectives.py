@@ -164,10 +164,10 @@ def _differentiate_mean(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return _ops.mean_of_equal_ids(grad, *ctx.saved_tensors, ctx.group), None, None, None
 
 
-for _name, _forward, _setup, _differentiated in (
+for _name, _function, _setup, _differentiated in (
     ("agreed", _agree, _keep_group, _differentiate_agreed),
     ("mean_of_equal_ids", _mean_of_equal_ids, _keep_classes, _differentiate_mean),
 ):
-    library.impl(_name, _forward, "CompositeExplicitAutograd")
+    library.impl(_name, _function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"gapkernels::{_name}", lambda x, *_: torch.empty_like(x), lib=library)
     torch.library.register_autograd(f"gapkernels::{_name}", _differentiated, setup_context=_setup, lib=library)

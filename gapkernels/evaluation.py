@@ -46,7 +46,8 @@ def with_contrast(
     given: Candidates,
     how: How,
     different_only: bool,
-) -> GapLossTerms:
+    needs_all: bool,
+) -> GapLossTerms | Tensor:
     """The loss with a contrast of its own: the other terms come from the fused plan without InfoNCE.
 
     Args:
@@ -54,6 +55,7 @@ def with_contrast(
         chosen, given: the contrast.
         how: how sums are computed.
         different_only: centroid uniformity over samples of different ids only.
+        needs_all: return all terms, else the loss alone.
     """
     dtype = compute_dtype(embeddings[0].dtype)
     term = uniformity = None
@@ -66,16 +68,20 @@ def with_contrast(
     if spec.cu and different_only:
         uniformity = _uniformity_of_different(embeddings, scalars.uniformity_t, given, how)
     rest = spec._replace(nce=False, cu=spec.cu and uniformity is None)
+    parts = [scalars.weights[0] * term] if term is not None else []
+    parts += [scalars.weights[2] * uniformity] if uniformity is not None else []
+    if parts and not (rest.atp or rest.cu or needs_all):
+        return torch.stack(parts).sum().to(dtype)
     if how.backend == "reference":
         others = by_definition(embeddings, scalars, rest, how.world_size)
     else:
-        loss, values = ops.loss(embeddings, scalars, rest, how.backend, how.group, how.world_size)
-        others = GapLossTerms(loss, *values.unbind())
-    parts = [others.loss.to(scalars.weights.dtype)]
-    parts += [scalars.weights[0] * term] if term is not None else []
-    parts += [scalars.weights[2] * uniformity] if uniformity is not None else []
+        value, values = ops.loss(embeddings, scalars, rest, how.backend, how.group, how.world_size)
+        others = GapLossTerms(value, *values.unbind())
+    loss = torch.stack([others.loss.to(scalars.weights.dtype), *parts]).sum().to(dtype)
+    if not needs_all:
+        return loss
     return GapLossTerms(
-        torch.stack(parts).sum().to(dtype),
+        loss,
         None if term is None else term.to(dtype),
         others.align_true_pairs if spec.atp else None,
         uniformity.to(dtype) if uniformity is not None else others.centroid_uniformity if spec.cu else None,

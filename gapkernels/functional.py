@@ -181,8 +181,7 @@ def gap_loss(
         if not options.is_plain(*chosen):
             how = How(spec.normalize, backend, group_name, world_size)
             different_only = not contrast_options.get("uniformity_of_equal_ids", True)
-            terms = evaluation.with_contrast(tensors, scalars, spec, *chosen, how, different_only)
-            return terms if return_terms else terms.loss
+            return evaluation.with_contrast(tensors, scalars, spec, *chosen, how, different_only, return_terms)
     if backend == "reference":
         terms = evaluation.by_definition(tensors, scalars, spec, world_size)
         return terms if return_terms else terms.loss

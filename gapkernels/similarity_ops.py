@@ -217,7 +217,9 @@ def _log_sum_gradients(
         for grad, like in zip(grads, (rows, cols, rows), strict=True)
     )
     # Nothing counts where a log sum is −∞, and nothing flows back.
-    entries = row_weight[rows > -math.inf].sum() + col_weight[cols > -math.inf].sum()
+    entries = (
+        row_weight.masked_fill(rows == -math.inf, 0.0).sum() + col_weight.masked_fill(cols == -math.inf, 0.0).sum()
+    )
     row_log = (rows * LOG2_E).masked_fill(rows == -math.inf, 0.0)
     col_log = all_cols if p.world.size > 1 else cols * LOG2_E
     sums = SoftmaxSums(

@@ -34,7 +34,7 @@ constexpr int64_t dims_at_once = 256; // columns of D that a task of step 2 owns
 constexpr int64_t depth = 256;        // of float32 products, whose right operand is not packed
 constexpr double largest_range = 100;
 
-// What an entry of H is made of. `general` is `softmax` with weights or limits.
+// What an entry of H is made of. `general` is `softmax` with limits, `general_twice` with weights or limits.
 enum class Entry { centroids, softmax, softmax_twice, general, general_twice, sigmoid };
 
 // What the epilogue multiplies exponentials with, per row and per column.
@@ -197,7 +197,8 @@ class Gradient {
     void prepare() {
         const double *row_log = products_.row_log, *col_log = products_.col_log;
         double middle = 0;
-        const bool sigmoid = products_.sigmoid, general = products_.row_weight != nullptr || has_limits(matrix_);
+        const bool sigmoid = products_.sigmoid, limited = has_limits(matrix_);
+        const bool general = products_.row_weight != nullptr || limited;
         bool one_exponential = true;
         if (!matrix_.biased && !sigmoid) {
             double low = INFINITY, high = -INFINITY;
@@ -219,8 +220,8 @@ class Gradient {
                     per_row_[3], per_col_[3], per_row_[4], per_col_[4]};
         kind_ = matrix_.biased ? Entry::centroids
                 : sigmoid      ? Entry::sigmoid
-                : general      ? (one_exponential ? Entry::general : Entry::general_twice)
-                               : (one_exponential ? Entry::softmax : Entry::softmax_twice);
+                : one_exponential ? (limited ? Entry::general : Entry::softmax)  // which shares hold the weights
+                                  : (general ? Entry::general_twice : Entry::softmax_twice);
         if (matrix_.biased) return;
         const A* factor = static_cast<const A*>(matrix_.row_factor);
         for (int64_t i = 0; i < n_; ++i) per_row_[2][i] = factor ? factor[i] : A(1);
