@@ -113,8 +113,6 @@ def powers_of_two(first: int, last: int, step: int = 1) -> list[int]:
 # Groups of implementations: each entry of benchmarks.implementations names its own, so that no table need name it.
 OURS, COMPILED, LIBRARIES = "gapkernels", "compiled", "libraries"
 
-_SOME_OPTIONS = tuple(f"{INFO_NCE}+{option}" for option in ("negatives", "ids", "sigmoid"))
-
 # torch.compile takes half a minute for every new shape on two cores, so it gets fewer of them. The libraries get a
 # small problem first, from which one that would take minutes on the larger one is known.
 CPU: dict[str, list[Grid]] = {
@@ -144,8 +142,7 @@ CPU: dict[str, list[Grid]] = {
     ],
     "modalities": [Grid((OURS, "authors"), modalities=(3, 4))],
     "options": [
-        Grid((OURS, "dense"), loss=OPTION_LOSSES),
-        Grid((OURS, "dense"), loss=_SOME_OPTIONS, dtype=("bfloat16",)),
+        Grid((OURS, "dense"), loss=OPTION_LOSSES, dtype=("float32", "bfloat16")),
     ],
     "large": [Grid((OURS,), width=(256,), samples=(65536,), dtype=("float32", "bfloat16"), slow=True)],
 }
