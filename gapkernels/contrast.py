@@ -23,6 +23,7 @@ from gapkernels.backends.contract import NORM_EPS, compute_dtype, statistics_dty
 from gapkernels.blocks import own_rows
 from gapkernels.collectives import gather_rows, mean_of_equal_ids, sum_over_processes
 from gapkernels.distributed import world_of
+from gapkernels.own_negatives import own_products
 from gapkernels.spec import Candidates, Contrast, SimilaritySums
 
 
@@ -106,6 +107,8 @@ def per_sample(
         parts = [rows] * (contrast.from_anchor > 0) + [cols] * (contrast.to_anchor > 0)
         return _cross_entropy(_log_sum(parts), positive, positive, contrast), SimilaritySums(rows, cols, positive)
     total = torch.zeros_like(positive)
+    if contrast.label_smoothing or (contrast.equal_are_positive and ids is not None):  # as means of vectors need them
+        anchor, other = vectors_of(anchor, how), vectors_of(other, how)
     for weight, negatives, ours, theirs, extra in (
         (contrast.from_anchor, rows, anchor, other, given.negatives),
         (contrast.to_anchor, cols, other, anchor, None),
@@ -147,7 +150,7 @@ def _sigmoid(anchor: Tensor, other: Tensor, scale: Tensor, contrast: Contrast, g
     bias = bias.to(sums.dtype)
     total = sums - F.logsigmoid(positive + bias)
     if contrast.equal_are_positive and given.ids is not None:  # softplus(−x) = softplus(x) − x
-        mean, size = _class_means(other, given.ids, how)
+        mean, size = _class_means(vectors_of(other, how), given.ids, how)
         logits = _products(vectors_of(anchor, how), mean) * scale.to(sums.dtype)
         total = total - (size * logits - positive + (size - 1) * bias)
     if given.negatives is not None:
@@ -182,17 +185,8 @@ def _negatives(anchor: Tensor, scale: Tensor, given: Candidates, masks: bool, li
 
 def _own_logits(anchor: Tensor, negatives: Tensor, scale: Tensor, how: How) -> Tensor:
     """Logits of negatives of a row's own, ``[n, K]``, in the statistics type from products in float32 or wider."""
-    dtype = compute_dtype(anchor.dtype)
-    rows, own = anchor.to(dtype), negatives.to(dtype)
-    products = torch.bmm(own, rows[:, :, None])[:, :, 0].to(statistics_dtype(anchor.device))
-    if how.normalize:
-        norms = _norms(own).to(products.dtype) * _norms(rows).to(products.dtype)[:, None]
-        products = products / norms
+    products = own_products(anchor, negatives, how.normalize)
     return products * scale.to(products.dtype)
-
-
-def _norms(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=-1).clamp_min(NORM_EPS)
 
 
 def vectors_of(x: Tensor, how: How) -> Tensor:
@@ -232,19 +226,20 @@ def _target(
     ids: Tensor | None,
     how: How,
 ) -> Tensor:
-    """The logit that cross-entropy compares with: the positive's, a mean of several, smoothed."""
+    """The logit that cross-entropy compares with: the positive's, a mean of several, smoothed.
+
+    Where it is not the positive's alone, rows and cols are vectors as the loss uses them.
+    """
     target = positive
-    vectors = None
     if contrast.equal_are_positive and ids is not None:
-        vectors = vectors_of(rows, how)
         mean, _ = _class_means(cols, ids, how)
-        target = _products(vectors, mean) * scale.to(positive.dtype)
+        target = _products(rows, mean) * scale.to(positive.dtype)
     if contrast.label_smoothing:
-        vectors = vectors_of(rows, how) if vectors is None else vectors
-        logits = (vectors @ _total(cols, how)).to(positive.dtype) * scale.to(positive.dtype)
+        logits = (rows @ _total(cols, how)).to(positive.dtype) * scale.to(positive.dtype)
         count = cols.shape[0] * how.world_size
         if extra is not None and extra.dim() == 2:
-            logits = logits + (vectors @ _total(extra, how)).to(positive.dtype) * scale.to(positive.dtype)
+            total = _total(vectors_of(extra, how), how)
+            logits = logits + (rows @ total).to(positive.dtype) * scale.to(positive.dtype)
             count += extra.shape[0] * how.world_size
         elif extra is not None:
             logits = logits + _own_logits(rows, extra, scale, how).sum(dim=1)
@@ -258,15 +253,13 @@ def _products(x: Tensor, y: Tensor) -> Tensor:
     return torch.linalg.vecdot(x, y).to(statistics_dtype(x.device))
 
 
-def _total(x: Tensor, how: How) -> Tensor:
+def _total(vectors: Tensor, how: How) -> Tensor:
     """The sum of the vectors of all processes, ``[D]``."""
-    vectors = vectors_of(x, how)
-    return how.sum(vectors.sum(dim=0, dtype=statistics_dtype(x.device))).to(vectors.dtype)
+    return how.sum(vectors.sum(dim=0, dtype=statistics_dtype(vectors.device))).to(vectors.dtype)
 
 
-def _class_means(cols: Tensor, ids: Tensor, how: How) -> tuple[Tensor, Tensor]:
+def _class_means(vectors: Tensor, ids: Tensor, how: How) -> tuple[Tensor, Tensor]:
     """For each own sample the mean of the vectors of its id over all processes ``[n, D]``, and their number ``[n]``."""
-    vectors = vectors_of(cols, how)
     place, size = _classes(how.gather(ids))
     size = own_rows(size, world_of(how.group))
     return mean_of_equal_ids(vectors, place, size.to(vectors.dtype), how.group), size

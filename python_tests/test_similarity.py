@@ -130,6 +130,9 @@ def test_operators_are_registered_as_autograd_and_compilers_want_them():
     ops = torch.ops.gapkernels
     torch.library.opcheck(ops.similarity_logsumexp.default, (rows, cols, scale, None, None, None, None, *how, 1))
     torch.library.opcheck(ops.similarity_softplus.default, (rows, cols, scale, bias, None, None, *how))
+    place, size = torch.tensor([0, 1, 0, 3, 1]), torch.tensor([2, 2, 2, 1, 2], dtype=torch.float64)
+    torch.library.opcheck(ops.mean_of_equal_ids.default, (rows, place, size, ""))
+    assert torch.autograd.gradcheck(lambda x: ops.mean_of_equal_ids(x, place, size, ""), (rows,))
 
 
 def test_a_second_derivative_is_refused():

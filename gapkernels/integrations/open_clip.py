@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
+from gapkernels.distributed import MODES
 from gapkernels.functional import gap_loss
 from gapkernels.integrations._shared import centroid_weight, is_on, replaced_class
 
@@ -69,10 +70,10 @@ class ClipLoss(replaced_class("open_clip.loss", "ClipLoss")):  # type: ignore[mi
         atp_weight: weight of the alignment of true pairs.
         cu_weight: weight of the centroid uniformity.
         uniformity_t: its sharpness.
-        backend: as for ``gapkernels.gap_loss``.
+        backend, group_mode: as for ``gapkernels.gap_loss``.
 
     Raises:
-        ValueError: ``use_horovod``.
+        ValueError: ``use_horovod``, or ``group_mode="ring"`` with ``local_loss`` alone, whose constants are gathered.
         RuntimeError: ``world_size`` is not that of ``torch.distributed``'s default process group.
 
     Examples:
@@ -94,10 +95,17 @@ class ClipLoss(replaced_class("open_clip.loss", "ClipLoss")):  # type: ignore[mi
         cu_weight: float | Tensor = 0.0,
         uniformity_t: float | Tensor = 2.0,
         backend: str = "auto",
+        group_mode: str = "auto",
     ) -> None:
         nn.Module.__init__(self)  # open_clip's sets the same attributes, and versions differ in what they accept
         if use_horovod:
             raise ValueError("`use_horovod` must be False: processes communicate through torch.distributed")
+        if group_mode == "ring" and local_loss and not gather_with_grad:
+            raise ValueError(
+                "`group_mode`='ring' and `local_loss`=True without `gather_with_grad` contradict: every process then "
+                "compares its rows with gathered constants; add gather_with_grad=True (--gather-with-grad) or choose "
+                "group_mode='gather'"
+            )
         self.local_loss = local_loss
         self.gather_with_grad = gather_with_grad
         self.cache_labels = cache_labels
@@ -110,6 +118,7 @@ class ClipLoss(replaced_class("open_clip.loss", "ClipLoss")):  # type: ignore[mi
         self.cu_weight = cu_weight
         self.uniformity_t = uniformity_t
         self.backend = backend
+        self.group_mode = group_mode
 
     def get_ground_truth(self, device: torch.device, num_logits: int) -> Tensor:
         """The column of each row's positive in what ``get_logits`` returns.
@@ -192,6 +201,7 @@ class ClipLoss(replaced_class("open_clip.loss", "ClipLoss")):  # type: ignore[mi
             normalize=False,
             backend=self.backend,
             group=self._group(),
+            group_mode=self.group_mode,
             return_terms=True,
         )
         loss, info_nce, atp, cu = terms[:4]
@@ -272,6 +282,7 @@ def apply_to_open_clip(
     cu_weight: float | Tensor = 0.0,
     uniformity_t: float | Tensor = 2.0,
     backend: str = "auto",
+    group_mode: str = "auto",
 ) -> None:
     """Let open_clip's loss, wherever its modules name it, be the class of this module from here on.
 
@@ -281,7 +292,7 @@ def apply_to_open_clip(
     an earlier one.
 
     Args:
-        atp_weight, cu_weight, uniformity_t, backend: as for ``ClipLoss``.
+        atp_weight, cu_weight, uniformity_t, backend, group_mode: as for ``ClipLoss``.
 
     Raises:
         RuntimeError: open_clip is not installed.
@@ -292,7 +303,7 @@ def apply_to_open_clip(
     except ImportError as error:
         raise RuntimeError(f"open_clip cannot be imported ({error}): {_INSTALL}") from error
     weights = {"atp_weight": atp_weight, "cu_weight": cu_weight}
-    options = {**weights, "uniformity_t": uniformity_t, "backend": backend}
+    options = {**weights, "uniformity_t": uniformity_t, "backend": backend, "group_mode": group_mode}
     without_effect = ", ".join(f"{name}={weight}" for name, weight in weights.items() if is_on(weight))
     modules = [module for name, module in list(sys.modules.items()) if name.split(".")[0] in _PACKAGES]
     for name, original in list(_losses_of_open_clip()):
@@ -365,12 +376,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m gapkernels.integrations.open_clip",
         description="Run open_clip's trainer with the loss of gapkernels.",
-        usage="%(prog)s [--atp-weight W] [--cu-weight W] [--uniformity-t T] [--backend NAME] -- OPEN_CLIP_OPTIONS",
+        usage="%(prog)s [--atp-weight W] [--cu-weight W] [--uniformity-t T] [--backend NAME] [--group-mode MODE] -- "
+        "OPEN_CLIP_OPTIONS",
     )
     parser.add_argument("--atp-weight", type=float, default=0.0, help="weight of the alignment of true pairs")
     parser.add_argument("--cu-weight", type=float, default=0.0, help="weight of the centroid uniformity")
     parser.add_argument("--uniformity-t", type=float, default=2.0, help="sharpness of the centroid uniformity")
     parser.add_argument("--backend", default="auto", help="as for gapkernels.gap_loss")
+    parser.add_argument("--group-mode", choices=MODES, default="auto", help="as for gapkernels.gap_loss")
     if not own and not rest:
         own = ["--help"]
     apply_to_open_clip(**vars(parser.parse_args(own)))

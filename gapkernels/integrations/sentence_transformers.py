@@ -77,7 +77,7 @@ class MultipleNegativesRankingLoss(replaced_class(_LOSSES, "MultipleNegativesRan
         hardness_mode: which negatives' logits are raised by ``hardness_strength`` times their similarity, through which
             no gradient flows: None, ``"in_batch_negatives"``, ``"hard_negatives"`` or ``"all_negatives"``.
         hardness_strength: not negative.
-        atp_weight, cu_weight, uniformity_t, backend: as for ``gapkernels.gap_loss``.
+        atp_weight, cu_weight, uniformity_t, backend, group_mode: as for ``gapkernels.gap_loss``.
 
     Raises:
         ValueError: an option out of its range, options that contradict each other, or another similarity.
@@ -104,6 +104,7 @@ class MultipleNegativesRankingLoss(replaced_class(_LOSSES, "MultipleNegativesRan
         cu_weight: float | Tensor = 0.0,
         uniformity_t: float | Tensor = 2.0,
         backend: str = "auto",
+        group_mode: str = "auto",
     ) -> None:
         nn.Module.__init__(self)  # the library's sets the same attributes, and versions differ in what they accept
         self.model = model
@@ -118,6 +119,7 @@ class MultipleNegativesRankingLoss(replaced_class(_LOSSES, "MultipleNegativesRan
         self.cu_weight = cu_weight
         self.uniformity_t = uniformity_t
         self.backend = backend
+        self.group_mode = group_mode
         self._check_options()
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
@@ -156,6 +158,7 @@ class MultipleNegativesRankingLoss(replaced_class(_LOSSES, "MultipleNegativesRan
             normalize=self._is_normalised(),
             backend=self.backend,
             group=group,
+            group_mode=self.group_mode,
         )
         return rest if contrast is None else contrast + rest
 
@@ -171,7 +174,11 @@ class MultipleNegativesRankingLoss(replaced_class(_LOSSES, "MultipleNegativesRan
         for_others = strength if self.hardness_mode in ("in_batch_negatives", "all_negatives") else 0.0
         for_own = strength if self.hardness_mode in ("hard_negatives", "all_negatives") else 0.0
         log_sums = functools.partial(
-            similarity_logsumexp, normalize=self._is_normalised(), backend=self.backend, group=group
+            similarity_logsumexp,
+            normalize=self._is_normalised(),
+            backend=self.backend,
+            group=group,
+            group_mode=self.group_mode,
         )
         pairs = log_sums(queries, positives, logit_scale=scale)
         positive = pairs.positives
@@ -271,7 +278,8 @@ with warnings.catch_warnings():
         """Drop-in for the class of this name: ``MultipleNegativesRankingLoss`` with its two options set.
 
         Args:
-            model, scale, similarity_fct, gather_across_devices, atp_weight, cu_weight, uniformity_t, backend: as there.
+            model, scale, similarity_fct, gather_across_devices, atp_weight, cu_weight, uniformity_t, backend,
+                group_mode: as there.
 
         Examples:
             >>> loss = MultipleNegativesSymmetricRankingLoss(nn.Identity(), scale=100.0)
@@ -308,7 +316,7 @@ class CachedMultipleNegativesRankingLoss(
 
     Args:
         *arguments: those of the library's class.
-        atp_weight, cu_weight, uniformity_t, backend: as for ``gapkernels.gap_loss``.
+        atp_weight, cu_weight, uniformity_t, backend, group_mode: as for ``gapkernels.gap_loss``.
         **options: those of the library's class.
 
     Raises:
@@ -323,6 +331,7 @@ class CachedMultipleNegativesRankingLoss(
         cu_weight: float | Tensor = 0.0,
         uniformity_t: float | Tensor = 2.0,
         backend: str = "auto",
+        group_mode: str = "auto",
         **options: Any,
     ) -> None:
         if CachedMultipleNegativesRankingLoss.__base__ is nn.Module:
@@ -342,6 +351,7 @@ class CachedMultipleNegativesRankingLoss(
             cu_weight=cu_weight,
             uniformity_t=uniformity_t,
             backend=backend,
+            group_mode=group_mode,
         )
 
     def calculate_loss(

@@ -93,6 +93,10 @@ def _in_each_process(rank, size, port, rows):
             expected = differentiate(lambda *x, how=how: as_open_clip_does(*x, **how), image, text)
             for a, b in zip(derived, expected, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11, msg=lambda m, how=how: f"logits, {how}: {m}")
+            if gather_with_grad or not local_loss:
+                around = differentiate(ClipLoss(**how, **here, group_mode="ring"), image, text)
+                for a, b in zip(around, ours, strict=True):
+                    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
             if local_loss and gather_with_grad:  # of its own rows: the mean is the loss, and the scale's gradient too
                 for x in (expected[0], expected[3]):
                     dist.all_reduce(x)
@@ -155,9 +159,11 @@ def test_a_bias_of_the_logits_changes_nothing_and_counts_as_used():
     assert bias.grad == 0
 
 
-def test_horovod_is_refused():
+def test_what_it_cannot_do_is_refused():
     with pytest.raises(ValueError, match="`use_horovod` must be False"):
         ClipLoss(use_horovod=True)
+    with pytest.raises(ValueError, match="`group_mode`='ring' and `local_loss`=True without `gather_with_grad`"):
+        ClipLoss(local_loss=True, group_mode="ring")
 
 
 def test_a_loss_derived_from_the_drop_in():

@@ -214,14 +214,14 @@ def test_one_process_gathers_from_nobody_else():
     torch.testing.assert_close(loss(columns()), MultipleNegativesSymmetricRankingLoss(Encoder())(columns()))
 
 
-def worker(rank, size, file, results):
+def worker(rank, size, mode, file, results):
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=size)
     model = Encoder()
     parallel = torch.nn.parallel.DistributedDataParallel(model)
     own = [{"inputs": c["inputs"].chunk(size)[rank]} for c in columns()]
     for loss in (
-        MultipleNegativesSymmetricRankingLoss(parallel, gather_across_devices=True),
-        MultipleNegativesRankingLoss(parallel, gather_across_devices=True, directions=EVERYWHERE),
+        MultipleNegativesSymmetricRankingLoss(parallel, gather_across_devices=True, group_mode=mode),
+        MultipleNegativesRankingLoss(parallel, gather_across_devices=True, directions=EVERYWHERE, group_mode=mode),
     ):
         model.zero_grad()
         three = [*own, {"inputs": -own[1]["inputs"].flip(1)}]
@@ -233,10 +233,11 @@ def worker(rank, size, file, results):
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="gloo: the processes of this test are on the CPU")
-def test_two_processes_train_on_the_batch_of_both(tmp_path):
+@pytest.mark.parametrize("mode", ["gather", "ring"])
+def test_two_processes_train_on_the_batch_of_both(tmp_path, mode):
     context = torch.multiprocessing.get_context("spawn")
     results = context.Queue()
-    workers = [context.Process(target=worker, args=(rank, 2, tmp_path / "store", results)) for rank in range(2)]
+    workers = [context.Process(target=worker, args=(rank, 2, mode, tmp_path / "store", results)) for rank in range(2)]
     for process in workers:
         process.start()
     found = [results.get(timeout=120) for _ in range(2 * len(workers))]
