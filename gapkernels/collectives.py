@@ -21,6 +21,7 @@ library.define("sum_over_processes(Tensor x, str group) -> Tensor")
 library.define("mean_over_processes(Tensor x, str group, int world_size) -> Tensor")
 library.define("mean_of_gradients(Tensor x, str group, int world_size) -> Tensor")
 library.define("agreed(Tensor x, Tensor[] scalars, float[] numbers, str group, int world_size) -> Tensor")
+library.define("own_part(Tensor x, str group, int world_size) -> Tensor")
 library.define("mean_of_equal_ids(Tensor x, Tensor place, Tensor size, str group) -> Tensor")
 
 
@@ -60,6 +61,11 @@ def agreed(
         return x
     numbers = list(map(float, complete(description).values()))
     return torch.ops.gapkernels.agreed(x, list(scalars), numbers, group, world_size)
+
+
+def own_part(x: Tensor, group: str, world_size: int) -> Tensor:
+    """This process's ``[n, ...]`` of the ``[N, ...]`` of all, without gradient."""
+    return x if world_size == 1 else torch.ops.gapkernels.own_part(x, group, world_size)
 
 
 def mean_of_equal_ids(x: Tensor, place: Tensor, size: Tensor, group: str) -> Tensor:
@@ -139,6 +145,10 @@ for _name, _forward, _fake, _gradient in (
     library.impl(_name, _forward, "CompositeExplicitAutograd")
     torch.library.register_fake(f"gapkernels::{_name}", _fake, lib=library)
     torch.library.register_autograd(f"gapkernels::{_name}", _differentiate, setup_context=_keep_how, lib=library)
+
+
+library.impl("own_part", lambda x, group, _: own_rows(x, world_of(group)).clone(), "CompositeExplicitAutograd")
+torch.library.register_fake("gapkernels::own_part", _sum_own_rows_shape, lib=library)
 
 
 def _agree(x: Tensor, scalars: list[Tensor], numbers: list[float], group: str, _: int) -> Tensor:

@@ -20,9 +20,7 @@ from torch import Tensor
 
 from gapkernels import similarity_ops  # noqa: F401 (registers the operators)
 from gapkernels.backends.contract import NORM_EPS, compute_dtype, statistics_dtype
-from gapkernels.blocks import own_rows
-from gapkernels.collectives import gather_rows, mean_of_equal_ids, sum_over_processes
-from gapkernels.distributed import world_of
+from gapkernels.collectives import gather_rows, mean_of_equal_ids, own_part, sum_over_processes
 from gapkernels.own_negatives import own_products
 from gapkernels.spec import Candidates, Contrast, SimilaritySums
 
@@ -261,7 +259,7 @@ def _total(vectors: Tensor, how: How) -> Tensor:
 def _class_means(vectors: Tensor, ids: Tensor, how: How) -> tuple[Tensor, Tensor]:
     """For each own sample the mean of the vectors of its id over all processes ``[n, D]``, and their number ``[n]``."""
     place, size = _classes(how.gather(ids))
-    size = own_rows(size, world_of(how.group))
+    size = own_part(size, how.group, how.world_size)
     return mean_of_equal_ids(vectors, place, size.to(vectors.dtype), how.group), size
 
 

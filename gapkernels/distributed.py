@@ -346,8 +346,13 @@ def world_of(group_name: str) -> World:
     """The processes of the group that ``group_name_and_size`` has named; the empty name means this process alone."""
     if not group_name:
         return World()
-    mode, _, name = group_name.partition(_SEPARATOR)
-    return ProcessGroupWorld(dist.distributed_c10d._resolve_process_group(name), mode)  # type: ignore[arg-type]
+    _, _, name = group_name.partition(_SEPARATOR)
+    return ProcessGroupWorld(dist.distributed_c10d._resolve_process_group(name), mode_of(group_name))  # type: ignore[arg-type]
+
+
+def mode_of(group_name: str) -> str:
+    """How rows of other processes come here, one of ``MODES``."""
+    return group_name.partition(_SEPARATOR)[0] or World.mode
 
 
 def group_name_and_size(group: dist.ProcessGroup | str | None, mode: str = "auto") -> tuple[str, int]:

@@ -13,7 +13,7 @@ from gapkernels.backends.contract import Scalars, compute_dtype
 from gapkernels.checks import check_rows
 from gapkernels.collectives import agreed, mean_of_gradients, mean_over_processes
 from gapkernels.contrast import How
-from gapkernels.distributed import DTYPES, MODES, NEEDS_GRAD, spec_numbers, world_of
+from gapkernels.distributed import DTYPES, MODES, NEEDS_GRAD, mode_of, spec_numbers
 from gapkernels.spec import Candidates, Contrast, LossSpec, SimilaritySums, contrast_numbers, pairs_of
 
 
@@ -122,7 +122,7 @@ def agreed_scale(
         "reduction": per_sample,
         **spec_numbers(spec),
         NEEDS_GRAD: sum(2**place for place, x in enumerate(inputs) if x is not None and x.requires_grad),
-        "group_mode": MODES.index(world_of(how.group).mode),
+        "group_mode": MODES.index(mode_of(how.group)),
     }
     told = [*scalars] if given.bias is None else [*scalars, given.bias]
     scale = agreed(scalars.logit_scale, told, description, how.group, how.world_size)

@@ -139,6 +139,22 @@ def _what_circulates() -> None:
                 assert (tuple(x.shape) in gathered) == expected, (options, mode, limit)
 
 
+def _compiles() -> None:
+    x, y = (_own(e).requires_grad_() for e in random_embeddings(ROWS, 8, dtype=torch.float64))
+    ids = _own(torch.arange(ROWS) % 5)
+    negatives = _own(torch.randn(ROWS, 2, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64))
+
+    def step(x, y, ids, negatives):
+        options = {"group": "world", "group_mode": "ring", "backend": "torch"}
+        both = info_nce(x, y, ids=ids, duplicates="positive", label_smoothing=0.1, negatives=negatives, **options)
+        return both + info_nce(x, y, false_negative_margin=0.1, **options)
+
+    given = x, y, ids, negatives
+    value, expected = torch.compile(step, fullgraph=True, backend="aot_eager")(*given), step(*given)
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(torch.autograd.grad(value, (x, y)), torch.autograd.grad(expected, (x, y)))
+
+
 def _differences_are_named() -> None:
     x, y = map(_own, random_embeddings(ROWS, 8))
     first = dist.get_rank() == 0
@@ -211,6 +227,7 @@ def _in_each_process(rank: int, size: int, port: int) -> None:
         _ring_of_float32()
         _what_circulates()
         if size == 2:
+            _compiles()
             _differences_are_named()
     finally:
         dist.destroy_process_group()
