@@ -249,6 +249,7 @@ def info_nce(
         >>> info_nce(torch.eye(4), torch.eye(4), temperature=0.01).item() < 1e-6
         True
     """
+    options.refuse_unknown("info_nce()", contrast_options)
     if reduction == "mean" and not return_sums:
         return gap_loss(
             *embeddings,
@@ -264,7 +265,6 @@ def info_nce(
             group_mode=group_mode,
             **contrast_options,
         )
-    options.refuse_unknown("info_nce()", contrast_options)
     scale = logit_scale, temperature
     loss, sums = _contrast(
         embeddings, scale, anchor, pairs, normalize, backend, group, group_mode, reduction, contrast_options
