@@ -125,7 +125,7 @@ def gap_loss(
             quarter less. None: as many as fit into 32 MiB. True: all of them, 4 bytes each (N² a pair; on a CPU N²/2
             for the centroids; on a GPU 2 bytes of bfloat16 embeddings whose logit scale has no gradient). False: none,
             O(N·D) memory at any N. Compiled functions (``torch.compile``) keep none, nor does the ring of
-            ``group_mode``.
+            ``group_mode``, nor another contrast than the plain one.
         backend: ``"cuda"`` (tensor-core kernels for Hopper, bfloat16 and float16, compiled at first use), ``"triton"``
             (fused kernels for NVIDIA and AMD GPUs; no float64), ``"cpu"`` (fused C++ kernels, compiled at first use),
             ``"torch"`` (tiled, any device), ``"reference"`` (dense, O(N²) memory), or ``"auto"``: the first of
