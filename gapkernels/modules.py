@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gapkernels import functional, options
 from gapkernels.checks import DEFAULT_TEMPERATURE, check_number
+from gapkernels.distributed import group_name_and_size
 from gapkernels.options import ContrastOptions
 
 if TYPE_CHECKING:
@@ -117,8 +118,34 @@ def _group_by_name(name: str) -> _Group:
         ) from error
 
 
+def is_on(weight: float | Tensor) -> bool:
+    """Whether a term with this weight is computed."""
+    return isinstance(weight, Tensor) or weight != 0
+
+
+def centroid_weight(loss: nn.Module, cu_weight: float | Tensor, samples: int) -> float | Tensor:
+    """The weight of the centroid uniformity in a batch of so many samples of all processes.
+
+    Trainers keep the last incomplete batch, where one sample may be left. InfoNCE is zero for it; the centroid
+    uniformity, a mean over pairs, does not exist. It is left out of that batch, and `loss` warns once.
+    """
+    if samples > 1 or not is_on(cu_weight):
+        return cu_weight
+    if not getattr(loss, "_warned_of_one_sample", False):
+        loss._warned_of_one_sample = True  # type: ignore[assignment]
+        warnings.warn(
+            "the batch holds one sample: the centroid uniformity, which is over pairs of samples, is left out of it; "
+            "drop the last incomplete batch to avoid that",
+            stacklevel=3,
+        )
+    return 0.0
+
+
 class GapLoss(nn.Module):
     """Contrastive loss that closes the modality gap, ``gapkernels.gap_loss`` as a module.
+
+    In a batch of one sample, which the last of an epoch may be, the function raises; here InfoNCE is zero and the
+    centroid uniformity is left out (zero among the terms) with one warning.
 
     Args:
         temperature: of InfoNCE; the initial value if it is learned. ``loss.temperature = 0.1`` sets it later.
@@ -225,7 +252,10 @@ class GapLoss(nn.Module):
         contrast_options = {**self.contrast_options, **candidates}
         if self.logit_bias is not None:
             contrast_options["logit_bias"] = self.logit_bias
-        return functional.gap_loss(
+        group, cu_weight = self._group.resolved(), self.cu_weight
+        if embeddings and isinstance(embeddings[0], Tensor) and embeddings[0].shape[:1] == (1,):
+            cu_weight = centroid_weight(self, cu_weight, group_name_and_size(group)[1])
+        result = functional.gap_loss(
             *embeddings,
             return_terms=return_terms,
             logit_scale=self.temperature(),
@@ -233,16 +263,19 @@ class GapLoss(nn.Module):
             pairs=self.pairs,
             nce_weight=self.nce_weight,
             atp_weight=self.atp_weight,
-            cu_weight=self.cu_weight,
+            cu_weight=cu_weight,
             uniformity_t=self.uniformity_t,
             normalize=self.normalize,
             normalize_centroids=self.normalize_centroids,
             keep_similarities=self.keep_similarities,
             backend=self.backend,
-            group=self._group.resolved(),
+            group=group,
             group_mode=self.group_mode,
             **contrast_options,
         )
+        if isinstance(result, functional.GapLossTerms) and is_on(self.cu_weight) and result.centroid_uniformity is None:
+            return result._replace(centroid_uniformity=torch.zeros_like(result.loss))
+        return result
 
     def extra_repr(self) -> str:
         text = (

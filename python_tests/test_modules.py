@@ -1,6 +1,7 @@
 """The modules: same values as the functions, a temperature that learns and stays within CLIP's bound."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -122,3 +123,23 @@ def test_checkpoints_with_a_scalar_parameter_still_load():
     loss = GapLoss(learn_temperature=True)
     loss.load_state_dict({"temperature.log_scale": torch.tensor(1.5)})
     assert loss.temperature.log_scale.tolist() == [1.5]
+
+
+@pytest.mark.parametrize("make", [GapLoss, CentroidUniformityLoss])
+def test_a_last_batch_of_one_sample(make):
+    """What is over pairs of samples is left out of it, with one warning; the other terms are those of the function."""
+    loss = make()
+    x, y = (e.requires_grad_() for e in random_embeddings(1, 5))
+    with pytest.warns(UserWarning, match="one sample: the centroid uniformity") as caught:
+        value = loss(x, y)
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        terms = loss(x, y, return_terms=True)
+    atp = align_true_pairs(x, y) if make is GapLoss else torch.zeros(())
+    for of_loss in (value, terms.loss):
+        torch.testing.assert_close(of_loss, atp)
+        expected = torch.autograd.grad(align_true_pairs(x, y), x)[0] if make is GapLoss else torch.zeros_like(x)
+        torch.testing.assert_close(torch.autograd.grad(of_loss, x, allow_unused=True)[0], expected)
+    assert terms.centroid_uniformity == 0
+    assert torch.isfinite(loss(*random_embeddings(2, 5)))

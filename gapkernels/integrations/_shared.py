@@ -1,11 +1,11 @@
-"""What the drop-ins have in common: the class that each takes the place of, and what they do with a batch of one."""
+"""What the drop-ins have in common: the class that each takes the place of."""
 
 from __future__ import annotations
 
 import importlib
 import warnings
 
-from torch import Tensor, nn
+from torch import nn
 
 
 def replaced_class(module: str, name: str) -> type[nn.Module]:
@@ -36,26 +36,3 @@ def replaced_class(module: str, name: str) -> type[nn.Module]:
         stacklevel=3,
     )
     return nn.Module
-
-
-def is_on(weight: float | Tensor) -> bool:
-    """Whether a term with this weight is computed."""
-    return isinstance(weight, Tensor) or weight != 0
-
-
-def centroid_weight(loss: nn.Module, cu_weight: float | Tensor, samples: int) -> float | Tensor:
-    """The weight of the centroid uniformity in a batch of so many samples of all processes.
-
-    Trainers keep the last incomplete batch, where one sample may be left. The losses replaced here are zero for it; the
-    centroid uniformity, a mean over pairs, does not exist. It is left out of that batch, and `loss` warns once.
-    """
-    if samples > 1 or not is_on(cu_weight):
-        return cu_weight
-    if not getattr(loss, "_warned_of_one_sample", False):
-        loss._warned_of_one_sample = True  # type: ignore[assignment]
-        warnings.warn(
-            "the batch holds one sample: the centroid uniformity, which is over pairs of samples, is left out of it; "
-            "drop the last incomplete batch to avoid that",
-            stacklevel=3,
-        )
-    return 0.0

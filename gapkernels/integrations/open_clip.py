@@ -34,7 +34,8 @@ from torch.utils.checkpoint import checkpoint
 
 from gapkernels.distributed import MODES
 from gapkernels.functional import gap_loss
-from gapkernels.integrations._shared import centroid_weight, is_on, replaced_class
+from gapkernels.integrations._shared import replaced_class
+from gapkernels.modules import centroid_weight, is_on
 
 __all__ = ["ClipLoss", "WeightsWithoutEffectError", "apply_to_open_clip", "patch"]
 

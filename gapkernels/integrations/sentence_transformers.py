@@ -25,7 +25,8 @@ from gapkernels.backends.contract import compute_dtype
 from gapkernels.collectives import mean_over_processes
 from gapkernels.distributed import group_name_and_size
 from gapkernels.functional import gap_loss
-from gapkernels.integrations._shared import centroid_weight, is_on, replaced_class
+from gapkernels.integrations._shared import replaced_class
+from gapkernels.modules import centroid_weight, is_on
 from gapkernels.similarity import similarity_logsumexp
 
 __all__ = [
