@@ -62,6 +62,7 @@ if TYPE_CHECKING:
         anchor: int
         pairs: str
         normalize: bool
+        keep_similarities: bool | None
         backend: str
         group: ProcessGroup | str | None
         group_mode: str
@@ -217,6 +218,7 @@ def info_nce(
     anchor: int = 0,
     pairs: str = "anchor",
     normalize: bool = True,
+    keep_similarities: bool | None = None,
     backend: str = "auto",
     group: ProcessGroup | str | None = None,
     group_mode: str = "auto",
@@ -228,7 +230,8 @@ def info_nce(
 
     Args:
         *embeddings: as for ``gap_loss``; of two the anchor is the query, the other its positive.
-        logit_scale, temperature, anchor, pairs, normalize, backend, group, group_mode: as for ``gap_loss``.
+        logit_scale, temperature, anchor, pairs, normalize, keep_similarities, backend, group, group_mode: as for
+            ``gap_loss``.
         reduction: ``"mean"``; ``"none"``: the losses of this process's samples, ``[N]``. With ``group`` gradients of
             the latter are those of the sum over the processes of what each makes of its own.
         return_sums: return the log sums that the loss is made of as well, one ``SimilaritySums`` per pair, rows being
@@ -260,6 +263,7 @@ def info_nce(
             atp_weight=0.0,
             cu_weight=0.0,
             normalize=normalize,
+            keep_similarities=keep_similarities,
             backend=backend,
             group=group,
             group_mode=group_mode,
