@@ -157,6 +157,49 @@ def store_entries(
 
 
 @triton.jit
+def make_of_kept(
+    kept,
+    kept_stride,
+    row_start,
+    num_rows,
+    row_log_sums,
+    row_factors,
+    entry_scale,
+    col_start,
+    num_cols,
+    col_log_sums,
+    col_factors,
+    scale,
+    reference,
+    headroom,
+    smallest_log,
+    out,
+    out_stride,
+    scale_partials,
+    NEEDS_SCALE: tl.constexpr,
+    IS_FIRST: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+):
+    """Store H of kept entries, and return whether it could be: entries of a sum out of float32's range are lost."""
+    i, j = tl.arange(0, TILE_M), tl.arange(0, TILE_N)
+    i_exists, j_exists = row_start + i < num_rows, col_start + j < num_cols
+    row_log = tl.load(row_log_sums + row_start + i, mask=i_exists, other=float("inf"))
+    col_log = tl.load(col_log_sums + col_start + j, mask=j_exists, other=float("inf"))
+    smallest, _ = log_sum_range(row_log, col_log, i_exists, j_exists)
+    exponent = constant_shift(scale, None, 0, headroom, False, True) - tl.load(reference)
+    is_lost = smallest - exponent < smallest_log  # what is not a number compares false, and shows
+    if not is_lost:
+        row_factor = tl.load(row_factors + row_start + i, mask=i_exists, other=0.0) * entry_scale
+        out += row_start.to(tl.int64) * out_stride + col_start
+        store_kept(
+            kept, kept_stride, row_start, num_rows, row_log, row_factor, col_start, num_cols, col_log_sums,
+            col_factors, exponent, out, out_stride, scale_partials, NEEDS_SCALE, IS_FIRST, TILE_M, TILE_N,
+        )  # fmt: skip
+    return not is_lost
+
+
+@triton.jit
 def store_kept(
     kept,
     kept_stride,
@@ -275,34 +318,27 @@ def gradient_tiles_kernel(
     scale = load_scale(scale_pointer)
     row_tile, col_tile = grouped_tile(program, tl.cdiv(num_rows, TILE_M), tl.cdiv(num_cols, TILE_N), GROUP)
     row_start, col_start = row_tile * TILE_M, col_tile * TILE_N
-    i, j = row_start + tl.arange(0, TILE_M), col_start + tl.arange(0, TILE_N)
-    i_exists, j_exists = i < num_rows, j < num_cols
-    row_factor = tl.load(row_factors + i, mask=i_exists, other=0.0)
-    col_factor = tl.load(col_factors + j, mask=j_exists, other=0.0)
-    origin = tl.load(reference)
-    out += row_start.to(tl.int64) * out_stride + col_start
-    recompute = True
+    is_made = False
     if kept is not None:
-        row_log = tl.load(row_log_sums + i, mask=i_exists, other=float("inf"))
-        col_log = tl.load(col_log_sums + j, mask=j_exists, other=float("inf"))
-        smallest, _ = log_sum_range(row_log, col_log, i_exists, j_exists)
-        exponent = constant_shift(scale, None, 0, headroom, False, True) - origin
-        # Entries of a sum that left the range of float32 are lost. What is not a number compares false and shows.
-        recompute = smallest - exponent < smallest_log
-        if not recompute:
-            store_kept(
-                kept, kept_stride, row_start, num_rows, row_log, row_factor * entry_scale, col_start, num_cols,
-                col_log_sums, col_factors, exponent, out, out_stride, scale_partials, NEEDS_SCALE, IS_FIRST, TILE_M,
-                TILE_N,
-            )  # fmt: skip
-    if recompute:
+        is_made = make_of_kept(
+            kept, kept_stride, row_start, num_rows, row_log_sums, row_factors, entry_scale, col_start, num_cols,
+            col_log_sums, col_factors, scale, reference, headroom, smallest_log, out, out_stride, scale_partials,
+            NEEDS_SCALE, IS_FIRST, TILE_M, TILE_N,
+        )  # fmt: skip
+    if not is_made:
         acc = inner_products(
             rows, row_stride, row_start, num_rows, cols, col_stride, col_start, num_cols, dim, TILE_M, TILE_N, TILE_K,
             EVEN_K, PRECISION, USE_TMA,
         )  # fmt: skip
+        i, j = row_start + tl.arange(0, TILE_M), col_start + tl.arange(0, TILE_N)
+        i_exists, j_exists = i < num_rows, j < num_cols
+        row_factor = tl.load(row_factors + i, mask=i_exists, other=0.0)
+        col_factor = tl.load(col_factors + j, mask=j_exists, other=0.0)
+        origin = tl.load(reference)
         x = exponents(acc, row_factor, col_factor, BIASED, scale) - origin
         x = without_diagonal(x, row_start, num_rows, col_start, num_cols, diagonal, False, TILE_M, TILE_N)
         x = without_equal_ids(x, row_ids, i, num_rows, col_ids, j, num_cols)
+        out += row_start.to(tl.int64) * out_stride + col_start
         if BIASED:
             store_tile(tl.exp2(x), out, out_stride)
         elif bias is not None:
