@@ -350,7 +350,9 @@ class TritonBackend:
         largest = gradient_blocks.largest_side(rows.itemsize)
         sides = (min(largest, operand.shape[0]) for operand in (rows, like.cols))
         options = tuning.candidates("gradient_tiles", device.architecture(rows.device), rows.dtype, rows.shape[1])
-        smallest = min(min(config.tile_m, config.tile_n) for config in map(tile_sums.narrower, options))
+        shapes = [tile_sums.narrower(c) for c in options]
+        shapes += [gradient_tiles.shape_with_kept(c, rows.dtype) for c in options]
+        smallest = min(min(config.tile_m, config.tile_n) for config in shapes)
         places = math.prod(-(-side // smallest) for side in sides)
         moment = Moment(like.rows.new_empty(places, dtype=torch.float64))
         if max(rows.shape[0], like.cols.shape[0]) > self.gradient_block(rows, rows.shape[0], like.cols.shape[0]):

@@ -364,6 +364,11 @@ def gradient_tiles_kernel(
                 )  # fmt: skip
 
 
+def shape_with_kept(config: tuning.Config, dtype: torch.dtype) -> tuning.Config:
+    """With tiles that leave registers for both ways to H; true float32 products take more than others."""
+    return config._replace(tile_n=min(config.tile_n, 32)) if dtype == torch.float32 else narrower(config)
+
+
 def usable_entries(block: Matrix, moment: Moment | None) -> Tensor | None:
     """Kept entries, if the gradient can take them: a logarithm of bfloat16 is too coarse for that of the scale."""
     if block.entries is None or (moment is not None and block.entries.dtype == torch.bfloat16):
@@ -405,7 +410,9 @@ def gradient_tiles(
     kept = usable_entries(block, moment)
 
     def shape_of(config: tuning.Config) -> tuning.Config:
-        return narrower(config) if row_weight is not None or block.masked or kept is not None else config
+        if kept is not None:
+            return shape_with_kept(config, block.rows.dtype)
+        return narrower(config) if row_weight is not None or block.masked else config
 
     def registers(config: tuning.Config) -> dict[str, int]:
         # ptxas would spill numbers to stay at 128 registers.
