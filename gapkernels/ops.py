@@ -60,6 +60,10 @@ def loss(
             "the fused loss cannot be transformed by torch.func (jvp, vmap, grad, jacrev, jacfwd, hessian); "
             'compute it with backend="reference", which is plain autograd and needs O(N²) memory'
         )
+    if (
+        not torch.is_grad_enabled()
+    ):  # else the function would take its inputs to need gradients, and keep what these need
+        embeddings, scalars = [e.detach() for e in embeddings], Scalars(*(number.detach() for number in scalars))
     return _Loss.apply(spec, backend, group, *scalars, *embeddings)
 
 

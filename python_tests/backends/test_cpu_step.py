@@ -115,6 +115,17 @@ def test_kept_similarities_change_no_bit(dtype, scale) -> None:
     assert_same_bits(kept, evaluate(z, scale, **options))
 
 
+def test_nothing_is_kept_where_no_gradient_can_follow(monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = []
+    forward = Step.forward
+    monkeypatch.setattr(Step, "forward", lambda self, tensors: needed.append(self.needs_grad) or forward(self, tensors))
+    z = [x.requires_grad_() for x in embeddings(8, 6, torch.float32, 2)]
+    with torch.no_grad():
+        quiet = gap_loss(*z, backend="cpu")
+    assert torch.equal(quiet, gap_loss(*z, backend="cpu").detach())
+    assert needed == [(False, False, False), (True, True, False)]
+
+
 @pytest.mark.parametrize("tile_rows", [0, 1, 2, 3])
 @pytest.mark.parametrize("symmetric", [False, True], ids=["pair", "centroids"])
 @pytest.mark.parametrize("rows", [300, 333, 384])
