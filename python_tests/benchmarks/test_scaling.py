@@ -16,7 +16,7 @@ def between(name: str) -> str:
 
 def test_the_page_shows_the_tables() -> None:
     assert between("scaling") == scaling.tables()
-    results = ROOT / "benchmarks" / "results" / "cpu-intel-xeon-amx-2-threads-2026-11-26.json"
+    results = ROOT / "benchmarks" / "results" / "cpu-intel-xeon-amx-2-threads-2026-11-27.json"
     assert between("check") == scaling.check([results])
 
 
