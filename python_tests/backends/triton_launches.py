@@ -163,7 +163,8 @@ def evaluate_sums(
     if softplus:
         bias = torch.tensor(-2.0, dtype=torch.float64)
         operands, _ = p.operands()
-        sums = p.backend.softplus_sums(p.matrix(operands), bias)
+        ((matrix, _),) = p.matrices(operands)
+        sums = p.backend.softplus_sums(matrix, bias)
         similarity_ops._softplus_gradients(p, weights[1:] if matched else (weights[0], None), bias, sums.sigmoid, needs)
     else:
         row_sums, col_sums, _, all_cols = similarity_ops._log_sums(p)
