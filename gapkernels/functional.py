@@ -25,7 +25,7 @@ from gapkernels.contrast import How
 from gapkernels.distributed import DTYPES, group_name_and_size, heard_by_all
 from gapkernels.evaluation import GapLossTerms
 from gapkernels.options import ContrastOptions
-from gapkernels.spec import KEPT_BYTES, LossSpec, SimilaritySums
+from gapkernels.spec import KEPT_SIMILARITY_BYTES, LossSpec, SimilaritySums
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -471,7 +471,7 @@ def _settings(
 
 def _kept_bytes(keep_similarities: bool | None) -> int:
     if keep_similarities is None:
-        return KEPT_BYTES
+        return KEPT_SIMILARITY_BYTES
     if not isinstance(keep_similarities, bool):
         raise TypeError(f"`keep_similarities` must be True, False or None, got {keep_similarities!r}")
     return 2**62 if keep_similarities else 0

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
 
 Pairs = tuple[tuple[int, int], ...]
 
-KEPT_BYTES = 32 * 2**20
+KEPT_SIMILARITY_BYTES = 32 * 2**20
+"""Similarities up to this size are kept for the backward pass where the caller does not say."""
 
 
 class LossSpec(NamedTuple):
@@ -31,7 +32,7 @@ class LossSpec(NamedTuple):
     cu: bool = True
     normalize: bool = True
     normalize_centroids: bool = True
-    kept_bytes: int = KEPT_BYTES
+    kept_bytes: int = KEPT_SIMILARITY_BYTES
 
     @cache  # noqa: B019 (settings are few, and asked for these several times a step)
     def anchor_pairs(self, num_modalities: int) -> Pairs:

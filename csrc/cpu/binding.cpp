@@ -281,7 +281,7 @@ Matrix matrix_of(PyObject* o) {
     if (item(o, 13) != Py_None) {
         const DLTensor entries = view(item(o, 13));
         m.entries = entries.data;
-        m.kept_entries = entries.shape[0] / bytes_of_number(compute_type(m.rows.type));
+        m.kept_entries = entries.shape[0] / bytes_of(compute_type(m.rows.type));
     }
     if (m.rows.type != m.cols.type || m.rows.dim != m.cols.dim || (row_factor.data && row_factor.wide != wide) ||
         (col_factor.data && col_factor.wide != wide)) {
@@ -385,7 +385,7 @@ PyObject* py_log_sums(PyObject* const* args) {
         Object kept(none());
         const int64_t numbers = numbers_to_keep(matrices[i], budget);
         if (numbers > 0) {
-            const int64_t bytes = numbers * bytes_of_number(compute_type(matrices[i].rows.type));
+            const int64_t bytes = numbers * bytes_of(compute_type(matrices[i].rows.type));
             ReusedBytes tiles(bytes);
             matrices[i].entries = tiles.data();
             matrices[i].kept_entries = numbers;

@@ -88,8 +88,9 @@ inline bool can_be_operand(const Rows& rows) {
            (rows.dim % 32 == 0 && rows.stride % 2 == 0 && reinterpret_cast<uintptr_t>(rows.data) % 4 == 0);
 }
 
-// Of numbers and kept inner products.
-inline int64_t bytes_of_number(Type type) { return type == Type::f64 ? sizeof(double) : sizeof(float); }
+inline int64_t bytes_of(Type type) {
+    return type == Type::f64 ? sizeof(double) : type == Type::f32 ? sizeof(float) : sizeof(uint16_t);
+}
 
 // rows.cpp ------------------------------------------------------------------------------------------------------------
 

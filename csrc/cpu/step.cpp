@@ -35,8 +35,6 @@ class Places {
     uintptr_t at_;
 };
 
-size_t bytes_of(Type type) { return type == Type::f64 ? sizeof(double) : type == Type::f32 ? sizeof(float) : sizeof(uint16_t); }
-
 // The rows of one modality as products read them: in place or copied.
 struct OwnOperand {
     Rows rows;
@@ -47,7 +45,7 @@ struct OwnOperand {
 OwnOperand operand_of(const Rows& rows, const Numbers& factor, bool scaled) {
     if (!scaled && can_be_operand(rows)) return {rows, factor, nullptr};
     const Type type = operand_type_of(rows.type);
-    const int64_t dim = padded(rows.dim, type), size = rows.count * dim * static_cast<int64_t>(bytes_of(type));
+    const int64_t dim = padded(rows.dim, type), size = rows.count * dim * bytes_of(type);
     auto copy = std::make_unique<Workspace>(Workspace::bytes<char>(size));
     const Rows out{copy->take<char>(size), type, rows.count, dim, dim};
     copy_rows(rows, out, scaled ? &factor : nullptr);
@@ -88,7 +86,7 @@ class Evaluation {
             const Numbers kept = places.numbers(numbers, m.rows.type == Type::f64);
             entries_.push_back(numbers ? kept.data : nullptr);
             kept_entries_.push_back(numbers);
-            budget -= numbers * static_cast<int64_t>(kept.wide ? sizeof(double) : sizeof(float));
+            budget -= numbers * bytes_of(compute_type(m.rows.type));
         }
         bytes_ = places.end() - reinterpret_cast<uintptr_t>(workspace);
     }
@@ -141,8 +139,7 @@ class Evaluation {
         const auto wanted = [&](int m) { return out[m].data != nullptr; };
         bool any = false;
         for (int m = 0; m < modalities_; ++m) any = any || wanted(m);
-        const size_t log_bytes = Workspace::bytes<double>(num_pairs_ * n_);
-        Workspace logs(2 * log_bytes);
+        Workspace logs(2 * Workspace::bytes<double>(num_pairs_ * n_));
         SoftmaxTask sums{n_, n_, n_, static_cast<int>(num_pairs_), task_.logit_scale, row_log_sum_, col_log_sum_,
                          negative_mass_, cosines_, sums_[(modalities_ + 1) * dim_ + sum_scalars - 1],
                          logs.take<double>(num_pairs_ * n_), logs.take<double>(num_pairs_ * n_), 0, 0};
@@ -150,11 +147,12 @@ class Evaluation {
         std::vector<OwnOperand> operands = any || scale_gradient ? own_operands() : std::vector<OwnOperand>();
         // Room for all products at once, in memory that is used again: large tensors are paid for page by page.
         const int64_t product_dim = num_pairs_ ? operands.empty() ? dim_ : operands[0].rows.dim : 0;
-        const bool centroids_wide = centroid_type_ == Type::f64;
         const bool with_centroids = task_.spec.cu && any;
-        const int64_t number = wide_ ? sizeof(double) : sizeof(float), centroid_number = centroids_wide ? sizeof(double) : sizeof(float);
-        Workspace room(modalities_ * Workspace::bytes<char>(n_ * product_dim * number) +
-                       (with_centroids ? Workspace::bytes<char>(n_ * centroid_dim_ * centroid_number) +
+        const Type type = compute_type(task_.embeddings[0].type), of_centroids = compute_type(centroid_type_);
+        const int64_t product_bytes = n_ * product_dim * bytes_of(type);
+        const int64_t centroid_product_bytes = n_ * centroid_dim_ * bytes_of(of_centroids);
+        Workspace room(modalities_ * Workspace::bytes<char>(product_bytes) +
+                       (with_centroids ? Workspace::bytes<char>(centroid_product_bytes) +
                                              Workspace::bytes<char>(centroid_bytes())
                                        : 0));
         GradientOfRows task;
@@ -164,19 +162,19 @@ class Evaluation {
                 centroids_ = room.take<char>(centroid_bytes());
                 make_centroids();
             }
-            void* products = room.take<char>(n_ * centroid_dim_ * centroid_number);
+            void* products = room.take<char>(centroid_product_bytes);
             Products add = {};
             add.reference = centroid_summary_[1];
             add.rows = products;
             add.row_stride = centroid_dim_;
             add.first_rows = true;
             add_products(centroid_matrix(), add);
-            task.centroid_products = {products, centroids_wide ? Type::f64 : Type::f32, n_, centroid_dim_, centroid_dim_};
+            task.centroid_products = {products, of_centroids, n_, centroid_dim_, centroid_dim_};
         }
         std::vector<Rows> products(modalities_, Rows{});
         for (int m = 0; num_pairs_ && m < modalities_; ++m) {
             if (!wanted(m)) continue;
-            products[m] = {room.take<char>(n_ * product_dim * number), wide_ ? Type::f64 : Type::f32, n_, product_dim, product_dim};
+            products[m] = {room.take<char>(product_bytes), type, n_, product_dim, product_dim};
         }
         double moment = 0;
         std::vector<bool> received(modalities_);
@@ -234,7 +232,7 @@ class Evaluation {
 
   private:
     int64_t centroid_bytes() const {
-        return task_.spec.cu ? n_ * centroid_dim_ * static_cast<int64_t>(bytes_of(centroid_type_)) : 0;
+        return task_.spec.cu ? n_ * centroid_dim_ * bytes_of(centroid_type_) : 0;
     }
     bool keeps_centroids() const { return centroid_bytes() <= largest_kept_centroids; }
 

@@ -71,7 +71,7 @@ def build(target: Path, compile_into: Callable[[Path], Path], what: str, again: 
     Args:
         target: from ``library_path``.
         compile_into: compiles in an empty folder and returns the library there.
-        what: for the line that says what is being done: ``"the CPU kernels for AVX2 (about 20 s of one core)"``.
+        what: for the line that says what is being done: ``"the CPU kernels for AVX2 (about 30 s of one core)"``.
         again: whether to try again what failed before.
 
     Raises:

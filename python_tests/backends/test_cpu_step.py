@@ -13,7 +13,7 @@ from gapkernels.backends import cpu
 from gapkernels.backends.contract import Matrix, PreparedSums, SoftmaxSums
 from gapkernels.backends.cpu.backend import Step, Steps
 from gapkernels.blocks import centroid_matrix
-from gapkernels.spec import KEPT_BYTES, LossSpec
+from gapkernels.spec import KEPT_SIMILARITY_BYTES, LossSpec
 
 if (reason := cpu.unusable_because()) is not None:
     pytest.skip(reason, allow_module_level=True)
@@ -170,4 +170,4 @@ def test_what_is_kept_by_default_fits_its_budget() -> None:
     operands, _ = backend.row_statistics(z, spec)
     matrix = Matrix(*operands[0], *operands[1], torch.tensor(14.0))
     entries = backend.log_sums([matrix, matrix], None, spec.kept_bytes).entries
-    assert [0 if e is None else e.numel() for e in entries] == [KEPT_BYTES, 0]
+    assert [0 if e is None else e.numel() for e in entries] == [KEPT_SIMILARITY_BYTES, 0]

@@ -493,7 +493,7 @@ def test_kept_entries(monkeypatch, kept, keep, dtype):
 
 def test_kept_entries_within_the_budget(monkeypatch, kept):
     """One of three matrices of 256×256 fits, of which the budget then has nothing left."""
-    monkeypatch.setattr("gapkernels.functional.KEPT_BYTES", 2 * 4 * 256**2 - 1)
+    monkeypatch.setattr("gapkernels.functional.KEPT_SIMILARITY_BYTES", 2 * 4 * 256**2 - 1)
     for width, expected in ((512, 1), (496, 0)):  # shorter rows are multiplied again
         kept.clear()
         leaves = [e.requires_grad_() for e in random_embeddings(40, width, 3)]

@@ -29,7 +29,7 @@ from gapkernels.backends.native_build import BuildError
 NAME = "gapkernels_cpu"
 ISA_VARIABLE = "GAPKERNELS_CPU_ISA"
 FLAGS_VARIABLE = "GAPKERNELS_CXX_FLAGS"
-COMPILE_TIME = "about 20 s of one core"
+COMPILE_TIME = "about 30 s of one core"
 
 FLAGS = (
     "-std=c++20",
