@@ -67,10 +67,10 @@ struct Mask {
   int diagonal;
   bool triangle;  // below the diagonal nothing counts either
 
-  GAPKERNELS_HOST_DEVICE bool needed(int row_start, int col_start) const {
+  GAPKERNELS_HOST_DEVICE bool needed(int row_start, int col_start, int width) const {
     const int first = row_start + diagonal;
-    const bool meets = col_start <= first + kTile - 1 && (triangle || first <= col_start + kTile - 1);
-    return meets || row_start + kTile > num_rows || col_start + kTile > num_cols;
+    const bool meets = col_start <= first + kTile - 1 && (triangle || first <= col_start + width - 1);
+    return meets || row_start + kTile > num_rows || col_start + width > num_cols;
   }
 
   GAPKERNELS_HOST_DEVICE RowMask row(int i, int base_col) const {

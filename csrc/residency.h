@@ -16,25 +16,10 @@
 // the other consumer, whose turn comes before its own, has seen that panel arrive.
 #pragma once
 
-#include "tiles.h"
+#include "fragments.h"
+#include "handoff.h"
 
 namespace gapkernels {
-
-constexpr int kConsumers = 2;
-
-// A place in a ring, and how often it went round, modulo two.
-struct Place {
-  int index = 0;
-  uint32_t phase = 0;
-
-  GAPKERNELS_HOST_DEVICE void advance(int by, int length) {
-    index += by;
-    while (index >= length) {
-      index -= length;
-      phase ^= 1;
-    }
-  }
-};
 
 enum class Barrier { kRowFull, kRowEmpty, kColFull, kColEmpty };
 

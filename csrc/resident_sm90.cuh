@@ -7,14 +7,15 @@
 // residency.h says who waits for whom.
 #pragma once
 
-#include "pingpong_sm90.cuh"
+#include "persistent_sm90.cuh"
 #include "residency.h"
 #include "strips.h"
 
 namespace gapkernels {
 
-template <class ElementType, int kOtherBytes>
+template <class ElementType, int kWidth, int kOtherBytes>
 class Resident {
+  static_assert(kWidth == kTile, "in turns only");
   static constexpr int kMaxSteps = kLargestResidentDim / kDepth;
   static constexpr int kMaxPlaces = 12;
   static constexpr int kBlockBytes = kTile * kDepth * sizeof(ElementType);
@@ -27,7 +28,7 @@ class Resident {
   using Order = StripOrder<kCluster>;
   using Walk = StripWalk<kCluster>;
   // Its layouts only: one block after the other, of the panel or of the ring.
-  using Mainloop = MainloopOf<ElementType, cutlass::gemm::collective::StageCount<kMaxPlaces>>;
+  using Mainloop = MainloopOf<ElementType, kWidth, cutlass::gemm::collective::StageCount<kMaxPlaces>>;
   static_assert(kMaxSteps <= kMaxPlaces && Mainloop::TmaTransactionBytesMK == kBlockBytes &&
                 Mainloop::TmaTransactionBytesNK == kBlockBytes);
   static_assert(kCapacity / kBlockBytes - kMaxSteps >= 3, "copies need somewhere to go while products run");

@@ -14,6 +14,15 @@ namespace gapkernels {
 
 enum class Element : int { kBFloat16, kFloat16 };
 
+// How a kernel comes by its operands and who computes a tile; the results are the same.
+//
+//     kStreamed   tiles of 128×128, both operands copied for every tile
+//     kResident   tiles of 128×128, rows stay in shared memory for a walk along the columns, instead of being copied
+//                 again for every tile; dim must not exceed kLargestResidentDim
+//     kWide       tiles of 128×256, both operands copied for every tile
+enum class Variant : int { kStreamed, kResident, kWide };
+constexpr int kVariants = 3;
+
 constexpr int kMaxMatrices = 8;  // of one launch; their copy descriptors travel as a kernel argument
 constexpr int kLargestResidentDim = 512;  // a panel of 128 rows of this length takes 128 KiB of shared memory
 
@@ -34,14 +43,11 @@ struct Matrix {
 
 // row_sums[m][i] += Σ_j 2^(x_ij − shift), col_sums[m][j] += Σ_i 2^(x_ij − shift); a symmetric matrix has all of its
 // sums in row_sums. shift = max(0, bound of x − headroom): zero if biased, else the bound is s·log2 e·largest[m].
-//
-// resident: rows stay in shared memory for a walk along the columns, instead of being copied again for every tile; dim
-// must not exceed kLargestResidentDim.
 struct StatsArguments {
   Matrix matrices[kMaxMatrices];
   int num_matrices;
   Element element;
-  bool resident;
+  Variant variant;
   int num_rows;
   int num_cols;
   int dim;
@@ -57,11 +63,12 @@ struct StatsArguments {
 //     pair        H_ij = h·(2^(x_ij − ref − L_i) + 2^(x_ij − ref − M_j))·f_i·g_j        L, M: row and column log sums
 //     centroids   H_ij = 2^(x_ij − ref)
 //
-// scale_partials[tile] += Σ_ij of the tile (H_ij / (h·f_i·g_j))·(x_ij − ref), if not null.
+// scale_partials[tile] += Σ_ij of the tile (H_ij / (h·f_i·g_j))·(x_ij − ref), if not null; of half a tile where it is
+// wide, which is 64 rows.
 struct GradArguments {
   Matrix matrix;
   Element element;
-  bool resident;
+  Variant variant;
   int num_rows;
   int num_cols;
   int dim;
@@ -70,7 +77,7 @@ struct GradArguments {
   const float* reference;     // one number
   const float* row_log_sums;  // [num_rows], null for centroids
   const float* col_log_sums;  // [num_cols]
-  double* scale_partials;     // one for each 128×128 tile
+  double* scale_partials;     // [num_parts()], see fragments.h
   void* out;                  // [num_rows, num_cols], of the operands' type, 16-byte aligned
   int64_t out_stride;
 };
@@ -79,8 +86,10 @@ struct GradArguments {
 const char* similarity_stats(const StatsArguments& arguments, void* stream);
 const char* similarity_grad(const GradArguments& arguments, void* stream);
 
-// What these call where `resident` is set; each is a file of its own, which compile side by side.
+// What these call for other variants than the first; each is a file of its own, which compile side by side.
 const char* similarity_stats_resident(const StatsArguments& arguments, void* stream);
+const char* similarity_stats_wide(const StatsArguments& arguments, void* stream);
 const char* similarity_grad_resident(const GradArguments& arguments, void* stream);
+const char* similarity_grad_wide(const GradArguments& arguments, void* stream);
 
 }  // namespace gapkernels

@@ -5,7 +5,11 @@
 namespace gapkernels {
 
 const char* similarity_grad(const GradArguments& arguments, void* stream) {
-  return arguments.resident ? similarity_grad_resident(arguments, stream) : run<Streamed>(arguments, stream);
+  switch (arguments.variant) {
+    case Variant::kResident: return similarity_grad_resident(arguments, stream);
+    case Variant::kWide: return similarity_grad_wide(arguments, stream);
+    default: return run<Streamed, kTile>(arguments, stream);
+  }
 }
 
 }  // namespace gapkernels

@@ -5,7 +5,7 @@
 namespace gapkernels {
 
 const char* similarity_grad_resident(const GradArguments& arguments, void* stream) {
-  return run<Resident>(arguments, stream);
+  return run<Resident, kTile>(arguments, stream);
 }
 
 }  // namespace gapkernels

@@ -5,7 +5,11 @@
 namespace gapkernels {
 
 const char* similarity_stats(const StatsArguments& arguments, void* stream) {
-  return arguments.resident ? similarity_stats_resident(arguments, stream) : run<Streamed>(arguments, stream);
+  switch (arguments.variant) {
+    case Variant::kResident: return similarity_stats_resident(arguments, stream);
+    case Variant::kWide: return similarity_stats_wide(arguments, stream);
+    default: return run<Streamed, kTile>(arguments, stream);
+  }
 }
 
 }  // namespace gapkernels

@@ -5,7 +5,7 @@
 namespace gapkernels {
 
 const char* similarity_stats_resident(const StatsArguments& arguments, void* stream) {
-  return run<Resident>(arguments, stream);
+  return run<Resident, kTile>(arguments, stream);
 }
 
 }  // namespace gapkernels

@@ -1,16 +1,23 @@
 // Row and column sums of matrices of exponentials, nothing of size N×N stored.
 //
-// A thread adds up its four rows and 32 columns in registers. Rows stay there as long as a consumer's tiles have the same
-// ones; then quads finish them. A butterfly over the warp and shared memory finish the columns of a tile. Each finished
-// sum reaches device memory by one atomic addition.
+// A thread adds up its rows and columns of a tile, four and 32 or, if it is wide, two and 64, in registers. Rows stay there
+// as long as a consumer's tiles have the same ones; then quads finish them. A butterfly over the warp and shared memory
+// finish the columns of a warpgroup's part of a tile: two that share a tile do not wait for each other. Each finished sum
+// reaches device memory by one atomic addition.
 #pragma once
 
 #include "entries.h"
-#include "pingpong_sm90.cuh"
+#include "persistent_sm90.cuh"
 
 namespace gapkernels {
 
+template <int kTileWidth>
 struct StatsEpilogue {
+  static constexpr int kWidth = kTileWidth;
+  using Tiling = Fragments<kWidth>;
+  static constexpr int kRowsPerThread = Tiling::kRowsPerThread, kColsPerThread = Tiling::kColsPerThread;
+  using Reduction = ColumnReduction<kColsPerThread>;
+
   struct MatrixParams {
     const float* row_factors;
     const float* col_factors;
@@ -34,16 +41,16 @@ struct StatsEpilogue {
     float shift;
     bool biased;
     float row_terms[kTile];
-    alignas(16) float col_factors[kTile];
+    alignas(16) float col_factors[kWidth];
   };
 
   struct Scratch {
-    float col_sums[2][4][kTile];  // of every other tile, of each warp
+    float col_sums[2][4][kWidth];  // of every other tile, of each warp
   };
 
   struct Fetched {
     float row_factors[kTile / kWarp];  // of rows lane, lane + 32, …
-    float col_factors[kTile / kWarp];
+    float col_factors[kWidth / kWarp];
     float scale;
     float shift;
   };
@@ -54,8 +61,12 @@ struct StatsEpilogue {
     Fetched fetched;
 #pragma unroll
     for (int q = 0; q < kTile / kWarp; ++q) {
-      const int i = tile.row_start + lane + kWarp * q, j = tile.col_start + lane + kWarp * q;
+      const int i = tile.row_start + lane + kWarp * q;
       fetched.row_factors[q] = i < space.num_rows ? matrix.row_factors[i] : 0.0f;
+    }
+#pragma unroll
+    for (int q = 0; q < kWidth / kWarp; ++q) {
+      const int j = tile.col_start + lane + kWarp * q;
       fetched.col_factors[q] = j < space.num_cols ? matrix.col_factors[j] : 0.0f;
     }
     fetched.scale = load_scale(matrix.scale, matrix.scale_is_double);
@@ -72,8 +83,9 @@ struct StatsEpilogue {
       const float factor = fetched.row_factors[q];
       prepared.row_terms[lane + kWarp * q] =
           biased ? row_term<true>(factor, fetched.scale) : row_term<false>(factor, fetched.scale);
-      prepared.col_factors[lane + kWarp * q] = fetched.col_factors[q];
     }
+#pragma unroll
+    for (int q = 0; q < kWidth / kWarp; ++q) prepared.col_factors[lane + kWarp * q] = fetched.col_factors[q];
     if (lane != 0) return;
     prepared.scale = fetched.scale;
     prepared.shift = fetched.shift;
@@ -81,16 +93,16 @@ struct StatsEpilogue {
   }
 
   __device__ StatsEpilogue(const Params& params, const TileSpace& space, Scratch& scratch, int thread, int barrier)
-      : params_(params), space_(space), scratch_(scratch), thread_(thread), barrier_(kTile, barrier) {}
+      : params_(params), space_(space), scratch_(scratch), thread_(thread), barrier_(kGroupThreads, barrier) {}
 
   static bool encoded(const Params&) { return true; }
 
   // Calls `release` when it needs nothing more of `prepared`.
-  template <class Accumulators, class TiledMma, class Release>
-  __device__ void finish(const Item& tile, const Prepared& prepared, const Accumulators& accumulators, const TiledMma&,
+  template <class Accumulators, class Release>
+  __device__ void finish(const Item& tile, const Prepared& prepared, const Accumulators& accumulators,
                          Release release) {
     const Mask mask = mask_of(tile);
-    const bool masked = mask.needed(tile.row_start, tile.col_start);
+    const bool masked = mask.needed(tile.row_start, tile.col_start, kWidth);
     float col_sums[kColsPerThread];
     if (prepared.biased) {
       if (masked) add_up<true, true>(tile, prepared, accumulators, mask, col_sums);
@@ -152,38 +164,43 @@ struct StatsEpilogue {
       sums[r] += __shfl_xor_sync(0xffffffff, sums[r], 2);
       row_sums_[r] = 0.0f;
     }
-    // Each lane of a quad adds one of the four rows that all of it now know.
+    // Each lane of a quad adds one of the rows that all of it now know, as long as there are any.
     const int r = thread_ % 4;
-    const float sum = r == 0 ? sums[0] : r == 1 ? sums[1] : r == 2 ? sums[2] : sums[3];
+    float sum = sums[0];
+#pragma unroll
+    for (int other = 1; other < kRowsPerThread; ++other) sum = r == other ? sums[other] : sum;
     const int i = tile.row_start + fragment_row(thread_, r / 2, r % 2);
-    if (i < space_.num_rows) atomicAdd(params_.row_sums + offset(tile, space_.num_rows) + i, sum);
+    if (r < kRowsPerThread && i < space_.num_rows) atomicAdd(params_.row_sums + offset(tile, space_.num_rows) + i, sum);
   }
 
   __device__ void store_cols(const Item& tile, float (&sums)[kColsPerThread]) {
-    const int lane = thread_ % 32;
+    const int lane = thread_ % kWarp, warp_of_group = thread_ % kGroupThreads / kWarp;
     // A thread that is fast may be here with the next tile while another still reads the sums of this one; with the tile
     // after that it cannot, for the barrier in between.
     auto& of_warps = scratch_.col_sums[parity_];
     parity_ ^= 1;
-    exchange<16>(sums, lane, 16);
-    exchange<8>(sums, lane, 8);
-    exchange<4>(sums, lane, 4);
+    exchange<kColsPerThread / 2>(sums, lane, 16);
+    exchange<kColsPerThread / 4>(sums, lane, 8);
+    exchange<kColsPerThread / 8>(sums, lane, 4);
 #pragma unroll
-    for (int q = 0; q < 4; ++q) of_warps[thread_ / 32][ColumnReduction::col(lane, q)] = sums[q];
+    for (int q = 0; q < Reduction::kLeft; ++q) of_warps[warp_of_group][Reduction::col(lane, q)] = sums[q];
     barrier_.arrive_and_wait();
-    float sum = 0.0f;
+    float* totals = space_.is_symmetric(tile.matrix) ? params_.row_sums : params_.col_sums;
 #pragma unroll
-    for (int warp = 0; warp < 4; ++warp) sum += of_warps[warp][thread_];
-    const int j = tile.col_start + thread_;
-    if (j < space_.num_cols) {
-      atomicAdd((space_.is_symmetric(tile.matrix) ? params_.row_sums : params_.col_sums) + offset(tile, space_.num_cols) + j, sum);
+    for (int q = 0; q < kWidth / kGroupThreads; ++q) {
+      const int col = thread_ % kGroupThreads + kGroupThreads * q;
+      float sum = 0.0f;
+#pragma unroll
+      for (int warp = 0; warp < 4; ++warp) sum += of_warps[warp][col];
+      const int j = tile.col_start + col;
+      if (j < space_.num_cols) atomicAdd(totals + offset(tile, space_.num_cols) + j, sum);
     }
   }
 
   template <int kHalf>
   __device__ static void exchange(float (&sums)[kColsPerThread], int lane, int distance) {
     float sent[kHalf];
-    ColumnReduction::split(sums, sent, lane, distance);
+    Reduction::split(sums, sent, lane, distance);
 #pragma unroll
     for (int q = 0; q < kHalf; ++q) sums[q] += __shfl_xor_sync(0xffffffff, sent[q], distance);
   }
@@ -199,9 +216,9 @@ struct StatsEpilogue {
   float row_sums_[kRowsPerThread] = {};  // of this consumer's tiles of the rows at hand
 };
 
-template <template <class, int> class Feed, class ElementType>
+template <template <class, int, int> class Feed, int kWidth, class ElementType>
 const char* run(const StatsArguments& arguments, void* stream) {
-  using Kernel = PingPong<ElementType, StatsEpilogue, Feed>;
+  using Kernel = Persistent<ElementType, StatsEpilogue<kWidth>, Feed>;
   typename Kernel::Params params;
   TileSpace space{arguments.num_rows, arguments.num_cols, arguments.num_matrices, 0};
   params.dim = arguments.dim;
@@ -221,11 +238,11 @@ const char* run(const StatsArguments& arguments, void* stream) {
   return launch<Kernel>(params, stream);
 }
 
-template <template <class, int> class Feed>
+template <template <class, int, int> class Feed, int kWidth>
 const char* run(const StatsArguments& arguments, void* stream) {
   if (const char* problem = machine_problem()) return problem;
-  return arguments.element == Element::kBFloat16 ? run<Feed, cutlass::bfloat16_t>(arguments, stream)
-                                                 : run<Feed, cutlass::half_t>(arguments, stream);
+  return arguments.element == Element::kBFloat16 ? run<Feed, kWidth, cutlass::bfloat16_t>(arguments, stream)
+                                                 : run<Feed, kWidth, cutlass::half_t>(arguments, stream);
 }
 
 }  // namespace gapkernels

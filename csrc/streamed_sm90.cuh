@@ -1,19 +1,21 @@
 // A feed that copies both operands of every tile: CUTLASS's collective, 64 deep at a time, any length of rows.
 //
-//     per tile and step of 64 (512 clocks of the tensor cores): 16 KiB of the row tile for this block, 16 KiB of the
-//     column tile, of which a cluster of two reads half each and sends it to both
+//     per step of 64 of a tile       tensor cores     rows, for this block    columns, half of which a cluster of two
+//                                                                             reads each and sends to both
+//     128×128                        512 clocks       16 KiB                  16 KiB
+//     128×256                        1,024 clocks     16 KiB                  32 KiB
 #pragma once
 
-#include "pingpong_sm90.cuh"
+#include "persistent_sm90.cuh"
 
 namespace gapkernels {
 
-template <class ElementType, int kOtherBytes>
+template <class ElementType, int kWidth, int kOtherBytes>
 class Streamed {
  public:
-  using Order = TileOrder<kCluster>;
-  using Walk = TileWalk<kCluster>;
-  using Mainloop = MainloopOf<ElementType, cutlass::gemm::collective::StageCountAutoCarveout<kOtherBytes>>;
+  using Order = TileOrder<kCluster, kWidth>;
+  using Walk = TileWalk<kCluster, kWidth>;
+  using Mainloop = MainloopOf<ElementType, kWidth, cutlass::gemm::collective::StageCountAutoCarveout<kOtherBytes>>;
   using Operands = typename Mainloop::TensorStorage;
   using Pipeline = typename Mainloop::MainloopPipeline;
   using Barriers = typename Mainloop::PipelineStorage;
@@ -35,7 +37,7 @@ class Streamed {
       const Item& item = walk.item();
       const auto& matrix = matrices[item.matrix];
       auto inputs = mainloop.load_init(cute::make_shape(space.num_rows, space.num_cols, dim, 1), matrix);
-      auto tile = cute::make_coord(item.row_start / kTile + block_in_cluster_, item.col_start / kTile, cute::_, 0);
+      auto tile = cute::make_coord(item.row_start / kTile + block_in_cluster_, item.col_start / kWidth, cute::_, 0);
       mainloop.load(matrix, pipeline_, state, inputs, tile, cute::make_coord_iterator(steps_), steps_,
                     threadIdx.x % kWarp, block_in_cluster_, operands_);
       state.advance(steps_);
@@ -46,6 +48,7 @@ class Streamed {
   template <class Accumulators, class Issued>
   __device__ void multiply(const Item&, const typename Mainloop::Params& matrix, Accumulators& accumulators, int thread,
                            Issued issued) {
+    if (kMembers > 1 && thread >= kGroupThreads) follow();
     Mainloop mainloop;
     mainloop.mma(pipeline_, state_, accumulators, steps_, thread, operands_, matrix);
     issued();
@@ -58,11 +61,25 @@ class Streamed {
   __device__ void skip() { state_.advance(steps_); }
 
  private:
+  static constexpr int kMembers = Fragments<kWidth>::kMembers;
+  static constexpr int kStepsBehind = 2;
+  static_assert(kMembers == 1 || kStepsBehind < Mainloop::DispatchPolicy::Stages, "or this waits for itself");
+
+  // The second of two that share a tile begins when the operands are there of a step that the first will have come to.
+  // Two steps are its exponentials' time, so each multiplies while the other is in its epilogue. They stay apart: what
+  // one falls behind in its own epilogue it makes up for in the other's. Of a step in the same tile, which is copied
+  // without this one doing anything; there may be no other.
+  __device__ void follow() {
+    auto ahead = state_;
+    ahead.advance(steps_ > kStepsBehind ? kStepsBehind : steps_ - 1);
+    pipeline_.consumer_wait(ahead);
+  }
+
   __device__ static typename Pipeline::Params pipeline_params(bool producer, int thread) {
     typename Pipeline::Params params;
     params.role = producer ? Pipeline::ThreadCategory::Producer : Pipeline::ThreadCategory::Consumer;
     params.is_leader = thread == 0;
-    params.num_consumers = kGroupThreads;
+    params.num_consumers = kMembers * kGroupThreads;
     params.num_producers = 1;
     params.transaction_bytes = Mainloop::TmaTransactionBytes;
     return params;

@@ -1,13 +1,13 @@
 // Which tile comes when. Plain integer arithmetic: the kernels and the tests on the CPU run the same code.
 //
-// Work is dealt out in items: one column of tiles, kTile wide, as many tiles high as a cluster has blocks. Items of all
-// matrices of a launch are numbered through; cluster c of C takes c, c + C, c + 2C, …
+// Work is dealt out in items: one column of tiles, as many tiles high as a cluster has blocks. Items of all matrices of a
+// launch are numbered through; cluster c of C takes c, c + C, c + 2C, …
 //
 //     item numbers   | matrix 0 | matrix 1 | … | triangle |
 //     in a matrix    groups of kGroup items walk along the columns together, so that what runs at one time shares
 //                    operands in the L2 cache
 //     in a triangle  as many columns as a group is high meet the diagonal: there a column from the left and the one as
-//                    far from the right hold kGroup + 1 items together; what is right of them is whole. The group g
+//                    far from the right hold one number of items together; what is right of them is whole. The group g
 //                    from above and the one g from below together have one length, so that a number becomes a tile by
 //                    divisions. The last group, perhaps incomplete, comes at the end; its missing items are skipped.
 #pragma once
@@ -22,7 +22,8 @@
 
 namespace gapkernels {
 
-constexpr int kTile = 128;  // rows and columns of a tile
+constexpr int kTile = 128;      // rows of a tile, and its columns unless it is wide
+constexpr int kWideTile = 256;  // columns of a wide one
 constexpr int kGroup = 8;
 
 GAPKERNELS_HOST_DEVICE constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
@@ -72,11 +73,14 @@ struct Item {
 };
 
 // The numbering of a space, with everything that does not depend on the item found out before the launch.
-template <int kCluster>
+template <int kCluster, int kWidth>
 struct TileOrder {
-  static constexpr int kHeight = kCluster * kTile;         // rows of an item
-  static constexpr int kColsPerGroup = kGroup * kCluster;  // column tiles as wide as a group is high
-  static constexpr int kDiagonalItems = (kGroup + 1) * kColsPerGroup / 2;  // of a group, where it meets the diagonal
+  static constexpr int kHeight = kCluster * kTile;                 // rows of an item
+  static constexpr int kColsPerGroup = kGroup * kHeight / kWidth;  // column tiles as wide as a group is high
+  // Items of a column that meets the diagonal and of its counterpart: one more than a group has, or two where an item is
+  // twice as wide as high.
+  static constexpr int kPairItems = kGroup + (kWidth > kHeight ? kWidth / kHeight : 1);
+  static constexpr int kDiagonalItems = kPairItems * kColsPerGroup / 2;  // of a group, where it meets the diagonal
 
   TileSpace space;
   int cols;            // tiles in a row
@@ -93,10 +97,10 @@ struct TileOrder {
   static TileOrder of(const TileSpace& space) {
     TileOrder order{};
     order.space = space;
-    order.cols = ceil_div(space.num_cols, kTile);
+    order.cols = ceil_div(space.num_cols, kWidth);
     order.rows = ceil_div(space.num_rows, kHeight);
     order.whole_items = order.rows * order.cols;
-    const int full = ceil_div(space.num_rows, kHeight * kGroup) - 1, side = ceil_div(space.num_rows, kTile);
+    const int full = ceil_div(space.num_rows, kHeight * kGroup) - 1, side = ceil_div(space.num_rows, kWidth);
     order.full_groups = full;
     order.fold_items = full * kDiagonalItems + kGroup * (full * side - kColsPerGroup * ((full + 1) * full / 2));
     order.triangle_items = order.fold_items + kDiagonalItems;
@@ -124,7 +128,7 @@ struct TileOrder {
     const bool is_full = rows - first >= kGroup;
     const int height = is_full ? kGroup : static_cast<int>(last_height.divisor);
     const int col = is_full ? inside / kGroup : last_height.divide(inside);
-    return {matrix, (first + inside - col * height) * kHeight, col * kTile};
+    return {matrix, (first + inside - col * height) * kHeight, col * kWidth};
   }
 
   GAPKERNELS_HOST_DEVICE Item triangle(int matrix, int number) const {
@@ -140,14 +144,15 @@ struct TileOrder {
     }
     int row, col;  // in items and tiles, from the group's place on the diagonal
     if (inside < kDiagonalItems) {
-      const int pair = inside / (kGroup + 1), position = inside % (kGroup + 1), in_left = pair / kCluster + 1;
+      const int pair = inside / kPairItems, position = inside % kPairItems;
+      const int in_left = ceil_div((pair + 1) * kWidth, kHeight);  // what begins above the column's last entry
       row = position < in_left ? position : position - in_left;
       col = position < in_left ? pair : kColsPerGroup - 1 - pair;
     } else {
       row = (inside - kDiagonalItems) % kGroup;
       col = kColsPerGroup + (inside - kDiagonalItems) / kGroup;
     }
-    return {matrix, (group * kGroup + row) * kHeight, (kColsPerGroup * group + col) * kTile};
+    return {matrix, (group * kGroup + row) * kHeight, (kColsPerGroup * group + col) * kWidth};
   }
 
   // Only the last group of a triangle has items that do not.
@@ -157,10 +162,10 @@ struct TileOrder {
 };
 
 // The items of one cluster, in order. Everyone in a cluster, whoever loads and whoever computes, walks the same way.
-template <int kCluster>
+template <int kCluster, int kWidth>
 class TileWalk {
  public:
-  GAPKERNELS_HOST_DEVICE TileWalk(const TileOrder<kCluster>& order, int cluster)
+  GAPKERNELS_HOST_DEVICE TileWalk(const TileOrder<kCluster, kWidth>& order, int cluster)
       : order_(order), number_(cluster - order.clusters), step_(order.clusters), matrix_(0) {
     advance();
   }
@@ -178,7 +183,7 @@ class TileWalk {
   }
 
  private:
-  const TileOrder<kCluster>& order_;
+  const TileOrder<kCluster, kWidth>& order_;
   int number_;  // within the matrix
   int step_;
   int matrix_;

@@ -1,14 +1,23 @@
-// The part of a Hopper kernel that all kernels here share: inner products of 128×128 tiles, and what happens to a tile
-// left to an epilogue.
+// The part of a Hopper kernel that all kernels here share: inner products of tiles, and what happens to a tile left to an
+// epilogue. Persistent, one block per processor.
 //
 //     warpgroup 0   warp 0: copies operands into shared memory (TMA; a cluster of two blocks shares the column tile)
-//                   warps 1, 2: for warpgroups 1 and 2, which tile is next, and what its entries need besides products
+//                   warps 1, 2: for each team of consumers, which tile is next, and what its entries need besides products
+//
+// Tiles of 128×128, in turns: each consumer is a team. One multiplies while the other is in its epilogue, so exponentials
+// cost no time as long as they take less than the products.
+//
 //     warpgroup 1   tile 0: products │ epilogue          │ tile 2: products │ epilogue …
 //     warpgroup 2                    │ tile 1: products  │ epilogue         │ tile 3: products …
 //
-// One warpgroup multiplies while the other is in its epilogue: the exponentials cost no time as long as they take less
-// than the products. Persistent, one block per processor. Where the operands of a product come from is a feed's affair:
-// streamed_sm90.cuh copies both for every tile, resident_sm90.cuh keeps the rows in shared memory.
+// Tiles of 128×256, together: both consumers are one team, and each has 64 rows. The second follows as many steps behind
+// as the pipeline allows, and multiplies these while the first is in its epilogue.
+//
+//     warpgroup 1   tile 0: products         │ epilogue │ tile 1: products         │ epilogue │ …
+//     warpgroup 2      tile 0: products         │ epilogue │ tile 1: products         │ epilogue │ …
+//
+// Where the operands of a product come from is a feed's affair: streamed_sm90.cuh copies both for every tile,
+// resident_sm90.cuh keeps the rows in shared memory.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -23,8 +32,8 @@
 #include <cutlass/gemm/collective/sm90_mma_tma_gmma_ss_warpspecialized.hpp>
 
 #include "fragments.h"
+#include "handoff.h"
 #include "launch_checks.h"
-#include "residency.h"
 #include "similarity.h"
 #include "tiles.h"
 
@@ -36,20 +45,23 @@
 namespace gapkernels {
 
 constexpr int kCluster = GAPKERNELS_CLUSTER;
-constexpr int kGroupThreads = cutlass::NumThreadsPerWarpGroup;
 constexpr int kWarp = 32;
 constexpr int kDepth = 64;  // of a step of the products: a row of the swizzle's pattern, 128 bytes
 constexpr int kBarrierBytes = 2048;  // of shared memory, with what alignment costs
 
-using TileShape = cute::Shape<cute::Int<kTile>, cute::Int<kTile>, cute::Int<kDepth>>;
+static_assert(kGroupThreads == cutlass::NumThreadsPerWarpGroup);
+
+template <int kWidth>
+using TileShape = cute::Shape<cute::Int<kTile>, cute::Int<kWidth>, cute::Int<kDepth>>;
 using ClusterShape = cute::Shape<cute::Int<kCluster>, cute::_1, cute::_1>;
 
 // The collective whose copies, layouts and instruction all feeds use.
-template <class ElementType, class StageCount>
+template <class ElementType, int kWidth, class StageCount>
 using MainloopOf = typename cutlass::gemm::collective::CollectiveBuilder<
     cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, ElementType, cutlass::layout::RowMajor, 8, ElementType,
-    cutlass::layout::ColumnMajor, 8, float, TileShape, ClusterShape, StageCount,
-    cutlass::gemm::KernelTmaWarpSpecializedPingpong>::CollectiveOp;
+    cutlass::layout::ColumnMajor, 8, float, TileShape<kWidth>, ClusterShape, StageCount,
+    cute::conditional_t<Fragments<kWidth>::kMembers == 1, cutlass::gemm::KernelTmaWarpSpecializedPingpong,
+                        cutlass::gemm::KernelTmaWarpSpecializedCooperative>>::CollectiveOp;
 
 template <class TiledCopy>
 bool descriptor_encoded(const TiledCopy& copy) {
@@ -86,41 +98,41 @@ struct WarpBarrier {
   uint64_t value_;
 };
 
-// What a warp prepares for each of a consumer's tiles, two tiles ahead at most.
-//
-//     warp      … ready[0] ─► ready[1] ─► wait free[0] ─► ready[0] …
-//     consumer      wait ready[0] ─► free[0] ─► wait ready[1] ─► free[1] …
-template <class Prepared>
+// What a warp prepares for the tiles of a team; handoff.h says who waits for whom.
+template <class Prepared, int kMembers>
 struct Handoff {
-  static constexpr int kSlots = 2;
-
-  alignas(16) Prepared slots[kSlots];
-  WarpBarrier ready[kSlots];
-  WarpBarrier free[kSlots];
+  alignas(16) Prepared places[kPlaces];
+  WarpBarrier ready[kPlaces];
+  WarpBarrier free[kPlaces];
 
   __device__ void init() {
-    for (int s = 0; s < kSlots; ++s) {
-      ready[s].init(1);
-      free[s].init(kGroupThreads / kWarp);
+    for (int p = 0; p < kPlaces; ++p) {
+      ready[p].init(1);
+      free[p].init(kMembers * kGroupThreads / kWarp);
     }
   }
 };
 
-template <class ElementType, class Epilogue, template <class, int> class FeedOf>
-struct PingPong {
+template <class ElementType, class Epilogue, template <class, int, int> class FeedOf>
+struct Persistent {
+  static constexpr int kWidth = Epilogue::kWidth;
+  using Tiling = Fragments<kWidth>;
+  static constexpr int kTeams = Tiling::kTeams, kMembers = Tiling::kMembers;
   using Prepared = typename Epilogue::Prepared;
   static constexpr int kThreads = (1 + kConsumers) * kGroupThreads;
-  // Of 65,536 registers, in steps of eight: 128·(40 + 2·232). 128 of a consumer's hold accumulators.
-  static constexpr int kProducerRegisters = 40;
-  static constexpr int kConsumerRegisters = 232;
-  static constexpr int kOtherBytes =
-      kConsumers * static_cast<int>(sizeof(typename Epilogue::Scratch) + sizeof(Handoff<Prepared>)) + kBarrierBytes;
-  using Feed = FeedOf<ElementType, kOtherBytes>;
+  // Of 65,536 registers, in steps of eight: 128·(40 + 2·232). 128 of a consumer's hold accumulators. What is prepared for a
+  // wide tile takes more of them.
+  static constexpr int kProducerRegisters = kMembers == 1 ? 40 : 56;
+  static constexpr int kConsumerRegisters = kMembers == 1 ? 232 : 224;
+  using HandoffOfTeam = Handoff<Prepared, kMembers>;
+  static constexpr int kOtherBytes = kConsumers * static_cast<int>(sizeof(typename Epilogue::Scratch)) +
+                                     kTeams * static_cast<int>(sizeof(HandoffOfTeam)) + kBarrierBytes;
+  using Feed = FeedOf<ElementType, kWidth, kOtherBytes>;
   using Order = typename Feed::Order;
   using Walk = typename Feed::Walk;
   using TiledMma = typename Feed::Mainloop::TiledMma;
   using OrderBarrier = cutlass::OrderedSequenceBarrier<1, kConsumers>;
-  static_assert(cute::size(TiledMma{}) == kGroupThreads, "a warpgroup computes a whole tile");
+  static_assert(cute::size(TiledMma{}) == kMembers * kGroupThreads, "a team computes a tile");
 
   struct Params {
     typename Feed::Mainloop::Params operands[kMaxMatrices];
@@ -132,7 +144,7 @@ struct PingPong {
   // What does not depend on the number of steps; operands follow.
   struct alignas(1024) SharedStorage {
     typename Epilogue::Scratch scratch[kConsumers];
-    Handoff<Prepared> handoffs[kConsumers];
+    HandoffOfTeam handoffs[kTeams];
     alignas(16) typename OrderBarrier::SharedStorage order;
     alignas(16) typename Feed::Barriers feed;
   };
@@ -141,14 +153,15 @@ struct PingPong {
   // The layout that fragments.h describes, checked against the instruction's own.
   static constexpr bool fragments_agree() {
     auto layout = TiledMma{}.get_layoutC_TV();
-    for (int t : {0, 1, 5, 31, 32, 77, 127}) {
-      for (int n : {0, 7, 15}) {
-        for (int m = 0; m < 2; ++m) {
+    constexpr int kRows = 64 * kMembers;  // of one instruction of every warpgroup; m repeats it below
+    for (int t : {0, 1, 5, 31, 32, 77, 127, kMembers * kGroupThreads - 3}) {
+      for (int n : {0, 7, Tiling::kColsPerThread / 2 - 1}) {
+        for (int m = 0; m < Tiling::kHalves; ++m) {
           for (int half = 0; half < 2; ++half) {
             for (int b = 0; b < 2; ++b) {
-              // Of one 64-row instruction; the second half of the tile repeats it 64 rows below.
               const int index = layout(t, b + 2 * half + 4 * n);
-              if (index % 64 + 64 * m != fragment_row(t, m, half) || index / 64 != fragment_col(t, n, b)) return false;
+              const int row = index % kRows + kRows * m, col = index / kRows;
+              if (row != fragment_row(t, m, half) || col != fragment_col(t, n, b)) return false;
             }
           }
         }
@@ -182,6 +195,7 @@ struct PingPong {
     const int warpgroup = cutlass::canonical_warp_group_idx();
     const int thread = threadIdx.x % kGroupThreads;
     const bool producer = warpgroup == 0;
+    const int consumer = warpgroup - 1;
     const TileSpace& space = params.order.space;
     if (threadIdx.x < space.num_matrices) Feed::Mainloop::prefetch_tma_descriptors(params.operands[threadIdx.x]);
 
@@ -189,11 +203,11 @@ struct PingPong {
     Feed feed(shared.feed, shared_memory + sizeof(SharedStorage), ceil_div(params.dim, kDepth), block_in_cluster,
               producer, thread);
     typename OrderBarrier::Params order_params;
-    order_params.group_id = warpgroup - 1;
+    order_params.group_id = consumer;
     order_params.group_size = kGroupThreads;
     OrderBarrier order(shared.order, order_params);
     if (threadIdx.x == 0) {
-      for (Handoff<Prepared>& handoff : shared.handoffs) handoff.init();
+      for (HandoffOfTeam& handoff : shared.handoffs) handoff.init();
       cutlass::arch::fence_barrier_init();
     }
 
@@ -209,67 +223,92 @@ struct PingPong {
       cutlass::arch::warpgroup_reg_dealloc<kProducerRegisters>();
       const int warp = cutlass::canonical_warp_idx_sync();
       Walk walk(params.order, blockIdx.x / kCluster);
-      if (warp == 0) feed.load(params.operands, space, params.dim, walk);
-      else if (warp <= kConsumers) prepare(params, walk, shared.handoffs[warp - 1], warp - 1, block_in_cluster);
+      if (warp == 0) {
+        feed.load(params.operands, space, params.dim, walk);
+      } else if (warp <= kTeams) {
+        Preparation preparation{params, shared.handoffs[warp - 1], block_in_cluster, static_cast<int>(threadIdx.x) % kWarp};
+        prepare_tiles(walk, warp - 1, kTeams, preparation);
+      }
     } else {
       cutlass::arch::warpgroup_reg_alloc<kConsumerRegisters>();
-      const int consumer = warpgroup - 1;
-      compute(params, feed, order, shared.handoffs[consumer], shared.scratch[consumer], consumer, thread);
+      const int team = consumer / kMembers, in_team = consumer % kMembers * kGroupThreads + thread;
+      Computation computation{params,
+                              feed,
+                              order,
+                              shared.handoffs[team],
+                              Epilogue(params.epilogue, space, shared.scratch[consumer], in_team, 1 + consumer),
+                              in_team};
+      if (team > 0) feed.skip();
+      take_tiles(computation);
+      computation.epilogue.end();
     }
   }
 
  private:
-  // Everything that a consumer's tiles need besides products, so that consumers neither walk nor wait for device memory.
-  __device__ static void prepare(const Params& params, Walk& walk, Handoff<Prepared>& handoff, int consumer,
-                                 int block_in_cluster) {
-    const int lane = threadIdx.x % kWarp;
-    Place slot;
-    for (int i = 0; i < consumer && walk.valid(); ++i) walk.advance();
-    while (walk.valid()) {
-      Item tile = walk.item();
-      tile.row_start += block_in_cluster * kTile;
-      const auto fetched = Epilogue::fetch(params.epilogue, params.order.space, tile, lane);
-      handoff.free[slot.index].wait(slot.phase ^ 1);
-      Prepared& prepared = handoff.slots[slot.index];
-      Epilogue::prepare(params.epilogue, params.order.space, tile, fetched, prepared, lane);
-      if (lane == 0) prepared.tile = tile;
-      handoff.ready[slot.index].arrive();
-      slot.advance(1, Handoff<Prepared>::kSlots);
-      for (int i = 0; i < kConsumers && walk.valid(); ++i) walk.advance();
-    }
-    handoff.free[slot.index].wait(slot.phase ^ 1);
-    if (lane == 0) handoff.slots[slot.index].tile.matrix = kNoMatrix;
-    handoff.ready[slot.index].arrive();
-  }
-
-  __device__ static void compute(const Params& params, Feed& feed, OrderBarrier& order, Handoff<Prepared>& handoff,
-                                 typename Epilogue::Scratch& scratch, int consumer, int thread) {
-    TiledMma tiled_mma;
-    Epilogue epilogue(params.epilogue, params.order.space, scratch, thread, 1 + consumer);
-    Place slot;
-    if (consumer == 1) feed.skip();
-    for (;;) {
-      handoff.ready[slot.index].wait(slot.phase);
-      const Prepared& prepared = handoff.slots[slot.index];
-      const Item tile = prepared.tile;
-      if (tile.matrix == kNoMatrix) break;
-      auto accumulators = cute::partition_fragment_C(tiled_mma, cute::take<0, 2>(TileShape{}));
-      order.wait();
-      feed.multiply(tile, params.operands[0], accumulators, thread, [&] { order.arrive(); });
-      feed.skip();
-      epilogue.finish(tile, prepared, accumulators, tiled_mma, [&] { handoff.free[slot.index].arrive(); });
-      slot.advance(1, Handoff<Prepared>::kSlots);
-    }
-    epilogue.end();
-  }
-
   static constexpr int kNoMatrix = -1;  // after the last tile
+
+  // Everything that a team's tiles need besides products, so that consumers neither walk nor wait for device memory.
+  struct Preparation {
+    const Params& params;
+    HandoffOfTeam& handoff;
+    int block_in_cluster;
+    int lane;
+
+    __device__ Item own(Item tile) const {
+      tile.row_start += block_in_cluster * kTile;
+      return tile;
+    }
+
+    __device__ auto fetch(const Item& tile) const {
+      return Epilogue::fetch(params.epilogue, params.order.space, tile, lane);
+    }
+
+    __device__ void wait_free(int place, uint32_t phase) const { handoff.free[place].wait(phase); }
+
+    template <class Fetched>
+    __device__ void prepare(int place, const Item& tile, const Fetched& fetched) const {
+      Epilogue::prepare(params.epilogue, params.order.space, tile, fetched, handoff.places[place], lane);
+      if (lane == 0) handoff.places[place].tile = tile;
+    }
+
+    __device__ void prepare_end(int place) const {
+      if (lane == 0) handoff.places[place].tile.matrix = kNoMatrix;
+    }
+
+    __device__ void ready(int place) const { handoff.ready[place].arrive(); }
+  };
+
+  struct Computation {
+    const Params& params;
+    Feed& feed;
+    OrderBarrier& order;
+    HandoffOfTeam& handoff;
+    Epilogue epilogue;
+    int thread;  // of the team
+    TiledMma tiled_mma = {};
+
+    __device__ void wait_ready(int place, uint32_t phase) const { handoff.ready[place].wait(phase); }
+
+    __device__ bool compute(int place) {
+      const Prepared& prepared = handoff.places[place];
+      const Item tile = prepared.tile;
+      if (tile.matrix == kNoMatrix) return false;
+      auto accumulators = cute::partition_fragment_C(tiled_mma, cute::take<0, 2>(TileShape<kWidth>{}));
+      if constexpr (kTeams > 1) order.wait();
+      feed.multiply(tile, params.operands[0], accumulators, thread, [&] {
+        if constexpr (kTeams > 1) order.arrive();
+      });
+      if constexpr (kTeams > 1) feed.skip();
+      epilogue.finish(tile, prepared, accumulators, [&] { handoff.free[place].arrive(); });
+      return true;
+    }
+  };
 };
 
 // The kernel. Descriptors for the copy engine are read where the argument lies, so it must not be copied.
 template <class Kernel>
 __global__ void __launch_bounds__(Kernel::kThreads, 1)
-    pingpong_kernel(const __grid_constant__ typename Kernel::Params params) {
+    persistent_kernel(const __grid_constant__ typename Kernel::Params params) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) char shared_memory[];
   Kernel::run(params, shared_memory);
@@ -280,7 +319,7 @@ template <class Kernel>
 const char* launch(typename Kernel::Params& params, void* stream) {
   if (!Kernel::operands_encoded(params)) return "the driver refused to describe an operand to the copy engine";
   const int shared_bytes = Kernel::shared_bytes(params.dim);
-  const void* kernel = reinterpret_cast<const void*>(&pingpong_kernel<Kernel>);
+  const void* kernel = reinterpret_cast<const void*>(&persistent_kernel<Kernel>);
   int device = 0, processors = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
