@@ -9,13 +9,14 @@
 #include <optional>
 #include <vector>
 
+#include "fragments.h"
 #include "similarity.h"
-#include "tiles.h"
 
 namespace {
 
 using gapkernels::Element;
 using gapkernels::Matrix;
+using gapkernels::Variant;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -29,7 +30,7 @@ Element element_of(const Tensor& t) {
   return type == ScalarType::BFloat16 ? Element::kBFloat16 : Element::kFloat16;
 }
 
-// Of one matrix.
+// Of one matrix, 128×128 each.
 int64_t num_tiles(const Tensor& rows, const Tensor& cols) {
   constexpr int64_t side = gapkernels::kTile;
   return ((rows.size(0) + side - 1) / side) * ((cols.size(0) + side - 1) / side);
@@ -43,10 +44,19 @@ void check_copyable(const Tensor& t, const char* name) {
                   " must be aligned to 16 bytes with a stride of 8 elements' multiple, got stride ", t.stride(0));
 }
 
-bool checked_resident(bool resident, const Tensor& rows) {
-  STD_TORCH_CHECK(!resident || rows.size(1) <= gapkernels::kLargestResidentDim, "rows of at most ",
+Variant checked_variant(int64_t number, const Tensor& rows) {
+  STD_TORCH_CHECK(number >= 0 && number < gapkernels::kVariants, "there are ", gapkernels::kVariants,
+                  " variants, got number ", number);
+  const Variant variant = static_cast<Variant>(number);
+  STD_TORCH_CHECK(variant != Variant::kResident || rows.size(1) <= gapkernels::kLargestResidentDim, "rows of at most ",
                   gapkernels::kLargestResidentDim, " numbers can stay in shared memory, got ", rows.size(1));
-  return resident;
+  return variant;
+}
+
+// Of the moment of a block's gradient.
+int64_t num_partials(int num_rows, int num_cols, Variant variant) {
+  return variant == Variant::kWide ? gapkernels::num_parts<gapkernels::kWideTile>(num_rows, num_cols)
+                                   : gapkernels::num_parts<gapkernels::kTile>(num_rows, num_cols);
 }
 
 const float* floats(const Tensor& t, int64_t size, const char* name) {
@@ -93,7 +103,7 @@ void check_success(const char* error, const char* kernel) {
 void similarity_stats(std::vector<Tensor> rows, std::vector<Tensor> row_factors, std::vector<Tensor> cols,
                       std::vector<Tensor> col_factors, std::vector<Tensor> scales, std::vector<bool> biased,
                       std::vector<bool> symmetric, std::optional<Tensor> largest, int64_t diagonal, double headroom,
-                      bool resident, Tensor row_sums, Tensor col_sums) {
+                      int64_t variant, Tensor row_sums, Tensor col_sums) {
   const size_t count = rows.size();
   STD_TORCH_CHECK(count >= 1 && count <= gapkernels::kMaxMatrices, "1 to ", gapkernels::kMaxMatrices,
                   " matrices are accepted, got ", count);
@@ -105,7 +115,7 @@ void similarity_stats(std::vector<Tensor> rows, std::vector<Tensor> row_factors,
   gapkernels::StatsArguments arguments{};
   arguments.num_matrices = static_cast<int>(count);
   arguments.element = element_of(rows[0]);
-  arguments.resident = checked_resident(resident, rows[0]);
+  arguments.variant = checked_variant(variant, rows[0]);
   arguments.num_rows = static_cast<int>(rows[0].size(0));
   arguments.num_cols = static_cast<int>(cols[0].size(0));
   arguments.dim = static_cast<int>(rows[0].size(1));
@@ -126,11 +136,11 @@ void similarity_stats(std::vector<Tensor> rows, std::vector<Tensor> row_factors,
 
 void similarity_grad(Tensor rows, Tensor row_factors, Tensor cols, Tensor col_factors, Tensor scale, bool biased,
                      std::optional<Tensor> row_log_sums, std::optional<Tensor> col_log_sums, int64_t diagonal,
-                     double unit, Tensor reference, bool resident, std::optional<Tensor> scale_partials, Tensor out) {
+                     double unit, Tensor reference, int64_t variant, std::optional<Tensor> scale_partials, Tensor out) {
   gapkernels::GradArguments arguments{};
   arguments.matrix = matrix_of(rows, row_factors, cols, col_factors, scale, biased, false);
   arguments.element = element_of(rows);
-  arguments.resident = checked_resident(resident, rows);
+  arguments.variant = checked_variant(variant, rows);
   arguments.num_rows = static_cast<int>(rows.size(0));
   arguments.num_cols = static_cast<int>(cols.size(0));
   arguments.dim = static_cast<int>(rows.size(1));
@@ -143,10 +153,10 @@ void similarity_grad(Tensor rows, Tensor row_factors, Tensor cols, Tensor col_fa
     arguments.col_log_sums = floats(*col_log_sums, arguments.num_cols, "col_log_sums");
   }
   if (scale_partials.has_value()) {
-    const int64_t tiles = num_tiles(rows, cols);
+    const int64_t places = num_partials(arguments.num_rows, arguments.num_cols, arguments.variant);
     STD_TORCH_CHECK(scale_partials->scalar_type() == ScalarType::Double && scale_partials->is_contiguous() &&
-                        scale_partials->numel() >= tiles,
-                    "scale_partials must be ", tiles, " or more contiguous float64 numbers");
+                        scale_partials->numel() >= places,
+                    "scale_partials must be ", places, " or more contiguous float64 numbers");
     arguments.scale_partials = static_cast<double*>(scale_partials->mutable_data_ptr());
   }
   check_copyable(out, "out");
@@ -162,11 +172,11 @@ void similarity_grad(Tensor rows, Tensor row_factors, Tensor cols, Tensor col_fa
 STABLE_TORCH_LIBRARY(gapkernels_cuda, m) {
   m.def(
       "similarity_stats(Tensor[] rows, Tensor[] row_factors, Tensor[] cols, Tensor[] col_factors, Tensor[] scales, "
-      "bool[] biased, bool[] symmetric, Tensor? largest, int diagonal, float headroom, bool resident, Tensor(a!) row_sums, "
+      "bool[] biased, bool[] symmetric, Tensor? largest, int diagonal, float headroom, int variant, Tensor(a!) row_sums, "
       "Tensor(b!) col_sums) -> ()");
   m.def(
       "similarity_grad(Tensor rows, Tensor row_factors, Tensor cols, Tensor col_factors, Tensor scale, bool biased, "
-      "Tensor? row_log_sums, Tensor? col_log_sums, int diagonal, float unit, Tensor reference, bool resident, "
+      "Tensor? row_log_sums, Tensor? col_log_sums, int diagonal, float unit, Tensor reference, int variant, "
       "Tensor(a!)? scale_partials, Tensor(b!) out) -> ()");
 }
 

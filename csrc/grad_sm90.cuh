@@ -16,6 +16,8 @@ template <class ElementType, int kTileWidth>
 struct GradEpilogue {
   static constexpr int kWidth = kTileWidth;
   using Tiling = Fragments<kWidth>;
+  // What is read ahead for a wide tile takes 24 numbers a lane, 16 otherwise.
+  static constexpr int kProducerRegisters = Tiling::kMembers == 1 ? 40 : 56;
   static constexpr int kPieceRows = 64;          // of an instruction
   static constexpr int kPieceCols = Tiling::kMembers == 1 ? kWidth : 64;
   static constexpr int kPartRows = 16;           // of a warp's share of a piece

@@ -14,6 +14,11 @@
 namespace gapkernels {
 
 constexpr int kPlaces = 2;  // of what is prepared for a team
+constexpr int kStepsBehind = 2;
+
+// Of the second of two that share a tile: the step of the tile whose operands it waits for before the first. See
+// streamed_sm90.cuh.
+GAPKERNELS_HOST_DEVICE int step_to_wait_for(int steps) { return steps > kStepsBehind ? kStepsBehind : steps - 1; }
 
 // A place in a ring, and how often it went round, modulo two.
 struct Place {

@@ -120,10 +120,10 @@ struct Persistent {
   static constexpr int kTeams = Tiling::kTeams, kMembers = Tiling::kMembers;
   using Prepared = typename Epilogue::Prepared;
   static constexpr int kThreads = (1 + kConsumers) * kGroupThreads;
-  // Of 65,536 registers, in steps of eight: 128·(40 + 2·232). 128 of a consumer's hold accumulators. What is prepared for a
-  // wide tile takes more of them.
-  static constexpr int kProducerRegisters = kMembers == 1 ? 40 : 56;
-  static constexpr int kConsumerRegisters = kMembers == 1 ? 232 : 224;
+  // In steps of eight, of the 384·168 registers that a block begins with: 128·(40 + 2·232). 128 of a consumer's hold
+  // accumulators.
+  static constexpr int kProducerRegisters = Epilogue::kProducerRegisters;
+  static constexpr int kConsumerRegisters = (3 * 168 - kProducerRegisters) / 2;
   using HandoffOfTeam = Handoff<Prepared, kMembers>;
   static constexpr int kOtherBytes = kConsumers * static_cast<int>(sizeof(typename Epilogue::Scratch)) +
                                      kTeams * static_cast<int>(sizeof(HandoffOfTeam)) + kBarrierBytes;

@@ -17,6 +17,7 @@ struct StatsEpilogue {
   using Tiling = Fragments<kWidth>;
   static constexpr int kRowsPerThread = Tiling::kRowsPerThread, kColsPerThread = Tiling::kColsPerThread;
   using Reduction = ColumnReduction<kColsPerThread>;
+  static constexpr int kProducerRegisters = 40;
 
   struct MatrixParams {
     const float* row_factors;

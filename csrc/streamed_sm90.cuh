@@ -62,7 +62,6 @@ class Streamed {
 
  private:
   static constexpr int kMembers = Fragments<kWidth>::kMembers;
-  static constexpr int kStepsBehind = 2;
   static_assert(kMembers == 1 || kStepsBehind < Mainloop::DispatchPolicy::Stages, "or this waits for itself");
 
   // The second of two that share a tile begins when the operands are there of a step that the first will have come to.
@@ -71,7 +70,7 @@ class Streamed {
   // without this one doing anything; there may be no other.
   __device__ void follow() {
     auto ahead = state_;
-    ahead.advance(steps_ > kStepsBehind ? kStepsBehind : steps_ - 1);
+    ahead.advance(step_to_wait_for(steps_));
     pipeline_.consumer_wait(ahead);
   }
 

@@ -19,7 +19,7 @@ from gapkernels import backends, gap_loss
 from gapkernels.backends import cuda
 from gapkernels.backends.contract import Matrix
 from gapkernels.backends.cuda import build, kernels
-from gapkernels.backends.cuda.kernels import CudaBackend
+from gapkernels.backends.cuda.kernels import CudaBackend, Variant
 from gapkernels.backends.triton import gradient_blocks, products, tile_sums
 from gapkernels.backends.triton.device import INTERPRETED
 
@@ -48,6 +48,7 @@ def library(tmp_path_factory):
     loaded.gapkernels_driver_problem.restype = ctypes.c_char_p
     loaded.gapkernels_is_encoded.restype = ctypes.c_bool
     loaded.gapkernels_residency.restype = ctypes.c_char_p
+    loaded.gapkernels_handoff.restype = ctypes.c_char_p
     return loaded
 
 
@@ -83,44 +84,57 @@ class Item(NamedTuple):
     left: int
 
 
-@pytest.mark.parametrize("resident", [False, True], ids=["streamed", "resident"])
+def width_of(variant):
+    return 256 if variant is Variant.WIDE else 128
+
+
+@pytest.mark.parametrize("variant", Variant)
 @pytest.mark.parametrize("height", [1, 2])
 @pytest.mark.parametrize("clusters", [1, 7])
-def test_order_of_tiles_visits_each_once(library, clusters, height, resident):
+def test_order_of_tiles_visits_each_once(library, clusters, height, variant):
     """Every tile with an entry that counts, of every matrix, by exactly one cluster, and no tile twice."""
     sizes = [1, 127, 128, 129, 300, 1024, 1025, 2500, 5000]
+    width = width_of(variant)
     shapes = [(rows, cols, symmetric) for rows, cols in itertools.product(sizes, sizes) for symmetric in (0,)]
     shapes += [(size, size, symmetric) for size in sizes for symmetric in (0b1, 0b10, 0b100)]
     for rows, cols, symmetric in shapes:
         matrices = 3 if symmetric else 2
         visited = Counter()
         for cluster in range(clusters):
-            items = walk(library, rows, cols, matrices, symmetric, cluster, clusters, height, resident)
+            items = walk(library, rows, cols, matrices, symmetric, cluster, clusters, height, variant)
             visited.update(item[:3] for item in items)
         assert max(visited.values()) == 1
         expected = set()
         for matrix in range(matrices):
-            for row, col in itertools.product(range(0, rows, 128 * height), range(0, cols, 128)):
-                if not symmetric >> matrix & 1 or col + 127 > row:
+            for row, col in itertools.product(range(0, rows, 128 * height), range(0, cols, width)):
+                if not symmetric >> matrix & 1 or col + width - 1 > row:
                     expected.add((matrix, row, col))
         assert set(visited) == expected, (rows, cols, symmetric)
 
 
 @pytest.mark.parametrize(
-    ("size", "resident", "largest"),
+    ("size", "variant", "largest"),
     # Strips of a triangle are up to two tiles longer than those of a matrix, and a cluster may get all of one kind.
-    [(8192, False, 1), (1024, True, 1), (4096, True, 1), (8192, True, 1), (33000, True, 5), (131072, True, 9)],
+    [
+        (8192, Variant.STREAMED, 1),
+        (8192, Variant.WIDE, 1),
+        (1024, Variant.RESIDENT, 1),
+        (4096, Variant.RESIDENT, 1),
+        (8192, Variant.RESIDENT, 1),
+        (33000, Variant.RESIDENT, 5),
+        (131072, Variant.RESIDENT, 9),
+    ],
 )
-def test_order_of_tiles_is_balanced(library, size, resident, largest):
+def test_order_of_tiles_is_balanced(library, size, variant, largest):
     """No cluster has many more tiles than another: they all take the same time."""
-    counts = [len(walk(library, size, size, 2, 0b10, cluster, 66, 2, resident)) for cluster in range(66)]
+    counts = [len(walk(library, size, size, 2, 0b10, cluster, 66, 2, variant)) for cluster in range(66)]
     assert max(counts) - min(counts) <= largest
 
 
 def test_rows_change_rarely(library):
     """A panel is loaded for each strip and where shares begin, no more."""
     for cluster in range(66):
-        items = walk(library, 32768, 32768, 2, 0b10, cluster, 66, 2, True)
+        items = walk(library, 32768, 32768, 2, 0b10, cluster, 66, 2, Variant.RESIDENT)
         assert 700 < len(items) < 800
         assert items[-1].panel < 8
 
@@ -130,7 +144,7 @@ def test_rows_change_rarely(library):
 def test_panels_say_where_they_begin_and_end(library, clusters, rows, cols, symmetric):
     """Rows are reloaded with ``first`` and given back as ``left`` runs out: neither may be missing or come twice."""
     for cluster, height in itertools.product(range(clusters), (1, 2)):
-        items = walk(library, rows, cols, 2, symmetric, cluster, clusters, height, True)
+        items = walk(library, rows, cols, 2, symmetric, cluster, clusters, height, Variant.RESIDENT)
         for number, (_, group) in enumerate(itertools.groupby(items, key=lambda item: item.panel)):
             panel = list(group)
             assert {item.panel for item in panel} == {number}
@@ -162,7 +176,7 @@ def test_rows_that_stay_are_there_when_they_are_read(library, steps, places, hei
                 problem, tiles = residency(library, *shape, steps, places, False, seed)
                 assert problem is None, (problem, shape, seed)
                 total += tiles
-            items = (walk(library, *shape[:4], c, clusters, height, True) for c in range(clusters))
+            items = (walk(library, *shape[:4], c, clusters, height, Variant.RESIDENT) for c in range(clusters))
             assert total == height * sum(map(len, items))
 
 
@@ -172,9 +186,45 @@ def test_rows_given_back_by_the_last_tile_alone_would_be_overwritten(library):
     assert b"overwritten while it is read" in problems
 
 
+HANDOFF = [
+    # rows, columns, matrices, which are symmetric
+    (1, 1, 1, 0),
+    (300, 600, 2, 0),
+    (1300, 1300, 2, 0b10),
+]
+
+
+@pytest.mark.parametrize("variant", [Variant.STREAMED, Variant.WIDE])
+@pytest.mark.parametrize("height", [1, 2])
+@pytest.mark.parametrize(("steps", "stages"), [(1, 4), (2, 4), (3, 4), (9, 4), (5, 3)])
+def test_consumers_find_what_was_prepared_for_them(library, steps, stages, height, variant):
+    """Factors and operands of a cluster under hundreds of interleavings: see ``cuda_host/handoff.cpp``."""
+    for shape, seed in itertools.product(HANDOFF, range(4)):
+        for clusters in (1, 3):
+            total = 0
+            for cluster in range(clusters):
+                arguments = (*shape, cluster, clusters, height, variant is Variant.WIDE, steps, stages, False, seed)
+                problem, tiles = handoff(library, *arguments)
+                assert problem is None, (problem, arguments)
+                total += tiles
+            items = (walk(library, *shape, c, clusters, height, variant) for c in range(clusters))
+            assert total == height * sum(map(len, items))
+
+
+def test_factors_given_back_by_one_of_two_would_be_overwritten(library):
+    """The other, which stays behind, still reads them: what the test above would say."""
+    problems = {handoff(library, 1300, 1300, 2, 0, 0, 1, 2, True, 2, 4, True, seed)[0] for seed in range(40)}
+    assert problems & {b"factors overwritten while they are read", b"factors of another tile"}
+
+
 def residency(library, *arguments):
     tiles = ctypes.c_int()
     return library.gapkernels_residency(*arguments, ctypes.byref(tiles)), tiles.value
+
+
+def handoff(library, *arguments):
+    tiles = ctypes.c_int()
+    return library.gapkernels_handoff(*arguments, ctypes.byref(tiles)), tiles.value
 
 
 def test_quotients_by_multiplication(library):
@@ -208,60 +258,84 @@ def test_copy_descriptors_that_the_driver_refused_are_noticed(library):
     assert library.gapkernels_is_encoded(bytes(127) + b"\1", 128)
 
 
-def walk(library, rows, cols, matrices, symmetric, cluster, clusters, height, resident):
+def walk(library, rows, cols, matrices, symmetric, cluster, clusters, height, variant):
     room = 20_000
     out = (ctypes.c_int * (6 * room))()
     count = library.gapkernels_walk(
-        rows, cols, matrices, symmetric, cluster, clusters, height, resident, out, ctypes.c_int(room)
+        rows, cols, matrices, symmetric, cluster, clusters, height, variant, out, ctypes.c_int(room)
     )
     assert count <= room
     return [Item(*out[6 * i : 6 * i + 6]) for i in range(count)]
 
 
 @pytest.mark.parametrize(
-    ("choice", "width", "stay"),
+    ("choice", "width", "variant"),
     [
-        ("", 512, False),
-        ("streamed", 64, False),
-        ("resident", 8, True),
-        ("resident", 512, True),
-        ("resident", 520, False),
+        ("", 512, Variant.STREAMED),
+        ("", 520, Variant.WIDE),
+        ("streamed", 64, Variant.STREAMED),
+        ("streamed", 1024, Variant.STREAMED),
+        ("resident", 8, Variant.RESIDENT),
+        ("resident", 512, Variant.RESIDENT),
+        ("resident", 520, Variant.WIDE),
+        ("wide", 8, Variant.WIDE),
+        ("wide", 1024, Variant.WIDE),
     ],
 )
-def test_rows_stay_where_the_table_or_the_environment_says(monkeypatch, choice, width, stay):
-    monkeypatch.setenv(kernels.ROWS_VARIABLE, choice)
+def test_variant_is_the_one_that_the_tables_or_the_environment_name(monkeypatch, choice, width, variant):
+    monkeypatch.setenv(kernels.VARIANT_VARIABLE, choice)
     for kernel, dtype in itertools.product(("similarity_stats", "similarity_grad"), SIXTEEN_BIT):
-        assert kernels.rows_stay(kernel, dtype, width) is stay
+        assert kernels.choose_variant(kernel, dtype, width) is variant
 
 
-def test_rows_stay_from_a_measured_width_on(monkeypatch):
-    monkeypatch.delenv(kernels.ROWS_VARIABLE, raising=False)
+def test_variants_run_from_a_measured_width_on(monkeypatch):
+    monkeypatch.delenv(kernels.VARIANT_VARIABLE, raising=False)
     monkeypatch.setattr(kernels, "RESIDENT_FROM", {("similarity_grad", torch.bfloat16): 256})
-    stay = [kernels.rows_stay("similarity_grad", torch.bfloat16, width) for width in (128, 256, 512, 768)]
-    assert stay == [False, True, True, False]
-    assert not kernels.rows_stay("similarity_stats", torch.bfloat16, 512)
-    assert not kernels.rows_stay("similarity_grad", torch.float16, 512)
+    monkeypatch.setattr(kernels, "WIDE_FROM", {("similarity_grad", torch.bfloat16): 200})
+    found = [kernels.choose_variant("similarity_grad", torch.bfloat16, width) for width in (128, 200, 256, 512, 768)]
+    assert found == [Variant.STREAMED, Variant.WIDE, Variant.RESIDENT, Variant.RESIDENT, Variant.WIDE]
+    assert kernels.choose_variant("similarity_stats", torch.bfloat16, 512) is Variant.STREAMED
+    assert kernels.choose_variant("similarity_grad", torch.float16, 512) is Variant.STREAMED
 
 
-def test_unknown_choice_of_rows_is_named(monkeypatch):
-    monkeypatch.setenv(kernels.ROWS_VARIABLE, "resident_rows")
-    with pytest.raises(ValueError, match="GAPKERNELS_CUDA_ROWS must be 'resident' or 'streamed', got 'resident_rows'"):
-        kernels.rows_stay("similarity_grad", torch.bfloat16, 512)
+def test_unknown_choice_of_variant_is_named(monkeypatch):
+    monkeypatch.setenv(kernels.VARIANT_VARIABLE, "broad")
+    message = "GAPKERNELS_CUDA_VARIANT must be 'streamed', 'resident' or 'wide', got 'broad'"
+    with pytest.raises(ValueError, match=message):
+        kernels.choose_variant("similarity_grad", torch.bfloat16, 512)
 
 
+@pytest.mark.parametrize("variant", ["resident", "wide"])
 @pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=str)
-def test_values_with_rows_that_stay(on_cpu, monkeypatch, dtype):
-    """The other order of tiles, in both kernels, triangle included; by blocks in the backward pass."""
-    monkeypatch.setenv(kernels.ROWS_VARIABLE, "resident")
+def test_values_of_other_variants(on_cpu, monkeypatch, dtype, variant):
+    """The other orders of tiles, in both kernels, triangle included; by blocks in the backward pass."""
+    monkeypatch.setenv(kernels.VARIANT_VARIABLE, variant)
     monkeypatch.setenv(gradient_blocks.VARIABLE, "200")
     assert_matches_oracle(random_embeddings(300, 256, dtype=dtype), 14.3, "cuda")
+
+
+@pytest.mark.parametrize(("n", "dim", "dtype"), [(3, 7, torch.float16), (257, 40, torch.bfloat16)])
+def test_values_of_wide_tiles(on_cpu, monkeypatch, n, dim, dtype):
+    """Fewer columns than one has, and one more: parts of tiles that do not exist have no place for their moment."""
+    monkeypatch.setenv(kernels.VARIANT_VARIABLE, "wide")
+    assert_matches_oracle(random_embeddings(n, dim, dtype=dtype), 14.3, "cuda")
+
+
+def test_values_of_rows_too_long_to_stay(on_cpu):
+    """Tiles are wide by default."""
+    assert kernels.choose_variant("similarity_grad", torch.bfloat16, 600) is Variant.WIDE
+    assert_matches_oracle(random_embeddings(130, 600, dtype=torch.bfloat16), 14.3, "cuda")
 
 
 def test_rows_too_long_to_stay_are_refused(library):
     x, ones, sums = torch.zeros(20, 520, dtype=torch.float16), torch.ones(20), torch.zeros(20)
     with pytest.raises(RuntimeError, match="rows of at most 512 numbers can stay in shared memory, got 520"):
         torch.ops.gapkernels_cuda.similarity_stats(
-            [x], [ones], [x], [ones], [torch.ones(())], [False], [False], None, 0, 100.0, True, sums, sums
+            [x], [ones], [x], [ones], [torch.ones(())], [False], [False], None, 0, 100.0, Variant.RESIDENT, sums, sums
+        )
+    with pytest.raises(RuntimeError, match="there are 3 variants, got number 3"):
+        torch.ops.gapkernels_cuda.similarity_stats(
+            [x], [ones], [x], [ones], [torch.ones(())], [False], [False], None, 0, 100.0, 3, sums, sums
         )
 
 

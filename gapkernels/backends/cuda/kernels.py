@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from enum import IntEnum
 from itertools import groupby
 
 import torch
@@ -24,16 +25,35 @@ MAX_MATRICES = 8
 WIDEST_RESIDENT = 512
 """Longest rows that can stay in shared memory while a kernel walks along the columns, as in ``csrc/similarity.h``."""
 
+
+class Variant(IntEnum):
+    """How a kernel comes by its operands and who computes a tile, as in ``csrc/similarity.h``."""
+
+    STREAMED = 0
+    """Tiles of 128×128, both operands copied for each."""
+    RESIDENT = 1
+    """Tiles of 128×128, rows stay in shared memory for a walk along the columns."""
+    WIDE = 2
+    """Tiles of 128×256, both operands copied for each."""
+
+
 RESIDENT_FROM: dict[tuple[str, torch.dtype], int] = {}
-"""By kernel and type the width D from which on, up to ``WIDEST_RESIDENT``, rows stay. Elsewhere they are copied with
-every tile: everywhere, until a measurement says otherwise (``make gpu-kernels`` times both)."""
+"""By kernel and type the width D from which on, up to ``WIDEST_RESIDENT``, rows stay: nowhere, until a measurement says
+otherwise (``make gpu-kernels`` times all variants)."""
 
-ROWS_VARIABLE = "GAPKERNELS_CUDA_ROWS"
-"""``resident`` (wherever rows are short enough) or ``streamed`` (nowhere) instead of the table."""
+WIDE_FROM: dict[tuple[str, torch.dtype], int] = {}
+"""By kernel and type the width D from which on tiles are wide where rows do not stay. Where nothing is written, by count
+(docs/cuda-kernels.md) rather than by a measurement: ``WIDE_BY_COUNT``."""
+
+WIDE_BY_COUNT = 513
+"""D from which on wide tiles take less time by count even if none of their exponentials overlaps with products."""
+
+VARIANT_VARIABLE = "GAPKERNELS_CUDA_VARIANT"
+"""``streamed``, ``wide`` or ``resident`` (this wherever rows are short enough) instead of the tables."""
 
 
-def rows_stay(kernel: str, dtype: torch.dtype, width: int) -> bool:
-    """Whether a kernel keeps its rows in shared memory.
+def choose_variant(kernel: str, dtype: torch.dtype, width: int) -> Variant:
+    """The variant of a kernel that runs.
 
     Args:
         kernel: ``"similarity_stats"`` or ``"similarity_grad"``.
@@ -43,12 +63,15 @@ def rows_stay(kernel: str, dtype: torch.dtype, width: int) -> bool:
     Raises:
         ValueError: the environment names a choice that there is not.
     """
-    choice = os.environ.get(ROWS_VARIABLE, "")
-    if choice not in ("", "resident", "streamed"):
-        raise ValueError(f"{ROWS_VARIABLE} must be 'resident' or 'streamed', got {choice!r}")
-    if width > WIDEST_RESIDENT or choice == "streamed":
-        return False
-    return choice == "resident" or width >= RESIDENT_FROM.get((kernel, dtype), WIDEST_RESIDENT + 1)
+    choice = os.environ.get(VARIANT_VARIABLE, "")
+    if choice not in ("", *(variant.name.lower() for variant in Variant)):
+        raise ValueError(f"{VARIANT_VARIABLE} must be 'streamed', 'resident' or 'wide', got {choice!r}")
+    if choice in ("streamed", "wide"):
+        return Variant[choice.upper()]
+    resident_from = 0 if choice == "resident" else RESIDENT_FROM.get((kernel, dtype), WIDEST_RESIDENT + 1)
+    if resident_from <= width <= WIDEST_RESIDENT:
+        return Variant.RESIDENT
+    return Variant.WIDE if width >= WIDE_FROM.get((kernel, dtype), WIDE_BY_COUNT) else Variant.STREAMED
 
 
 class CudaBackend(TritonBackend):
@@ -86,7 +109,7 @@ class CudaBackend(TritonBackend):
                 None if largest is None else _largest(largest, part),
                 members[0].diagonal,
                 headroom,
-                rows_stay("similarity_stats", members[0].rows.dtype, members[0].rows.shape[1]),
+                choose_variant("similarity_stats", members[0].rows.dtype, members[0].rows.shape[1]),
                 row_sums[part],
                 col_sums[part],
             )
@@ -121,7 +144,7 @@ class CudaBackend(TritonBackend):
             block.diagonal,
             scale,
             reference,
-            rows_stay("similarity_grad", block.rows.dtype, block.rows.shape[1]),
+            choose_variant("similarity_grad", block.rows.dtype, block.rows.shape[1]),
             None if moment is None else moment.partials,
             out,
         )

@@ -16,7 +16,7 @@
 namespace gapkernels {
 namespace {
 
-constexpr int kCluster = 2, kThreads = 128;
+constexpr int kCluster = 2;
 
 float bits_to_float(uint32_t bits) {
   float value;
@@ -47,68 +47,75 @@ void store(void* data, int64_t index, Element element, float value) {
 }
 
 // ⟨a_i, b_j⟩ of a tile, zero past the edges, as the copy engine fills operands there.
+template <int kWidth>
 struct Products {
   std::vector<float> values;
 
   Products(const Matrix& matrix, Element element, int num_rows, int num_cols, int dim, int row_start, int col_start)
-      : values(kTile * kTile) {
-    std::vector<float> a(static_cast<size_t>(kTile) * dim), b(static_cast<size_t>(kTile) * dim);
+      : values(kTile * kWidth) {
+    const std::vector<float> a = read(matrix.rows, matrix.row_stride, element, row_start, kTile, num_rows, dim);
+    const std::vector<float> b = read(matrix.cols, matrix.col_stride, element, col_start, kWidth, num_cols, dim);
     for (int i = 0; i < kTile; ++i) {
-      for (int k = 0; k < dim; ++k) {
-        const int row = row_start + i, col = col_start + i;
-        a[i * dim + k] = row < num_rows ? load(matrix.rows, row * matrix.row_stride + k, element) : 0.0f;
-        b[i * dim + k] = col < num_cols ? load(matrix.cols, col * matrix.col_stride + k, element) : 0.0f;
-      }
-    }
-    for (int i = 0; i < kTile; ++i) {
-      for (int j = 0; j < kTile; ++j) {
+      for (int j = 0; j < kWidth; ++j) {
         float sum = 0.0f;
         for (int k = 0; k < dim; ++k) sum += a[i * dim + k] * b[j * dim + k];
-        values[i * kTile + j] = sum;
+        values[i * kWidth + j] = sum;
       }
     }
   }
 
-  float operator()(int i, int j) const { return values[i * kTile + j]; }
+  static std::vector<float> read(const void* data, int64_t stride, Element element, int start, int count, int end,
+                                 int dim) {
+    std::vector<float> operand(static_cast<size_t>(count) * dim);
+    for (int i = 0; i < count && start + i < end; ++i) {
+      for (int k = 0; k < dim; ++k) operand[i * dim + k] = load(data, (start + i) * stride + k, element);
+    }
+    return operand;
+  }
+
+  float operator()(int i, int j) const { return values[i * kWidth + j]; }
 };
 
 // Sums of the columns of a tile, from what each of a warp's lanes holds.
-void reduce_columns(float (&sums)[32][kColsPerThread], float* out) {
+template <int kCols>
+void reduce_columns(float (&sums)[32][kCols], float* out) {
+  using Reduction = ColumnReduction<kCols>;
   auto exchange = [&](auto half, int distance) {
     constexpr int kHalf = decltype(half)::value;
     float sent[32][kHalf];
-    for (int lane = 0; lane < 32; ++lane) ColumnReduction::split(sums[lane], sent[lane], lane, distance);
+    for (int lane = 0; lane < 32; ++lane) Reduction::split(sums[lane], sent[lane], lane, distance);
     for (int lane = 0; lane < 32; ++lane) {
       for (int q = 0; q < kHalf; ++q) sums[lane][q] += sent[lane ^ distance][q];
     }
   };
-  exchange(std::integral_constant<int, 16>{}, 16);
-  exchange(std::integral_constant<int, 8>{}, 8);
-  exchange(std::integral_constant<int, 4>{}, 4);
+  exchange(std::integral_constant<int, kCols / 2>{}, 16);
+  exchange(std::integral_constant<int, kCols / 4>{}, 8);
+  exchange(std::integral_constant<int, kCols / 8>{}, 4);
   for (int lane = 0; lane < 32; ++lane) {
-    for (int q = 0; q < 4; ++q) out[ColumnReduction::col(lane, q)] += sums[lane][q];
+    for (int q = 0; q < Reduction::kLeft; ++q) out[Reduction::col(lane, q)] += sums[lane][q];
   }
 }
 
-template <bool kBiased>
+template <int kWidth, bool kBiased>
 void stats_tile(const StatsArguments& arguments, const Matrix& matrix, int m, int row_start, int col_start) {
-  const Products products(matrix, arguments.element, arguments.num_rows, arguments.num_cols, arguments.dim, row_start,
-                          col_start);
+  using Tiling = Fragments<kWidth>;
+  const Products<kWidth> products(matrix, arguments.element, arguments.num_rows, arguments.num_cols, arguments.dim,
+                                  row_start, col_start);
   const float scale = load_scale(matrix.scale, matrix.scale_is_double);
   const float* largest = arguments.largest == nullptr ? nullptr : arguments.largest + m;
   const float shift = constant_shift(scale, largest, kBiased, arguments.headroom);
   const Mask mask{arguments.num_rows, arguments.num_cols, arguments.diagonal, matrix.symmetric};
-  const bool masked = mask.needed(row_start, col_start);
-  float row_sums[kTile] = {}, col_sums[kTile] = {};
-  for (int warp = 0; warp < kThreads / 32; ++warp) {
-    float of_lanes[32][kColsPerThread] = {};
+  const bool masked = mask.needed(row_start, col_start, kWidth);
+  float row_sums[kTile] = {}, col_sums[kWidth] = {};
+  for (int warp = 0; warp < Tiling::kMembers * kGroupThreads / 32; ++warp) {
+    float of_lanes[32][Tiling::kColsPerThread] = {};
     for (int lane = 0; lane < 32; ++lane) {
       const int thread = 32 * warp + lane;
-      for (int r = 0; r < kRowsPerThread; ++r) {
+      for (int r = 0; r < Tiling::kRowsPerThread; ++r) {
         const int row = fragment_row(thread, r / 2, r % 2), i = row_start + row;
         const float term = row_term<kBiased>(i < arguments.num_rows ? matrix.row_factors[i] : 0.0f, scale);
         const RowMask counted = mask.row(i, col_start + fragment_col(thread, 0, 0));
-        for (int n = 0; n < kColsPerThread / 2; ++n) {
+        for (int n = 0; n < Tiling::kColsPerThread / 2; ++n) {
           for (int b = 0; b < 2; ++b) {
             const int col = fragment_col(thread, n, b), j = col_start + col;
             const float factor = j < arguments.num_cols ? matrix.col_factors[j] : 0.0f;
@@ -124,29 +131,26 @@ void stats_tile(const StatsArguments& arguments, const Matrix& matrix, int m, in
   }
   float* rows = arguments.row_sums + static_cast<int64_t>(m) * arguments.num_rows;
   float* cols = matrix.symmetric ? rows : arguments.col_sums + static_cast<int64_t>(m) * arguments.num_cols;
-  for (int i = 0; i < kTile; ++i) {
-    if (row_start + i < arguments.num_rows) rows[row_start + i] += row_sums[i];
-    if (col_start + i < arguments.num_cols) cols[col_start + i] += col_sums[i];
-  }
+  for (int i = 0; i < kTile && row_start + i < arguments.num_rows; ++i) rows[row_start + i] += row_sums[i];
+  for (int j = 0; j < kWidth && col_start + j < arguments.num_cols; ++j) cols[col_start + j] += col_sums[j];
 }
 
 // One tile of H; kBiased: of centroids.
-template <bool kBiased, Form kForm>
+template <int kWidth, bool kBiased, Form kForm>
 void grad_tile_of(const GradArguments& arguments, int row_start, int col_start, float middle) {
   const Matrix& matrix = arguments.matrix;
-  const Products products(matrix, arguments.element, arguments.num_rows, arguments.num_cols, arguments.dim, row_start,
-                          col_start);
+  const Products<kWidth> products(matrix, arguments.element, arguments.num_rows, arguments.num_cols, arguments.dim,
+                                  row_start, col_start);
   const float scale = load_scale(matrix.scale, matrix.scale_is_double);
   const float shift = *arguments.reference + (kBiased || kForm == Form::kTwo ? 0.0f : middle);
   const Mask mask{arguments.num_rows, arguments.num_cols, arguments.diagonal, false};
-  const bool masked = mask.needed(row_start, col_start);
-  double total = 0.0;
+  const bool masked = mask.needed(row_start, col_start, kWidth);
   for (int i = row_start; i < std::min(row_start + kTile, arguments.num_rows); ++i) {
     float moment = 0.0f;  // of as many entries as a thread of the kernel adds up
     const RowMask counted = mask.row(i, col_start);
     const float term = row_term<kBiased>(matrix.row_factors[i], scale);
     const float row_factor = matrix.row_factors[i] * arguments.unit;
-    for (int j = col_start; j < std::min(col_start + kTile, arguments.num_cols); ++j) {
+    for (int j = col_start; j < std::min(col_start + kWidth, arguments.num_cols); ++j) {
       const float col_factor = matrix.col_factors[j];
       float x = exponent<kBiased>(products(i - row_start, j - col_start), term, col_factor, scale, shift);
       if (masked && !counted.counts(j - col_start)) x = -INFINITY;
@@ -157,17 +161,15 @@ void grad_tile_of(const GradArguments& arguments, int row_start, int col_start, 
       }
       store(arguments.out, i * arguments.out_stride + j, arguments.element, value);
     }
-    total += moment;
-  }
-  if (arguments.scale_partials != nullptr) {
-    const int number = row_start / kTile * ceil_div(arguments.num_cols, kTile) + col_start / kTile;
-    arguments.scale_partials[number] += total;
+    if (arguments.scale_partials == nullptr) continue;
+    arguments.scale_partials[part_number<kWidth>(i, col_start, arguments.num_cols)] += moment;
   }
 }
 
+template <int kWidth>
 void grad_tile(const GradArguments& arguments, int row_start, int col_start) {
   if (arguments.matrix.biased) {
-    grad_tile_of<true, Form::kFactored>(arguments, row_start, col_start, 0.0f);
+    grad_tile_of<kWidth, true, Form::kFactored>(arguments, row_start, col_start, 0.0f);
     return;
   }
   LogSumRange range{INFINITY, -INFINITY};
@@ -176,12 +178,12 @@ void grad_tile(const GradArguments& arguments, int row_start, int col_start) {
     range.largest = std::fmax(range.largest, log_sum);
   };
   for (int i = row_start; i < std::min(row_start + kTile, arguments.num_rows); ++i) widen(arguments.row_log_sums[i]);
-  for (int j = col_start; j < std::min(col_start + kTile, arguments.num_cols); ++j) widen(arguments.col_log_sums[j]);
+  for (int j = col_start; j < std::min(col_start + kWidth, arguments.num_cols); ++j) widen(arguments.col_log_sums[j]);
   const Mask mask{arguments.num_rows, arguments.num_cols, arguments.diagonal, false};
-  const Form form = form_of(range, mask.needed(row_start, col_start), arguments.scale_partials != nullptr);
-  const auto tile_of = form == Form::kTwo      ? grad_tile_of<false, Form::kTwo>
-                       : form == Form::kMoment ? grad_tile_of<false, Form::kMoment>
-                                               : grad_tile_of<false, Form::kFactored>;
+  const Form form = form_of(range, mask.needed(row_start, col_start, kWidth), arguments.scale_partials != nullptr);
+  const auto tile_of = form == Form::kTwo      ? grad_tile_of<kWidth, false, Form::kTwo>
+                       : form == Form::kMoment ? grad_tile_of<kWidth, false, Form::kMoment>
+                                               : grad_tile_of<kWidth, false, Form::kFactored>;
   tile_of(arguments, row_start, col_start, range.middle());
 }
 
@@ -201,10 +203,18 @@ void walk_all(const TileSpace& space, Visit visit) {
   }
 }
 
+// visit(width of a tile, matrix, its first row and column), the width as a type
 template <class Visit>
-void walk_all(const TileSpace& space, bool resident, Visit visit) {
-  if (resident) walk_all<StripOrder<kCluster>, StripWalk<kCluster>>(space, visit);
-  else walk_all<TileOrder<kCluster>, TileWalk<kCluster>>(space, visit);
+void walk_all(const TileSpace& space, Variant variant, Visit visit) {
+  auto of_width = [&](auto width) { return [&visit, width](int matrix, int row, int col) { visit(width, matrix, row, col); }; };
+  const auto usual = of_width(std::integral_constant<int, kTile>{});
+  switch (variant) {
+    case Variant::kResident: return walk_all<StripOrder<kCluster>, StripWalk<kCluster>>(space, usual);
+    case Variant::kWide:
+      return walk_all<TileOrder<kCluster, kWideTile>, TileWalk<kCluster, kWideTile>>(
+          space, of_width(std::integral_constant<int, kWideTile>{}));
+    default: return walk_all<TileOrder<kCluster, kTile>, TileWalk<kCluster, kTile>>(space, usual);
+  }
 }
 
 }  // namespace
@@ -214,17 +224,19 @@ const char* similarity_stats(const StatsArguments& arguments, void*) {
   for (int m = 0; m < arguments.num_matrices; ++m) {
     space.symmetric |= static_cast<unsigned>(arguments.matrices[m].symmetric) << m;
   }
-  walk_all(space, arguments.resident, [&](int m, int row_start, int col_start) {
+  walk_all(space, arguments.variant, [&](auto width, int m, int row_start, int col_start) {
+    constexpr int kWidth = decltype(width)::value;
     const Matrix& matrix = arguments.matrices[m];
-    (matrix.biased ? stats_tile<true> : stats_tile<false>)(arguments, matrix, m, row_start, col_start);
+    const auto tile = matrix.biased ? stats_tile<kWidth, true> : stats_tile<kWidth, false>;
+    tile(arguments, matrix, m, row_start, col_start);
   });
   return nullptr;
 }
 
 const char* similarity_grad(const GradArguments& arguments, void*) {
-  walk_all({arguments.num_rows, arguments.num_cols, 1, 0}, arguments.resident, [&](int, int row_start, int col_start) {
-    if (row_start >= arguments.num_rows) return;
-    grad_tile(arguments, row_start, col_start);
+  const TileSpace space{arguments.num_rows, arguments.num_cols, 1, 0};
+  walk_all(space, arguments.variant, [&](auto width, int, int row_start, int col_start) {
+    if (row_start < arguments.num_rows) grad_tile<decltype(width)::value>(arguments, row_start, col_start);
   });
   return nullptr;
 }
@@ -237,11 +249,23 @@ namespace {
 
 struct WalkRequest {
   gapkernels::TileSpace space;
+  gapkernels::Variant variant;
   int cluster;
   int num_clusters;
   int* out;
   int room;
 
+  template <int kHeight>
+  int of_height() const {
+    using namespace gapkernels;
+    switch (variant) {
+      case Variant::kResident: return run<StripOrder<kHeight>, StripWalk<kHeight>>();
+      case Variant::kWide: return run<TileOrder<kHeight, kWideTile>, TileWalk<kHeight, kWideTile>>();
+      default: return run<TileOrder<kHeight, kTile>, TileWalk<kHeight, kTile>>();
+    }
+  }
+
+ private:
   template <class Order, class Walk>
   int run() const {
     Order order = Order::of(space);
@@ -261,13 +285,11 @@ struct WalkRequest {
 
 // Writes six numbers of each of one cluster's items, at most `room` items; returns how many there are.
 extern "C" int gapkernels_walk(int num_rows, int num_cols, int num_matrices, unsigned symmetric, int cluster,
-                               int num_clusters, int height, bool resident, int* out, int room) {
+                               int num_clusters, int height, int variant, int* out, int room) {
   using namespace gapkernels;
-  const WalkRequest request{{num_rows, num_cols, num_matrices, symmetric}, cluster, num_clusters, out, room};
-  if (resident) {
-    return height == 1 ? request.run<StripOrder<1>, StripWalk<1>>() : request.run<StripOrder<2>, StripWalk<2>>();
-  }
-  return height == 1 ? request.run<TileOrder<1>, TileWalk<1>>() : request.run<TileOrder<2>, TileWalk<2>>();
+  const WalkRequest request{{num_rows, num_cols, num_matrices, symmetric}, static_cast<Variant>(variant), cluster,
+                            num_clusters, out, room};
+  return height == 1 ? request.of_height<1>() : request.of_height<2>();
 }
 
 // ---- for the tests of arithmetic and checks alone --------------------------------------------------------------------
