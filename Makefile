@@ -77,7 +77,8 @@ gpu-speed:
 		$(GPU_PYTHON) $(MEASURE) --out $(GPU_OUT)/speed.json && exit; done; exit 1'
 
 # NAME:VARIABLE=VALUE, what the backends read when they start.
-GPU_SETTINGS ?= tuned:GAPKERNELS_TUNE=1 resident:GAPKERNELS_CUDA_ROWS=resident \
+GPU_SETTINGS ?= tuned:GAPKERNELS_TUNE=1 resident:GAPKERNELS_CUDA_VARIANT=resident wide:GAPKERNELS_CUDA_VARIANT=wide \
+	streamed:GAPKERNELS_CUDA_VARIANT=streamed \
 	kept-all:GAPKERNELS_BENCH_KEEP=all kept-none:GAPKERNELS_BENCH_KEEP=none
 gpu-settings:
 	@rm -f $(GPU_OUT)/settings.json

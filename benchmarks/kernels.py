@@ -12,7 +12,8 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +26,55 @@ from benchmarks.workload import embeddings, step
 SIZE = "32768x512"
 """N×D."""
 
-# What decides over rows and clusters is read when a process starts, the second when the kernels are compiled.
-_CLUSTER_OF_ONE = {"GAPKERNELS_NVCC_FLAGS": "-DGAPKERNELS_CLUSTER=1"}
+
+@dataclass(frozen=True)
+class Variant:
+    """Kernels as they are not by default.
+
+    Args:
+        implementation: whose they are.
+        environment: read when a process starts, by nvcc when the kernels are compiled.
+        width: D, where it is another than that of all.
+    """
+
+    implementation: str
+    environment: Mapping[str, str]
+    width: int | None = None
+
+
+def _of_cuda(name: str, *, width: int | None = None, **environment: str) -> Variant:
+    return Variant("gapkernels-cuda", {"GAPKERNELS_CUDA_VARIANT": name, **environment}, width)
+
+
+CUDA = ("streamed", "resident", "wide")
+CLUSTER_OF_ONE = ("streamed", "resident")
+TOO_LONG_TO_STAY = (768, 1024)
+"""Rows of as many numbers are not resident."""
 OTHER_SIDES = (2048, 8192)
 VARIANTS = {
+    **{name: _of_cuda(name) for name in CUDA},
     **{
-        f"{rows}{name}": ("gapkernels-cuda", {"GAPKERNELS_CUDA_ROWS": rows, **environment})
-        for name, environment in (("", {}), (", cluster of one", _CLUSTER_OF_ONE))
-        for rows in ("streamed", "resident")
+        f"{name}, D = {width}": _of_cuda(name, width=width)
+        for width in TOO_LONG_TO_STAY
+        for name in CUDA
+        if name != "resident"
     },
-    "entries kept": ("gapkernels-triton", {KEEP_VARIABLE: "all"}),
-    "products start early": ("gapkernels-triton", {"GAPKERNELS_EARLY_LAUNCH": "1"}),
-    **{f"blocks of {side}": ("gapkernels-triton", {"GAPKERNELS_GRADIENT_BLOCK": str(side)}) for side in OTHER_SIDES},
+    **{
+        f"{name}, cluster of one": _of_cuda(name, GAPKERNELS_NVCC_FLAGS="-DGAPKERNELS_CLUSTER=1")
+        for name in CLUSTER_OF_ONE
+    },
+    "entries kept": Variant("gapkernels-triton", {KEEP_VARIABLE: "all"}),
+    "products start early": Variant("gapkernels-triton", {"GAPKERNELS_EARLY_LAUNCH": "1"}),
+    **{
+        f"blocks of {side}": Variant("gapkernels-triton", {"GAPKERNELS_GRADIENT_BLOCK": str(side)})
+        for side in OTHER_SIDES
+    },
 }
-"""Implementation and environment of each."""
 
 
 def label(variant: str) -> str:
     """The key of a variant in the result file."""
-    return f"{VARIANTS[variant][0]}: {variant}"
+    return f"{VARIANTS[variant].implementation}: {variant}"
 
 
 def time_by_kernel(case: Case, device: torch.device, steps: int = 3) -> list[dict[str, Any]]:
@@ -86,13 +117,16 @@ def measure_variant(variant: str, size: str) -> tuple[list[dict[str, Any]], str]
     Returns:
         ``(kernels, "")``, or nothing and why it could not be built or run.
     """
-    implementation, environment = VARIANTS[variant]
+    chosen = VARIANTS[variant]
+    implementation = chosen.implementation
+    if chosen.width is not None:
+        size = f"{size.partition('x')[0]}x{chosen.width}"
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "kernels.json"
         command = ["--implementation", implementation, "--device", "cuda", "--size", size, "--out", str(out)]
         run = subprocess.run(
             [sys.executable, "-m", "benchmarks.kernels", *command],
-            env={**os.environ, **environment},
+            env={**os.environ, **chosen.environment},
             capture_output=True,
             text=True,
         )
@@ -121,8 +155,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in names:
         keep(name, time_by_kernel(Case(name, samples=samples, width=width, dtype="bfloat16"), device))
     if not options.implementation:
-        for variant, (implementation, _) in VARIANTS.items():
-            if implementation not in names:
+        for variant in VARIANTS:
+            if VARIANTS[variant].implementation not in names:
                 continue
             kernels, problem = measure_variant(variant, options.size)
             if problem:

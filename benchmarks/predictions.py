@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.kernels import OTHER_SIDES, SIZE, label
+from benchmarks.kernels import OTHER_SIDES, SIZE, TOO_LONG_TO_STAY, label
 from benchmarks.readme import replace_block
 from gapkernels.backends.triton import gradient_blocks
 from gapkernels.backends.triton.gradient_blocks import CLOCK, DEVICE_BYTES, LAUNCH_SECONDS, OPERATIONS
@@ -30,6 +30,7 @@ BLOCK, SIDES = "predictions", "block-sides"
 PROCESSORS = 132
 SHARED_BYTES = 128  # of shared memory, per clock and processor
 L2_BYTES = (48, 24)  # likewise: best and worst
+EXPONENTIALS = 16  # likewise
 
 SAMPLES, WIDTH = map(int, SIZE.split("x"))
 TILE, WIDE, ITEM_BYTES = 128, 256, 2
@@ -38,7 +39,7 @@ LARGEST_SIDE = 4096  # of a block of gradients in 16 bits
 
 @dataclass(frozen=True)
 class Stage:
-    """Kernels that do one step of the loss at N = 32768, D = 512, all terms, two modalities, in 16 bits.
+    """Kernels that do one step of the loss at N = 32768, D = 512 unless said, all terms, two modalities, in 16 bits.
 
     Args:
         title: in the table.
@@ -49,6 +50,8 @@ class Stage:
         shared_bytes: per operation, of shared memory, written and read.
         other: seconds on top.
         other_text: what they are.
+        exposed: seconds on top in the worst case: exponentials that overlap with nothing.
+        width: D.
     """
 
     title: str
@@ -59,6 +62,8 @@ class Stage:
     shared_bytes: float = 0.0
     other: float = 0.0
     other_text: str = ""
+    exposed: float = field(default=0.0, kw_only=True)
+    width: int = field(default=WIDTH, kw_only=True)
 
     @property
     def tensor_seconds(self) -> float:
@@ -76,15 +81,15 @@ class Stage:
     @property
     def predicted_seconds(self) -> tuple[float, float]:
         best, worst = (max(self.tensor_seconds, l2, self.shared_seconds) + self.other for l2 in self.l2_seconds)
-        return best, worst
+        return best, worst + self.exposed
 
     @property
     def _count(self) -> float:
-        return self.operations * float(SAMPLES) ** 2 * WIDTH
+        return self.operations * float(SAMPLES) ** 2 * self.width
 
 
 def tile_bytes(
-    rows: float, cols: float, out: bool, width: int = TILE, rows_copied: float | None = None
+    rows: float, cols: float, out: bool, width: int = TILE, rows_copied: float | None = None, depth: int = WIDTH
 ) -> tuple[float, float]:
     """Bytes per operation of a tile of 128×``width``: through the L2 cache, and of shared memory.
 
@@ -94,9 +99,10 @@ def tile_bytes(
         out: whether it leaves, rounded, through shared memory.
         width: its columns.
         rows_copied: how often its rows are written to shared memory; once if not given. Columns always are.
+        depth: D.
     """
-    operations = 2 * TILE * width * WIDTH
-    row_bytes, col_bytes, result = (length * ITEM_BYTES for length in (TILE * WIDTH, width * WIDTH, TILE * width))
+    operations = 2 * TILE * width * depth
+    row_bytes, col_bytes, result = (length * ITEM_BYTES for length in (TILE * depth, width * depth, TILE * width))
     # wgmma 64×n×16 reads its rows' and its columns' steps anew.
     instruction_width = min(width, 256)
     read = operations * (64 + instruction_width) * 16 * ITEM_BYTES / (2 * 64 * instruction_width * 16)
@@ -131,18 +137,13 @@ def filled(side: int, width: int, processors: int) -> float:
 def stages() -> list[Stage]:
     """All rows of the table."""
     gradient_side = side_of_block(WIDTH, PROCESSORS)
-    count = _blocks(gradient_side)
-    launches = count * LAUNCH_SECONDS
     side, block_side = SAMPLES // TILE, gradient_side // TILE
-    forward_share, block_share = panel_share(side, side // 2), panel_share(block_side, block_side // 2)
-    streamed, resident, triton = label("streamed"), label("resident"), "gapkernels-triton"
-    alone, alone_resident = label("streamed, cluster of one"), label("resident, cluster of one")
+    triton = "gapkernels-triton"
     kept = SAMPLES**2 * ITEM_BYTES / DEVICE_BYTES  # written once, read once, of the pair
     kept_text = f"{kept * 1e3:.1f}: entries"
-    stats, grad = r"StatsEpilogue", r"GradEpilogue"
-    launches_text = f"{launches * 1e3:.1f}: {count} launches"
+    launches, launches_text = _launches(gradient_side)
     rows_text = "1.0 GB"
-    rows = [
+    return [
         Stage(
             "`row_statistics`, `centroids` (twice), `operands`, `row_gradients`",
             (triton, r"row_statistics|centroids|operands|row_gradients"),
@@ -158,30 +159,10 @@ def stages() -> list[Stage]:
             kept,
             kept_text,
         ),
-        Stage("`similarity_stats`", (streamed, stats), 3, *tile_bytes(1, 0.5, False)),
-        Stage("… cluster of one", (alone, stats), 3, *tile_bytes(1, 1, False)),
-        Stage("… rows stay", (resident, stats), 3, *tile_bytes(forward_share, 0.5, False, rows_copied=forward_share)),
+        *_cuda("similarity_stats", r"StatsEpilogue", panel_share(side, side // 2), False),
         Stage(
-            "… rows stay, cluster of one",
-            (alone_resident, stats),
-            3,
-            *tile_bytes(forward_share, 1, False, rows_copied=forward_share),
+            "`gradient_tiles`, Triton", (triton, "gradient_tiles"), 3, *tile_bytes(1, 1, True), launches, launches_text
         ),
-    ]
-    gradients = [
-        ("`gradient_tiles`, Triton", (triton, "gradient_tiles"), tile_bytes(1, 1, True)),
-        ("`similarity_grad`", (streamed, grad), tile_bytes(1, 0.5, True)),
-        ("… cluster of one", (alone, grad), tile_bytes(1, 1, True)),
-        ("… rows stay", (resident, grad), tile_bytes(block_share, 0.5, True, rows_copied=block_share)),
-        (
-            "… rows stay, cluster of one",
-            (alone_resident, grad),
-            tile_bytes(block_share, 1, True, rows_copied=block_share),
-        ),
-    ]
-    rows += [Stage(title, key, 3, *bytes_, launches, launches_text) for title, key, bytes_ in gradients]
-    rows.insert(
-        -4,
         Stage(
             "… entries of the pair kept",
             (label("entries kept"), "gradient_tiles"),
@@ -190,11 +171,48 @@ def stages() -> list[Stage]:
             kept + launches,
             f"{kept_text}; {launches_text}",
         ),
-    )
-    rows.append(_products("`both_products`, Triton", triton, gradient_side))
-    rows.append(_products("… start early", label("products start early"), gradient_side, launches=0))
-    rows += [_products(f"… blocks of {side}", label(f"blocks of {side}"), side) for side in OTHER_SIDES]
+        *_cuda("similarity_grad", r"GradEpilogue", panel_share(block_side, block_side // 2), True),
+        _products("`both_products`, Triton", triton, gradient_side),
+        _products("… start early", label("products start early"), gradient_side, launches=0),
+        *(_products(f"… blocks of {side}", label(f"blocks of {side}"), side) for side in OTHER_SIDES),
+    ]
+
+
+def _cuda(name: str, pattern: str, share: float, out: bool) -> list[Stage]:
+    """One of the CUDA kernels in all variants.
+
+    Args:
+        name: of the kernel.
+        pattern: of its name in measurements.
+        share: panels that a cluster loads per tile where rows stay.
+        out: whether tiles leave, as blocks.
+    """
+
+    def stage(title: str, variant: str, *copies: float, width: int = TILE, depth: int = WIDTH, **rows: float) -> Stage:
+        on_top = _launches(side_of_block(depth, PROCESSORS)) if out else (0.0, "")
+        bytes_ = tile_bytes(copies[0], copies[1], out, width=width, depth=depth, **rows)
+        key = (label(variant), pattern)
+        exposed = 1.5 * SAMPLES**2 / (EXPONENTIALS * PROCESSORS * CLOCK) if width == WIDE else 0.0
+        return Stage(title, key, 3, *bytes_, *on_top, exposed=exposed, width=depth)
+
+    wide = f"tiles of {TILE}×{WIDE}"
+    rows = [
+        stage(f"`{name}`", "streamed", 1, 0.5),
+        stage("… cluster of one", "streamed, cluster of one", 1, 1),
+        stage("… rows stay", "resident", share, 0.5, rows_copied=share),
+        stage("… rows stay, cluster of one", "resident, cluster of one", share, 1, rows_copied=share),
+        stage(f"… {wide}", "wide", 1, 0.5, width=WIDE),
+    ]
+    for depth in TOO_LONG_TO_STAY:
+        rows.append(stage(f"… D = {depth}", f"streamed, D = {depth}", 1, 0.5, depth=depth))
+        rows.append(stage(f"… D = {depth}, {wide}", f"wide, D = {depth}", 1, 0.5, width=WIDE, depth=depth))
     return rows
+
+
+def _launches(side: int) -> tuple[float, str]:
+    """Seconds of the launches of all blocks, and the words for it."""
+    count = _blocks(side)
+    return count * LAUNCH_SECONDS, f"{count * LAUNCH_SECONDS * 1e3:.1f}: {count} launches"
 
 
 def _blocks(side: int) -> int:
@@ -248,7 +266,7 @@ def block(measured: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
                 _measured(stage, measured),
             ]
         )
-    title = f"Milliseconds of one step, N = {SAMPLES:,}, D = {WIDTH}, bf16, all terms, on an H100:\n\n"
+    title = f"Milliseconds of one step, N = {SAMPLES:,}, D = {WIDTH} unless said, bf16, all terms, on an H100:\n\n"
     return title + "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

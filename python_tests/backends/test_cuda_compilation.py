@@ -27,14 +27,18 @@ STATS = {
     "UTMASTG": 0,
 }
 GRAD = {"HGMMA": 16, "UTMALDG": 2, "UTMALDG.3D.MULTICAST": 1, "MUFU.EX2": 768, "REDG": 0, "UTMASTG": 20, "STSM": 80}
+# Each of two consumers has 64 rows of 256 columns: one instruction instead of two, twice as many column sums.
+WIDE = {"HGMMA": 8}
 EXPECTED = {
     "similarity_stats": STATS,
     "similarity_stats_resident": STATS,
+    "similarity_stats_wide": {**STATS, **WIDE, "REDG": 3},
     "similarity_grad": GRAD,
     "similarity_grad_resident": GRAD,
+    "similarity_grad_wide": {**GRAD, **WIDE},
 }
-PRODUCER_REGISTERS, CONSUMER_REGISTERS = 40, 232
-"""What each side of a kernel may use, as in ``csrc/pingpong_sm90.cuh``."""
+REGISTERS = {name: (40, 232) for name in EXPECTED} | {"similarity_grad_wide": (56, 224)}
+"""What producers and consumers of a kernel may use, as in ``csrc/persistent_sm90.cuh``."""
 
 
 def cuobjdump() -> str | None:
@@ -92,7 +96,7 @@ def test_kernels_for_hopper(name, compiled):
     functions = listing.split("Function : ")[1:]
     assert len(functions) == 2  # bfloat16 and float16
     for function in functions:
-        assert_instructions(function, EXPECTED[name])
+        assert_instructions(function, name)
 
 
 def assert_nothing_is_lost(report):
@@ -107,14 +111,17 @@ def assert_nothing_is_lost(report):
     assert "setmaxnreg ignored" not in report
 
 
-def assert_instructions(function, expected):
+def assert_instructions(function, name):
     code = [line for line in function.splitlines() if re.search(r"/\*[0-9a-f]{4,}\*/", line)]
-    for instruction, count in expected.items():
+    for instruction, count in EXPECTED[name].items():
         found = sum(bool(re.search(rf"\s{re.escape(instruction)}\b", line)) for line in code)
         assert found == 0 if count == 0 else found >= count, (instruction, found)
     type_ = "BF16" if "bfloat16" in function.splitlines()[0] else ""
     products = [line for line in code if "HGMMA" in line]
-    assert all("64x128x16" in line and type_ in line for line in products)
+    shape = "64x256x16" if name.endswith("wide") else "64x128x16"
+    assert all(shape in line and type_ in line for line in products)
+    # The first step and the loop's body, nothing else: a product by another way would have no pipeline.
+    assert len(products) == EXPECTED[name]["HGMMA"]
     # Divisions by variables go by multiplications; one costs a warp the time of about forty dependent instructions.
     assert not any("MUFU.RCP" in line for line in code)
     # Both changes of registers: the warps that copy give some up, those that compute take them. The code of either
@@ -126,8 +133,11 @@ def assert_instructions(function, expected):
     consumers, producers = code[changes[0] : changes[1]], code[changes[1] :]
     assert all("HGMMA" not in line for line in producers)
     assert any("UTMALDG" in line for line in producers)
-    assert largest_register(consumers) < CONSUMER_REGISTERS
-    assert largest_register(producers) < PRODUCER_REGISTERS
+    producer_registers, consumer_registers = REGISTERS[name]
+    assert f"{consumer_registers:#x}" in code[changes[0]]
+    assert f"{producer_registers:#x}" in code[changes[1]]
+    assert largest_register(consumers) < consumer_registers
+    assert largest_register(producers) < producer_registers
 
 
 def largest_register(code):
@@ -185,7 +195,7 @@ x, ones = torch.randn(300, 64).half(), torch.ones(300)
 sums = torch.zeros(300), torch.zeros(300)
 try:
     torch.ops.gapkernels_cuda.similarity_stats(
-        [x], [ones], [x], [ones], [torch.ones(())], [False], [False], None, 0, 100.0, False, *sums
+        [x], [ones], [x], [ones], [torch.ones(())], [False], [False], None, 0, 100.0, 0, *sums
     )
 except RuntimeError as error:
     print(error)

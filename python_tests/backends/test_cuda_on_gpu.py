@@ -30,23 +30,30 @@ def test_sizes_scales_and_types(n, dim, scale, dtype):
     assert_matches_oracle(random_embeddings(n, dim, dtype=dtype), scale, "cuda")
 
 
+VARIANTS = ["streamed", "resident", "wide"]
+
+
 @pytest.fixture
-def resident(monkeypatch):
-    """Rows stay in shared memory, whatever the table of measurements says."""
-    monkeypatch.setenv("GAPKERNELS_CUDA_ROWS", "resident")
+def variant(request, monkeypatch):
+    """One of the kernels' variants, whatever the tables say."""
+    monkeypatch.setenv("GAPKERNELS_CUDA_VARIANT", request.param)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dim", [1, 64, 100, 384, 512, 768])
 @pytest.mark.parametrize("n", [2, 127, 129, 1000, 4097, 9000])
-def test_rows_that_stay(resident, n, dim, dtype):
-    """Panels of one tile and of many, whole strips and shares of them; 768 is too long and goes the other way."""
+@pytest.mark.parametrize("variant", VARIANTS, indirect=True)
+def test_variants(variant, n, dim, dtype):
+    """Panels of one tile and of many, whole strips and shares of them, where rows stay (768 is too long); tiles of one step,
+    so that two consumers of a wide one are a tile apart, and of more than the pipeline has stages."""
     assert_matches_oracle(random_embeddings(n, dim, dtype=dtype), 14.3, "cuda")
 
 
-def test_rows_that_stay_give_the_same_every_time(resident):
+@pytest.mark.parametrize("dim", [64, 512])
+@pytest.mark.parametrize("variant", VARIANTS, indirect=True)
+def test_variants_give_the_same_every_time(variant, dim):
     """Copies, products and hand-overs race under another load each time; only the order of sums may differ."""
-    x, y = (e.requires_grad_() for e in random_embeddings(9000, 512, dtype=torch.bfloat16))
+    x, y = (e.requires_grad_() for e in random_embeddings(9000, dim, dtype=torch.bfloat16))
     results = [torch.autograd.grad(gap_loss(x, y, backend="cuda"), (x, y)) for _ in range(50)]
     for other in results[1:]:
         for ours, first in zip(other, results[0], strict=True):
@@ -54,7 +61,8 @@ def test_rows_that_stay_give_the_same_every_time(resident):
 
 
 @pytest.mark.parametrize("modalities", [3, 6])
-def test_rows_that_stay_of_many_matrices(resident, modalities):
+@pytest.mark.parametrize("variant", VARIANTS, indirect=True)
+def test_variants_of_many_matrices(variant, modalities):
     assert_matches_oracle(random_embeddings(1100, 512, modalities, dtype=torch.bfloat16), 9.0, "cuda", pairs="all")
 
 

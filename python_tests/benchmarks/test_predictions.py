@@ -19,15 +19,15 @@ SYNTHETIC = {
     ],
     "gapkernels-cuda: resident": [
         {
-            "kernel": "void gapkernels::pingpong_kernel<gapkernels::PingPong<cutlass::bfloat16_t, "
-            "gapkernels::StatsEpilogue, gapkernels::Resident>>(…)",
+            "kernel": "void gapkernels::persistent_kernel<gapkernels::Persistent<cutlass::bfloat16_t, "
+            "gapkernels::StatsEpilogue<128>, gapkernels::Resident>>(…)",
             "share": 0.4,
             "calls": 1.0,
             "milliseconds": 1.75,
         },
         {
-            "kernel": "void gapkernels::pingpong_kernel<gapkernels::PingPong<cutlass::bfloat16_t, "
-            "gapkernels::GradEpilogue<cutlass::bfloat16_t>, gapkernels::Resident>>(…)",
+            "kernel": "void gapkernels::persistent_kernel<gapkernels::Persistent<cutlass::bfloat16_t, "
+            "gapkernels::GradEpilogue<cutlass::bfloat16_t, 128>, gapkernels::Resident>>(…)",
             "share": 0.4,
             "calls": 100.0,
             "milliseconds": 2.5,
@@ -81,6 +81,9 @@ def test_counts_of_a_tile() -> None:
     assert 1 / predictions.tile_bytes(1, 0.5, False)[0] == pytest.approx(256 / 3)
     assert 1 / predictions.tile_bytes(1, 1, False, width=256)[0] == pytest.approx(256 / 3)
     assert predictions.tile_bytes(1, 1, False)[1] * predictions.OPERATIONS == pytest.approx(96 + 64)
+    # Wide and shared: 32 bytes a clock through L2 at full rate, 80 + 48 of shared memory.
+    l2, shared = (bytes_ * predictions.OPERATIONS for bytes_ in predictions.tile_bytes(1, 0.5, False, width=256))
+    assert (l2, shared) == pytest.approx((32, 80 + 48))
     assert predictions.tile_bytes(0, 0.5, False, rows_copied=0)[1] * predictions.OPERATIONS == pytest.approx(96 + 32)
 
 
@@ -98,7 +101,8 @@ def test_a_variant_that_does_not_run_is_said_and_takes_nothing_from_the_others(
     monkeypatch.setattr(kernels, "measure_variant", measure)
     kernels.main(["--out", str(out), "--device", "cpu"])
     found = json.loads(out.read_text(encoding="utf-8"))
-    assert list(found) == ["gapkernels-cuda", kernels.label("streamed"), kernels.label("resident")]
+    others = [v for v in kernels.VARIANTS if kernels.label(v).startswith("gapkernels-cuda") and "of one" not in v]
+    assert list(found) == ["gapkernels-cuda", *map(kernels.label, others)]
     assert "gapkernels-cuda: resident, cluster of one: no such instruction" in capsys.readouterr().out
 
 
