@@ -172,8 +172,8 @@ void similarity_grad(Tensor rows, Tensor row_factors, Tensor cols, Tensor col_fa
 STABLE_TORCH_LIBRARY(gapkernels_cuda, m) {
   m.def(
       "similarity_stats(Tensor[] rows, Tensor[] row_factors, Tensor[] cols, Tensor[] col_factors, Tensor[] scales, "
-      "bool[] biased, bool[] symmetric, Tensor? largest, int diagonal, float headroom, int variant, Tensor(a!) row_sums, "
-      "Tensor(b!) col_sums) -> ()");
+      "bool[] biased, bool[] symmetric, Tensor? largest, int diagonal, float headroom, int variant, "
+      "Tensor(a!) row_sums, Tensor(b!) col_sums) -> ()");
   m.def(
       "similarity_grad(Tensor rows, Tensor row_factors, Tensor cols, Tensor col_factors, Tensor scale, bool biased, "
       "Tensor? row_log_sums, Tensor? col_log_sums, int diagonal, float unit, Tensor reference, int variant, "

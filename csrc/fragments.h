@@ -1,4 +1,5 @@
-// Who holds what: the accumulators of a tile over the threads of the warpgroups that compute it, and sums of its columns.
+// Who holds what: the accumulators of a tile over the threads of the warpgroups that compute it, and sums of its
+// columns.
 //
 //     128×128   one warpgroup, two instructions of 64 rows one below the other
 //     128×256   two warpgroups, one instruction of 64 rows each
@@ -45,8 +46,8 @@ int64_t num_parts(int num_rows, int num_cols) {
   return static_cast<int64_t>(ceil_div(num_rows, Fragments<kWidth>::kGroupRows)) * ceil_div(num_cols, kWidth);
 }
 
-// Adding up a warp's columns over the eight lanes that share them: in each of three steps a lane hands half of its sums to
-// the lane `distance` away and takes that lane's share of the other half. What remains are the sums of an eighth of them.
+// Adding up a warp's columns over the eight lanes that share them: in each of three steps a lane hands half of its sums
+// to the lane `distance` away and takes that lane's share of the other half. What remains are the sums of an eighth.
 //
 //     distance 16: 32 → 16 sums     distance 8: 16 → 8     distance 4: 8 → 4     28 exchanges instead of 96
 template <int kCols>

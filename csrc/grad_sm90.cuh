@@ -1,7 +1,7 @@
 // A block of the gradient with respect to the inner products, rounded to the operands' type, for the products with them.
 //
-// A tile leaves in pieces of 64 rows, of which each warp has sixteen: through shared memory that is the warp's own, and the
-// copy engine, which also cuts it off at the edges of the block.
+// A tile leaves in pieces of 64 rows, of which each warp has sixteen: through shared memory that is the warp's own, and
+// the copy engine, which also cuts it off at the edges of the block.
 //
 //     128×128   a warpgroup has two pieces, one below the other, of all columns
 //     128×256   each of two has four, side by side, so that the pipeline keeps its four stages
@@ -289,8 +289,8 @@ struct GradEpilogue {
     }
   }
 
-  // Each warpgroup's part of a tile has a place of its own, and launches follow one another: no atomics, always the same
-  // bits.
+  // Each warpgroup's part of a tile has a place of its own, and launches follow one another: no atomics, always the
+  // same bits.
   __device__ void add_moment(const Item& tile, float total) {
 #pragma unroll
     for (int distance = kWarp / 2; distance > 0; distance /= 2) {
@@ -301,10 +301,11 @@ struct GradEpilogue {
     parity_ ^= 1;
     if (thread_ % kWarp == 0) moments[thread_ % kGroupThreads / kWarp] = total;
     barrier_.arrive_and_wait();
-    const int row = tile.row_start + thread_ / kGroupThreads * Tiling::kGroupRows;
+    const int row = tile.row_start + first_row();
     if (thread_ % kGroupThreads == 0 && row < space_.num_rows) {
       const float* m = moments;
-      params_.scale_partials[part_number<kWidth>(row, tile.col_start, space_.num_cols)] += static_cast<double>(m[0]) + m[1] + m[2] + m[3];
+      const int number = part_number<kWidth>(row, tile.col_start, space_.num_cols);
+      params_.scale_partials[number] += static_cast<double>(m[0]) + m[1] + m[2] + m[3];
     }
   }
 
@@ -320,7 +321,7 @@ struct GradEpilogue {
     tma_store_fence();
     __syncwarp();
     const int warp = thread_ % kGroupThreads / kWarp;
-    const int row = tile.row_start + thread_ / kGroupThreads * Tiling::kGroupRows + half * kPieceRows + warp * kPartRows;
+    const int row = tile.row_start + first_row() + half * kPieceRows + warp * kPartRows;
     const int col = tile.col_start + piece * kPieceCols;
     // A warp past the edge, as in the lower tile of a cluster's last, has nothing to store.
     if (thread_ % kWarp == 0 && row < space_.num_rows) {
@@ -337,6 +338,9 @@ struct GradEpilogue {
       tma_store_arrive();
     }
   }
+
+  // Of this warpgroup's in the tile.
+  __device__ int first_row() const { return thread_ / kGroupThreads * Tiling::kGroupRows; }
 
   // Before a warp writes to its part of shared memory again, or the block gives it back.
   __device__ void wait_for_store() const {

@@ -1,12 +1,13 @@
-// How consumers learn which tile is next and what its entries need besides products: a warp of the producer's group walks
-// for them and leaves it in one of two places, up to two tiles ahead. Plain C++ with the operations left to the caller, as
-// residency.h: barriers and device memory on a device, and on the CPU a test that runs everyone in random order.
+// How consumers learn which tile is next and what its entries need besides products: a warp of the producer's group
+// walks for them and leaves it in one of two places, up to two tiles ahead. Plain C++ with the operations left to the
+// caller, as residency.h: barriers and device memory on a device, and on the CPU a test that runs everyone in random
+// order.
 //
 //     warp        … ready[0] ─► ready[1] ─► wait free[0] ─► ready[0] …
 //     consumers       wait ready[0] ─► free[0] ─► wait ready[1] ─► free[1] …
 //
-// A team is one consumer, or two that share a tile: then a place is free when both have said so. So one of them is at most
-// one tile behind the other when that waits for a place, and no phase of a barrier passes it by.
+// A team is one consumer, or two that share a tile: then a place is free when both have said so. Neither gets further
+// ahead of the other than the places go round, so no phase of a barrier passes the other by.
 #pragma once
 
 #include "tiles.h"
@@ -56,7 +57,7 @@ GAPKERNELS_HOST_DEVICE void prepare_tiles(Walk& walk, int team, int teams, Opera
   operations.ready(place.index);
 }
 
-// Takes every tile that is prepared. `compute` says when it needs nothing more of the place; it returns false at the end.
+// Takes every tile that is prepared. `compute` gives the place back, and returns false at the end.
 template <class Operations>
 GAPKERNELS_HOST_DEVICE void take_tiles(Operations& operations) {
 #pragma unroll 1

@@ -1,17 +1,17 @@
-// The part of a Hopper kernel that all kernels here share: inner products of tiles, and what happens to a tile left to an
-// epilogue. Persistent, one block per processor.
+// The part of a Hopper kernel that all kernels here share: inner products of tiles, and what happens to a tile left to
+// an epilogue. Persistent, one block per processor.
 //
 //     warpgroup 0   warp 0: copies operands into shared memory (TMA; a cluster of two blocks shares the column tile)
-//                   warps 1, 2: for each team of consumers, which tile is next, and what its entries need besides products
+//                   warps 1, 2: for a team of consumers each, which tile is next, and all that it needs besides products
 //
-// Tiles of 128×128, in turns: each consumer is a team. One multiplies while the other is in its epilogue, so exponentials
-// cost no time as long as they take less than the products.
+// Tiles of 128×128, in turns: each consumer is a team. One multiplies while the other is in its epilogue, so
+// exponentials cost no time as long as they take less than the products.
 //
 //     warpgroup 1   tile 0: products │ epilogue          │ tile 2: products │ epilogue …
 //     warpgroup 2                    │ tile 1: products  │ epilogue         │ tile 3: products …
 //
-// Tiles of 128×256, together: both consumers are one team, and each has 64 rows. The second follows as many steps behind
-// as the pipeline allows, and multiplies these while the first is in its epilogue.
+// Tiles of 128×256, together: both consumers are one team, and each has 64 rows. The second stays a few steps behind,
+// and multiplies these while the first is in its epilogue.
 //
 //     warpgroup 1   tile 0: products         │ epilogue │ tile 1: products         │ epilogue │ …
 //     warpgroup 2      tile 0: products         │ epilogue │ tile 1: products         │ epilogue │ …
@@ -226,7 +226,7 @@ struct Persistent {
       if (warp == 0) {
         feed.load(params.operands, space, params.dim, walk);
       } else if (warp <= kTeams) {
-        Preparation preparation{params, shared.handoffs[warp - 1], block_in_cluster, static_cast<int>(threadIdx.x) % kWarp};
+        Preparation preparation{params, shared.handoffs[warp - 1], block_in_cluster, thread % kWarp};
         prepare_tiles(walk, warp - 1, kTeams, preparation);
       }
     } else {

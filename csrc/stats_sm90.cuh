@@ -1,9 +1,9 @@
 // Row and column sums of matrices of exponentials, nothing of size N×N stored.
 //
-// A thread adds up its rows and columns of a tile, four and 32 or, if it is wide, two and 64, in registers. Rows stay there
-// as long as a consumer's tiles have the same ones; then quads finish them. A butterfly over the warp and shared memory
-// finish the columns of a warpgroup's part of a tile: two that share a tile do not wait for each other. Each finished sum
-// reaches device memory by one atomic addition.
+// A thread adds up its rows and columns of a tile, four and 32 or, if it is wide, two and 64, in registers. Rows stay
+// there as long as a consumer's tiles have the same ones; then quads finish them. A butterfly over the warp and shared
+// memory finish the columns of a warpgroup's part of a tile: two that share a tile do not wait for each other. Each
+// finished sum reaches device memory by one atomic addition.
 #pragma once
 
 #include "entries.h"

@@ -62,12 +62,13 @@ class Streamed {
 
  private:
   static constexpr int kMembers = Fragments<kWidth>::kMembers;
-  static_assert(kMembers == 1 || kStepsBehind < Mainloop::DispatchPolicy::Stages, "or this waits for itself");
+  static constexpr int kStages = Mainloop::DispatchPolicy::Stages;
+  static_assert(kMembers == 1 || kStages >= kStepsBehind + 2, "the first needs a stage to go on to");
 
   // The second of two that share a tile begins when the operands are there of a step that the first will have come to.
-  // Two steps are its exponentials' time, so each multiplies while the other is in its epilogue. They stay apart: what
-  // one falls behind in its own epilogue it makes up for in the other's. Of a step in the same tile, which is copied
-  // without this one doing anything; there may be no other.
+  // In the time that this one takes for two steps alone, 1,024 clocks, the first has its exponentials. They stay apart:
+  // what one falls behind in its own epilogue it makes up for in the other's. The step is one of the same tile, since
+  // there may be no other tile, and of the stages behind this one's, which are copied without it giving anything back.
   __device__ void follow() {
     auto ahead = state_;
     ahead.advance(step_to_wait_for(steps_));

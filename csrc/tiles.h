@@ -1,7 +1,7 @@
 // Which tile comes when. Plain integer arithmetic: the kernels and the tests on the CPU run the same code.
 //
-// Work is dealt out in items: one column of tiles, as many tiles high as a cluster has blocks. Items of all matrices of a
-// launch are numbered through; cluster c of C takes c, c + C, c + 2C, …
+// Work is dealt out in items: one column of tiles, as many tiles high as a cluster has blocks. Items of all matrices of
+// a launch are numbered through; cluster c of C takes c, c + C, c + 2C, …
 //
 //     item numbers   | matrix 0 | matrix 1 | … | triangle |
 //     in a matrix    groups of kGroup items walk along the columns together, so that what runs at one time shares
@@ -77,8 +77,8 @@ template <int kCluster, int kWidth>
 struct TileOrder {
   static constexpr int kHeight = kCluster * kTile;                 // rows of an item
   static constexpr int kColsPerGroup = kGroup * kHeight / kWidth;  // column tiles as wide as a group is high
-  // Items of a column that meets the diagonal and of its counterpart: one more than a group has, or two where an item is
-  // twice as wide as high.
+  // Items of a column that meets the diagonal and of its counterpart: one more than a group has, or two where an item
+  // is twice as wide as high.
   static constexpr int kPairItems = kGroup + (kWidth > kHeight ? kWidth / kHeight : 1);
   static constexpr int kDiagonalItems = kPairItems * kColsPerGroup / 2;  // of a group, where it meets the diagonal
 

@@ -1,7 +1,7 @@
-// The blocks of one cluster that copy both operands of every tile, without their arithmetic: the kernels' own walk, what is
-// prepared for consumers in the kernels' own order (handoff.h), and the pipeline of operands as CUTLASS's collective does it,
-// written out. Two teams of one consumer that take turns, or one team of two that share their tiles, of which the second
-// stays behind.
+// The blocks of one cluster that copy both operands of every tile, without their arithmetic: the kernels' own walk,
+// what is prepared for consumers in the kernels' own order (handoff.h), and the pipeline of operands as CUTLASS's
+// collective does it, written out. Two teams of one consumer that take turns, or one team of two that share their
+// tiles, of which the second stays behind.
 //
 // What is looked for: operands or prepared factors of another tile, or overwritten while they are read; a barrier that
 // receives more than it expects; an arrival at a block that has ended; a wait without end.
@@ -215,7 +215,9 @@ class StreamedCluster : Simulation {
         }
       }
     }
-    for (int s = 0; s < stages_; ++s, place.advance(1, stages_)) wait(blocks_[b].stages[place.index].empty, place.phase ^ 1);
+    for (int s = 0; s < stages_; ++s, place.advance(1, stages_)) {
+      wait(blocks_[b].stages[place.index].empty, place.phase ^ 1);
+    }
     --blocks_[b].roles_alive;
   }
 
@@ -233,21 +235,25 @@ class StreamedCluster : Simulation {
   Block blocks_[kCluster];
 };
 
+template <int kCluster, int kWidth>
+std::string run_cluster(const TileSpace& space, int num_clusters, int cluster, int steps, int stages, bool careless,
+                        unsigned seed, int& tiles) {
+  return StreamedCluster<kCluster, kWidth>(space, num_clusters, cluster, steps, stages, careless, seed).run(tiles);
+}
+
 }  // namespace
 }  // namespace gapkernels
 
-// Runs one of `num_clusters` clusters of one or two blocks with tiles of either width; returns what went wrong, or null, valid
-// until the next call.
+// Runs one of `num_clusters` clusters of one or two blocks with tiles of either width; returns what went wrong, or
+// null, valid until the next call.
 extern "C" const char* gapkernels_handoff(int num_rows, int num_cols, int num_matrices, unsigned symmetric, int cluster,
                                           int num_clusters, int height, bool wide, int steps, int stages, bool careless,
                                           unsigned seed, int* tiles) {
   using namespace gapkernels;
   static std::string problem;
+  const auto run = height == 1 ? (wide ? run_cluster<1, kWideTile> : run_cluster<1, kTile>)
+                               : (wide ? run_cluster<2, kWideTile> : run_cluster<2, kTile>);
   const TileSpace space{num_rows, num_cols, num_matrices, symmetric};
-  auto run = [&](auto&& blocks) { problem = blocks.run(*tiles); };
-  if (height == 1 && wide) run(StreamedCluster<1, kWideTile>(space, num_clusters, cluster, steps, stages, careless, seed));
-  else if (height == 1) run(StreamedCluster<1, kTile>(space, num_clusters, cluster, steps, stages, careless, seed));
-  else if (wide) run(StreamedCluster<2, kWideTile>(space, num_clusters, cluster, steps, stages, careless, seed));
-  else run(StreamedCluster<2, kTile>(space, num_clusters, cluster, steps, stages, careless, seed));
+  problem = run(space, num_clusters, cluster, steps, stages, careless, seed, *tiles);
   return problem.empty() ? nullptr : problem.c_str();
 }

@@ -1,5 +1,5 @@
-// Warps, barriers and shared memory of a cluster for tests of who waits for whom: fibers that take turns at random, barriers
-// that count arrivals and bytes as those of the hardware do, and operands that know what they hold.
+// Warps, barriers and shared memory of a cluster for tests of who waits for whom: fibers that take turns at random,
+// barriers that count arrivals and bytes as those of the hardware do, and operands that know what they hold.
 #pragma once
 
 #include <ucontext.h>

@@ -203,10 +203,12 @@ void walk_all(const TileSpace& space, Visit visit) {
   }
 }
 
-// visit(width of a tile, matrix, its first row and column), the width as a type
+// visit(width of a tile as a type, matrix, its first row and column)
 template <class Visit>
 void walk_all(const TileSpace& space, Variant variant, Visit visit) {
-  auto of_width = [&](auto width) { return [&visit, width](int matrix, int row, int col) { visit(width, matrix, row, col); }; };
+  auto of_width = [&](auto width) {
+    return [&visit, width](int matrix, int row, int col) { visit(width, matrix, row, col); };
+  };
   const auto usual = of_width(std::integral_constant<int, kTile>{});
   switch (variant) {
     case Variant::kResident: return walk_all<StripOrder<kCluster>, StripWalk<kCluster>>(space, usual);
@@ -292,7 +294,8 @@ extern "C" int gapkernels_walk(int num_rows, int num_cols, int num_matrices, uns
   return height == 1 ? request.of_height<1>() : request.of_height<2>();
 }
 
-// ---- for the tests of arithmetic and checks alone --------------------------------------------------------------------
+// ---- for the tests of arithmetic and checks alone
+// --------------------------------------------------------------------
 
 extern "C" int gapkernels_quotient(int number, int divisor) { return gapkernels::Divisor::of(divisor).divide(number); }
 
