@@ -9,8 +9,8 @@
 #include <optional>
 #include <vector>
 
-#include "fragments.h"
 #include "similarity.h"
+#include "tiles.h"
 
 namespace {
 

@@ -15,7 +15,7 @@ namespace gapkernels {
 template <class ElementType, int kTileWidth>
 struct GradEpilogue {
   static constexpr int kWidth = kTileWidth;
-  using Tiling = Fragments<kWidth>;
+  using Tiling = Teams<kWidth>;
   // What is read ahead for a wide tile takes 24 numbers a lane, 16 otherwise.
   static constexpr int kProducerRegisters = Tiling::kMembers == 1 ? 40 : 56;
   static constexpr int kPieceRows = 64;          // of an instruction

@@ -60,7 +60,7 @@ template <class ElementType, int kWidth, class StageCount>
 using MainloopOf = typename cutlass::gemm::collective::CollectiveBuilder<
     cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, ElementType, cutlass::layout::RowMajor, 8, ElementType,
     cutlass::layout::ColumnMajor, 8, float, TileShape<kWidth>, ClusterShape, StageCount,
-    cute::conditional_t<Fragments<kWidth>::kMembers == 1, cutlass::gemm::KernelTmaWarpSpecializedPingpong,
+    cute::conditional_t<Teams<kWidth>::kMembers == 1, cutlass::gemm::KernelTmaWarpSpecializedPingpong,
                         cutlass::gemm::KernelTmaWarpSpecializedCooperative>>::CollectiveOp;
 
 template <class TiledCopy>
@@ -116,7 +116,7 @@ struct Handoff {
 template <class ElementType, class Epilogue, template <class, int, int> class FeedOf>
 struct Persistent {
   static constexpr int kWidth = Epilogue::kWidth;
-  using Tiling = Fragments<kWidth>;
+  using Tiling = Teams<kWidth>;
   static constexpr int kTeams = Tiling::kTeams, kMembers = Tiling::kMembers;
   using Prepared = typename Epilogue::Prepared;
   static constexpr int kThreads = (1 + kConsumers) * kGroupThreads;

@@ -16,7 +16,6 @@
 // the other consumer, whose turn comes before its own, has seen that panel arrive.
 #pragma once
 
-#include "fragments.h"
 #include "handoff.h"
 
 namespace gapkernels {

@@ -77,7 +77,7 @@ struct GradArguments {
   const float* reference;     // one number
   const float* row_log_sums;  // [num_rows], null for centroids
   const float* col_log_sums;  // [num_cols]
-  double* scale_partials;     // [num_parts()], see fragments.h
+  double* scale_partials;     // [num_parts()], see tiles.h
   void* out;                  // [num_rows, num_cols], of the operands' type, 16-byte aligned
   int64_t out_stride;
 };

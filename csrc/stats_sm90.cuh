@@ -14,7 +14,7 @@ namespace gapkernels {
 template <int kTileWidth>
 struct StatsEpilogue {
   static constexpr int kWidth = kTileWidth;
-  using Tiling = Fragments<kWidth>;
+  using Tiling = Teams<kWidth>;
   static constexpr int kRowsPerThread = Tiling::kRowsPerThread, kColsPerThread = Tiling::kColsPerThread;
   using Reduction = ColumnReduction<kColsPerThread>;
   static constexpr int kProducerRegisters = 40;

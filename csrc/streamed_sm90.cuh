@@ -61,7 +61,7 @@ class Streamed {
   __device__ void skip() { state_.advance(steps_); }
 
  private:
-  static constexpr int kMembers = Fragments<kWidth>::kMembers;
+  static constexpr int kMembers = Teams<kWidth>::kMembers;
   static constexpr int kStages = Mainloop::DispatchPolicy::Stages;
   static_assert(kMembers == 1 || kStages >= kStepsBehind + 2, "the first needs a stage to go on to");
 

@@ -25,8 +25,35 @@ namespace gapkernels {
 constexpr int kTile = 128;      // rows of a tile, and its columns unless it is wide
 constexpr int kWideTile = 256;  // columns of a wide one
 constexpr int kGroup = 8;
+constexpr int kConsumers = 2;  // warpgroups of a block that compute
+constexpr int kGroupThreads = 128;
 
 GAPKERNELS_HOST_DEVICE constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// Who computes a tile: a team of one warpgroup, or of two where it is wide. Each thread has 128 accumulators.
+//
+//     128×128   two instructions of 64 rows, one below the other
+//     128×256   one instruction of 64 rows for each of two warpgroups
+template <int kWidth>
+struct Teams {
+  static constexpr int kMembers = kWidth / kTile;  // warpgroups of a team
+  static constexpr int kTeams = kConsumers / kMembers;
+  static constexpr int kHalves = 2 / kMembers;     // instructions for each warpgroup
+  static constexpr int kGroupRows = 64 * kHalves;  // of a warpgroup
+  static constexpr int kRowsPerThread = 2 * kHalves;
+  static constexpr int kColsPerThread = kWidth / 4;
+};
+
+// The number of a warpgroup's part of a tile, which begins at these entries, among all of a matrix; how many there are.
+template <int kWidth>
+GAPKERNELS_HOST_DEVICE int part_number(int row_start, int col_start, int num_cols) {
+  return row_start / Teams<kWidth>::kGroupRows * ceil_div(num_cols, kWidth) + col_start / kWidth;
+}
+
+template <int kWidth>
+int64_t num_parts(int num_rows, int num_cols) {
+  return static_cast<int64_t>(ceil_div(num_rows, Teams<kWidth>::kGroupRows)) * ceil_div(num_cols, kWidth);
+}
 
 // Division by a number that is known before the launch, as a multiplication: for 0 ≤ n < 2^31, b = ⌈log2 d⌉ and
 // m = ⌈2^(31 + b) / d⌉ the quotient n / d is n·m / 2^(31 + b), rounded down. A division by a variable costs a device about

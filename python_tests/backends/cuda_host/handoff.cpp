@@ -7,7 +7,6 @@
 // receives more than it expects; an arrival at a block that has ended; a wait without end.
 #include "handoff.h"
 
-#include "fragments.h"
 #include "interleaving.h"
 
 namespace gapkernels {
@@ -15,7 +14,7 @@ namespace {
 
 template <int kCluster, int kWidth>
 class StreamedCluster : Simulation {
-  using Tiling = Fragments<kWidth>;
+  using Tiling = Teams<kWidth>;
   using Walk = TileWalk<kCluster, kWidth>;
   static constexpr int kTeams = Tiling::kTeams, kMembers = Tiling::kMembers;
 

@@ -98,7 +98,7 @@ void reduce_columns(float (&sums)[32][kCols], float* out) {
 
 template <int kWidth, bool kBiased>
 void stats_tile(const StatsArguments& arguments, const Matrix& matrix, int m, int row_start, int col_start) {
-  using Tiling = Fragments<kWidth>;
+  using Tiling = Teams<kWidth>;
   const Products<kWidth> products(matrix, arguments.element, arguments.num_rows, arguments.num_cols, arguments.dim,
                                   row_start, col_start);
   const float scale = load_scale(matrix.scale, matrix.scale_is_double);
