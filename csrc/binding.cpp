@@ -88,6 +88,17 @@ Matrix matrix_of(const Tensor& rows, const Tensor& row_factors, const Tensor& co
           symmetric};
 }
 
+// None has no numbers.
+gapkernels::Kept kept_of(const Tensor& entries, const Tensor& rows, const Tensor& cols) {
+  if (entries.numel() == 0) return {nullptr, 0};
+  check_copyable(entries, "kept");
+  STD_TORCH_CHECK(entries.scalar_type() == ScalarType::BFloat16 && entries.size(0) == rows.size(0) &&
+                      entries.size(1) == cols.size(0),
+                  "kept must be bfloat16 of ", rows.size(0), " rows and ", cols.size(0), " columns, got ",
+                  entries.size(0), " and ", entries.size(1));
+  return {entries.mutable_data_ptr(), entries.stride(0)};
+}
+
 void* current_stream([[maybe_unused]] const Tensor& t) {
   void* stream = nullptr;
 #ifdef USE_CUDA
@@ -103,12 +114,13 @@ void check_success(const char* error, const char* kernel) {
 void similarity_stats(std::vector<Tensor> rows, std::vector<Tensor> row_factors, std::vector<Tensor> cols,
                       std::vector<Tensor> col_factors, std::vector<Tensor> scales, std::vector<bool> biased,
                       std::vector<bool> symmetric, std::optional<Tensor> largest, int64_t diagonal, double headroom,
-                      int64_t variant, Tensor row_sums, Tensor col_sums) {
+                      int64_t variant, Tensor row_sums, Tensor col_sums, std::vector<Tensor> kept) {
   const size_t count = rows.size();
   STD_TORCH_CHECK(count >= 1 && count <= gapkernels::kMaxMatrices, "1 to ", gapkernels::kMaxMatrices,
                   " matrices are accepted, got ", count);
   STD_TORCH_CHECK(row_factors.size() == count && cols.size() == count && col_factors.size() == count &&
-                      scales.size() == count && biased.size() == count && symmetric.size() == count,
+                      scales.size() == count && biased.size() == count && symmetric.size() == count &&
+                      (kept.empty() || kept.size() == count),
                   "lists must have one entry for each of the ", count, " matrices");
   const int64_t matrices = static_cast<int64_t>(count), tiles = matrices * num_tiles(rows[0], cols[0]);
   STD_TORCH_CHECK(tiles <= kMostTiles, "one launch walks over at most ", kMostTiles, " tiles, got ", tiles);
@@ -127,6 +139,8 @@ void similarity_stats(std::vector<Tensor> rows, std::vector<Tensor> row_factors,
                     "matrices must agree in shape and type; number ", m, " differs from the first");
     arguments.matrices[m] =
         matrix_of(rows[m], row_factors[m], cols[m], col_factors[m], scales[m], biased[m], symmetric[m]);
+    if (!kept.empty()) arguments.kept[m] = kept_of(kept[m], rows[m], cols[m]);
+    STD_TORCH_CHECK(arguments.kept[m].entries == nullptr || !biased[m], "entries of a biased matrix are not kept");
   }
   arguments.largest = largest.has_value() ? floats(*largest, matrices, "largest") : nullptr;
   arguments.row_sums = const_cast<float*>(floats(row_sums, matrices * arguments.num_rows, "row_sums"));
@@ -173,7 +187,7 @@ STABLE_TORCH_LIBRARY(gapkernels_cuda, m) {
   m.def(
       "similarity_stats(Tensor[] rows, Tensor[] row_factors, Tensor[] cols, Tensor[] col_factors, Tensor[] scales, "
       "bool[] biased, bool[] symmetric, Tensor? largest, int diagonal, float headroom, int variant, "
-      "Tensor(a!) row_sums, Tensor(b!) col_sums) -> ()");
+      "Tensor(a!) row_sums, Tensor(b!) col_sums, Tensor(c!)[] kept) -> ()");
   m.def(
       "similarity_grad(Tensor rows, Tensor row_factors, Tensor cols, Tensor col_factors, Tensor scale, bool biased, "
       "Tensor? row_log_sums, Tensor? col_log_sums, int diagonal, float unit, Tensor reference, int variant, "

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstring>
 
 #include "tiles.h"
 
@@ -19,6 +20,22 @@ GAPKERNELS_HOST_DEVICE float fast_exp2(float x) {
   return y;
 #else
   return std::exp2(x);
+#endif
+}
+
+// Two numbers rounded to bfloat16, to nearest even, the left one in the lower half.
+GAPKERNELS_HOST_DEVICE uint32_t pack_bfloat16(float left, float right) {
+#if defined(__CUDA_ARCH__)
+  uint32_t both;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(right), "f"(left));
+  return both;
+#else
+  const auto rounded = [](float value) -> uint32_t {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof(bits));
+    return value != value ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  };
+  return rounded(left) | rounded(right) << 16;
 #endif
 }
 

@@ -43,4 +43,25 @@ struct ColumnReduction {
   }
 };
 
+// The four lanes of a quad hold two neighbouring columns each of every eight; given four times eight, packed in one word
+// per lane and eight, they exchange words until lane q of the quad has the q-th eight, in order. In each of two steps a
+// lane gives two of its words to the lane `distance` away and takes two in their places.
+struct QuadTranspose {
+  static constexpr int kWords = 4;
+
+  // The lower place of exchange e, e < 2, whose upper one is `distance` further.
+  GAPKERNELS_HOST_DEVICE static constexpr int low(int distance, int e) { return distance == 1 ? 2 * e : e; }
+
+  GAPKERNELS_HOST_DEVICE static uint32_t give(const uint32_t (&words)[kWords], int lane, int distance, int e) {
+    return lane & distance ? words[low(distance, e)] : words[low(distance, e) + distance];
+  }
+
+  GAPKERNELS_HOST_DEVICE static void take(uint32_t (&words)[kWords], int lane, int distance, int e, uint32_t word) {
+    uint32_t &lower = words[low(distance, e)], &upper = words[low(distance, e) + distance];
+    const bool is_upper = lane & distance;
+    lower = is_upper ? word : lower;
+    upper = is_upper ? upper : word;
+  }
+};
+
 }  // namespace gapkernels

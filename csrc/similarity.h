@@ -41,10 +41,19 @@ struct Matrix {
   bool symmetric;  // rows and columns are the same: entries above the diagonal count for their row and their column
 };
 
+// Where the entries of a matrix are kept, in bfloat16: [num_rows, num_cols], 16-byte aligned, stride in entries and a
+// multiple of eight. A row is written to the next multiple of eight.
+struct Kept {
+  void* entries;  // null for nothing
+  int64_t stride;
+};
+
 // row_sums[m][i] += Σ_j 2^(x_ij − shift), col_sums[m][j] += Σ_i 2^(x_ij − shift); a symmetric matrix has all of its
-// sums in row_sums. shift = max(0, bound of x − headroom): zero if biased, else the bound is s·log2 e·largest[m].
+// sums in row_sums. shift = max(0, bound of x − headroom): zero if biased, else the bound is s·log2 e·largest[m]. The entries
+// 2^(x_ij − shift) of a pair, its diagonal zero, may be kept.
 struct StatsArguments {
   Matrix matrices[kMaxMatrices];
+  Kept kept[kMaxMatrices];
   int num_matrices;
   Element element;
   Variant variant;

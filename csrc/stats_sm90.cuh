@@ -4,6 +4,8 @@
 // there as long as a consumer's tiles have the same ones; then quads finish them. A butterfly over the warp and shared
 // memory finish the columns of a warpgroup's part of a tile: two that share a tile do not wait for each other. Each
 // finished sum reaches device memory by one atomic addition.
+//
+// Entries that are kept go from registers to device memory, eight at a time: shared memory is left to the pipeline.
 #pragma once
 
 #include "entries.h"
@@ -25,6 +27,7 @@ struct StatsEpilogue {
     const void* scale;
     bool scale_is_double;
     bool biased;
+    Kept kept;
   };
 
   struct Params {
@@ -106,11 +109,14 @@ struct StatsEpilogue {
     const bool masked = mask.needed(tile.row_start, tile.col_start, kWidth);
     float col_sums[kColsPerThread];
     if (prepared.biased) {
-      if (masked) add_up<true, true>(tile, prepared, accumulators, mask, col_sums);
-      else add_up<true, false>(tile, prepared, accumulators, mask, col_sums);
+      if (masked) add_up<true, true, false>(tile, prepared, accumulators, mask, col_sums);
+      else add_up<true, false, false>(tile, prepared, accumulators, mask, col_sums);
+    } else if (params_.matrices[tile.matrix].kept.entries != nullptr) {
+      if (masked) add_up<false, true, true>(tile, prepared, accumulators, mask, col_sums);
+      else add_up<false, false, true>(tile, prepared, accumulators, mask, col_sums);
     } else {
-      if (masked) add_up<false, true>(tile, prepared, accumulators, mask, col_sums);
-      else add_up<false, false>(tile, prepared, accumulators, mask, col_sums);
+      if (masked) add_up<false, true, false>(tile, prepared, accumulators, mask, col_sums);
+      else add_up<false, false, false>(tile, prepared, accumulators, mask, col_sums);
     }
     release();
     if (tile.left <= kConsumers) store_rows(tile);  // the next ones of these rows, if any, are the other consumer's
@@ -124,13 +130,14 @@ struct StatsEpilogue {
     return {space_.num_rows, space_.num_cols, params_.diagonal, space_.is_symmetric(tile.matrix)};
   }
 
-  template <bool kBiased, bool kMasked, class Accumulators>
+  template <bool kBiased, bool kMasked, bool kKept, class Accumulators>
   __device__ void add_up(const Item& tile, const Prepared& prepared, const Accumulators& accumulators, const Mask& mask,
                          float (&col_sums)[kColsPerThread]) {
     const float scale = prepared.scale, shift = prepared.shift;
     float row_terms[kRowsPerThread];
 #pragma unroll
     for (int r = 0; r < kRowsPerThread; ++r) row_terms[r] = prepared.row_terms[fragment_row(thread_, r / 2, r % 2)];
+    uint32_t words[kRowsPerThread][QuadTranspose::kWords];
     RowMask counted[kRowsPerThread];
 #pragma unroll
     for (int r = 0; r < kRowsPerThread; ++r) {
@@ -139,6 +146,7 @@ struct StatsEpilogue {
     }
 #pragma unroll
     for (int n = 0; n < kColsPerThread / 2; ++n) {
+      float entries[kRowsPerThread][2];
       const float2 factors = *reinterpret_cast<const float2*>(&prepared.col_factors[fragment_col(thread_, n, 0)]);
 #pragma unroll
       for (int b = 0; b < 2; ++b) {
@@ -151,10 +159,37 @@ struct StatsEpilogue {
           if (kMasked) entry = counted[r].counts(fragment_col(0, n, b)) ? entry : 0.0f;
           row_sums_[r] += entry;
           total += entry;
+          entries[r][b] = entry;
         }
         col_sums[2 * n + b] = total;
       }
+      if constexpr (kKept) {
+#pragma unroll
+        for (int r = 0; r < kRowsPerThread; ++r) words[r][n % 4] = pack_bfloat16(entries[r][0], entries[r][1]);
+        if (n % 4 == 3) {
+#pragma unroll
+          for (int r = 0; r < kRowsPerThread; ++r) keep(tile, r, n / 4, words[r]);
+        }
+      }
     }
+  }
+
+  // What the quad has of a row and of 32 columns: eight for each lane.
+  __device__ void keep(const Item& tile, int r, int columns, uint32_t (&words)[QuadTranspose::kWords]) const {
+#pragma unroll
+    for (int distance = 1; distance <= 2; distance *= 2) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const uint32_t given = QuadTranspose::give(words, thread_, distance, e);
+        QuadTranspose::take(words, thread_, distance, e, __shfl_xor_sync(0xffffffff, given, distance));
+      }
+    }
+    const Kept& kept = params_.matrices[tile.matrix].kept;
+    const int i = tile.row_start + fragment_row(thread_, r / 2, r % 2);
+    const int j = tile.col_start + 32 * columns + 8 * (thread_ % 4);
+    if (i >= space_.num_rows || j >= space_.num_cols) return;
+    auto* place = static_cast<uint16_t*>(kept.entries) + i * kept.stride + j;
+    *reinterpret_cast<uint4*>(place) = {words[0], words[1], words[2], words[3]};
   }
 
   __device__ void store_rows(const Item& tile) {
@@ -232,7 +267,7 @@ const char* run(const StatsArguments& arguments, void* stream) {
     const Matrix& matrix = arguments.matrices[m];
     params.operands[m] = Kernel::operand_params(matrix, arguments.num_rows, arguments.num_cols, arguments.dim);
     params.epilogue.matrices[m] = {matrix.row_factors, matrix.col_factors, matrix.scale, matrix.scale_is_double,
-                                   matrix.biased};
+                                   matrix.biased, arguments.kept[m]};
     space.symmetric |= static_cast<unsigned>(matrix.symmetric) << m;
   }
   params.order = Kernel::Order::of(space);

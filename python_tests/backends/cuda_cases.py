@@ -20,7 +20,8 @@ from gapkernels.backends import cuda
 from gapkernels.backends.contract import Matrix
 from gapkernels.backends.cuda import build, kernels
 from gapkernels.backends.cuda.kernels import CudaBackend, Variant
-from gapkernels.backends.triton import gradient_blocks, products, tile_sums
+from gapkernels.backends.triton import gradient_blocks, gradient_tiles, products, tile_sums
+from gapkernels.backends.triton.backend import EVERYTHING
 from gapkernels.backends.triton.device import INTERPRETED
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy on infinities that are meant
@@ -331,11 +332,11 @@ def test_rows_too_long_to_stay_are_refused(library):
     x, ones, sums = torch.zeros(20, 520, dtype=torch.float16), torch.ones(20), torch.zeros(20)
     with pytest.raises(RuntimeError, match="rows of at most 512 numbers can stay in shared memory, got 520"):
         torch.ops.gapkernels_cuda.similarity_stats(
-            [x], [ones], [x], [ones], [torch.ones(())], [False], [False], None, 0, 100.0, Variant.RESIDENT, sums, sums
+            [x], [ones], [x], [ones], [torch.ones(())], [False], [False], None, 0, 100.0, Variant.RESIDENT, sums, sums, []
         )
     with pytest.raises(RuntimeError, match="there are 3 variants, got number 3"):
         torch.ops.gapkernels_cuda.similarity_stats(
-            [x], [ones], [x], [ones], [torch.ones(())], [False], [False], None, 0, 100.0, 3, sums, sums
+            [x], [ones], [x], [ones], [torch.ones(())], [False], [False], None, 0, 100.0, 3, sums, sums, []
         )
 
 
@@ -454,3 +455,69 @@ def test_operators_refuse_more_tiles_than_they_can_number(library):
     matrix = Matrix(x, torch.zeros(1), x, torch.zeros(1), torch.ones(()))
     with pytest.raises(RuntimeError, match=r"at most 1073741824 tiles, got 2147483648"):
         CudaBackend().tile_sums([matrix, matrix], None, 100)
+
+
+# ---- entries kept between the passes --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["streamed", "resident", "wide"])
+@pytest.mark.parametrize(("num_rows", "num_cols"), [(1, 1), (300, 139), (257, 600)])
+def test_kept_entries_are_those_that_were_added_up(library, monkeypatch, num_rows, num_cols, variant):
+    """In bfloat16, zero on the diagonal; nothing is written below the last row."""
+    monkeypatch.setenv(kernels.VARIANT_VARIABLE, variant)
+    generator = torch.Generator().manual_seed(1)
+    rows, cols = (torch.randn(n, 24, generator=generator).bfloat16() for n in (num_rows, num_cols))
+    row_factor, col_factor = (1 / x.double().norm(dim=1) for x in (rows, cols))
+    pair = Matrix(rows, row_factor.float(), cols, col_factor.float(), torch.tensor(14.3), diagonal=0)
+    (room,) = CudaBackend()._room_for_entries([pair], EVERYTHING)
+    whole = torch.as_strided(room, (num_rows + 1, room.stride(0)), room.stride()) if num_rows % 256 else room
+    whole.fill_(-1.0)
+    row_sums, col_sums = CudaBackend().tile_sums([pair], None, 100, kept=[room])
+    expected = (14.3 * (rows.double() * row_factor[:, None]) @ (cols.double() * col_factor[:, None]).T).exp()
+    expected.fill_diagonal_(0.0)
+    torch.testing.assert_close(room.double(), expected, rtol=2**-8, atol=0.0)
+    assert (whole[num_rows:] == -1.0).all()
+    torch.testing.assert_close(row_sums[0].double(), expected.sum(1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(col_sums[0].double(), expected.sum(0), rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture
+def kept(monkeypatch):
+    """Whether blocks of pairs took kept entries, in order."""
+    taken = []
+
+    def usable(block, moment):
+        found = gradient_tiles.usable_entries(block, moment)
+        if not block.biased:
+            taken.append(found is not None)
+        return found
+
+    monkeypatch.setattr(kernels, "usable_entries", usable)
+    return taken
+
+
+@pytest.mark.parametrize("variant", ["streamed", "wide"])
+@pytest.mark.parametrize(("n", "dim"), [(300, 256), (70, 24)])
+def test_values_from_kept_entries(on_cpu, monkeypatch, kept, n, dim, variant):
+    """Triton's gradient from the kernel's entries, by blocks whose last tile is a part."""
+    monkeypatch.setenv(kernels.VARIANT_VARIABLE, variant)
+    monkeypatch.setenv(gradient_blocks.VARIABLE, "160")
+    embeddings = random_embeddings(n, dim, 3, dtype=torch.bfloat16)
+    exact = [e.double().requires_grad_() for e in embeddings]
+    ours = [e.clone().requires_grad_() for e in embeddings]
+    gap_loss(*exact, logit_scale=14.3, backend="reference").backward()
+    gap_loss(*ours, logit_scale=14.3, keep_similarities=True, backend="cuda").backward()
+    assert kept
+    assert all(kept)
+    for e, o in zip(exact, ours, strict=True):
+        # Twice, for an interpreter that cuts H off to bf16 where a GPU rounds.
+        assert (o.grad - e.grad).norm() <= 2 * TOLERANCE[torch.bfloat16].gradient * e.grad.norm()
+
+
+@pytest.mark.parametrize(("dtype", "learned"), [(torch.float16, False), (torch.bfloat16, True)])
+def test_nothing_is_kept_where_bfloat16_is_too_coarse(on_cpu, kept, dtype, learned):
+    x, y = (e.requires_grad_() for e in random_embeddings(40, 256, dtype=dtype))
+    scale = torch.tensor(14.3, requires_grad=learned)
+    gap_loss(x, y, logit_scale=scale, keep_similarities=True, backend="cuda").backward()
+    assert kept
+    assert not any(kept)

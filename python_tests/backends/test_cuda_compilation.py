@@ -195,7 +195,7 @@ x, ones = torch.randn(300, 64).half(), torch.ones(300)
 sums = torch.zeros(300), torch.zeros(300)
 try:
     torch.ops.gapkernels_cuda.similarity_stats(
-        [x], [ones], [x], [ones], [torch.ones(())], [False], [False], None, 0, 100.0, 0, *sums
+        [x], [ones], [x], [ones], [torch.ones(())], [False], [False], None, 0, 100.0, 0, *sums, []
     )
 except RuntimeError as error:
     print(error)

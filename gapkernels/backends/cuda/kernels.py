@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gapkernels.backends.contract import Matrix
 from gapkernels.backends.triton.backend import TritonBackend
-from gapkernels.backends.triton.gradient_tiles import Moment
+from gapkernels.backends.triton.gradient_tiles import Moment, usable_entries
 from gapkernels.backends.triton.recording import Launch
 from gapkernels.backends.triton.tile_sums import room_for_sums
 
@@ -78,7 +78,6 @@ class CudaBackend(TritonBackend):
     """``backend="cuda"``; what it does not replace is Triton's."""
 
     sums_of: frozenset[str] = frozenset()  # its kernels know neither weights nor masks
-    keeps_entries = False
 
     def tile_sums(
         self,
@@ -90,7 +89,7 @@ class CudaBackend(TritonBackend):
     ) -> tuple[Tensor, Tensor]:
         """Sums relative to the constant reference exponent; see ``gapkernels.backends.triton.tile_sums.tile_sums``.
 
-        One launch for each type of operands, at most ``MAX_MATRICES`` matrices each.
+        One launch for each type of operands, at most ``MAX_MATRICES`` matrices each. Entries are kept in bfloat16.
         """
         first = matrices[0]
         if first.rows.dtype == torch.float32:
@@ -112,8 +111,14 @@ class CudaBackend(TritonBackend):
                 choose_variant("similarity_stats", members[0].rows.dtype, members[0].rows.shape[1]),
                 row_sums[part],
                 col_sums[part],
+                _kept(members, kept, part),
             )
         return row_sums, col_sums
+
+    def _room_for_entries(self, matrices: list[Matrix], keep: int) -> list[Tensor | None]:
+        """None where Triton's kernel would keep float32: other embeddings, and where the scale has a gradient."""
+        coarse = matrices[0].rows.dtype == torch.bfloat16 and not matrices[0].scale.requires_grad
+        return super()._room_for_entries(matrices, keep if coarse else 0)
 
     def gradient_tiles(
         self,
@@ -127,7 +132,7 @@ class CudaBackend(TritonBackend):
         num_terms: int,
     ) -> Launch | None:
         """Write one block of H; see ``gapkernels.backends.triton.gradient_tiles.gradient_tiles``."""
-        if block.rows.dtype == torch.float32:
+        if block.rows.dtype == torch.float32 or usable_entries(block, moment) is not None:
             return super().gradient_tiles(block, row_log_sum, col_log_sum, reference, scale, moment, out, num_terms)
         if moment is not None and not moment.used:  # the kernel adds
             moment.partials.zero_()
@@ -160,6 +165,14 @@ def _launches(matrices: list[Matrix]) -> list[slice]:
         parts += [slice(i, min(i + MAX_MATRICES, stop)) for i in range(start, stop, MAX_MATRICES)]
         start = stop
     return parts
+
+
+def _kept(members: list[Matrix], kept: Sequence[Tensor | None] | None, part: slice) -> list[Tensor]:
+    """Where the entries of a launch's matrices go: empty for one of which none are kept, no list for none at all."""
+    if kept is None or not any(room is not None for room in kept[part]):
+        return []
+    nowhere = members[0].rows.new_empty(0)
+    return [nowhere if room is None else room for room in kept[part]]
 
 
 def _largest(largest: Tensor, part: slice) -> Tensor | None:

@@ -96,6 +96,25 @@ void reduce_columns(float (&sums)[32][kCols], float* out) {
   }
 }
 
+// Of 32 columns and the eight rows that a warp has of them, from what each lane holds.
+void keep_entries(const Kept& kept, const StatsArguments& arguments, int row, int col, const uint32_t (*packed)[32]) {
+  uint32_t words[32][QuadTranspose::kWords], given[32];
+  for (int lane = 0; lane < 32; ++lane) {
+    for (int k = 0; k < QuadTranspose::kWords; ++k) words[lane][k] = packed[k][lane];
+  }
+  for (int distance : {1, 2}) {
+    for (int e = 0; e < 2; ++e) {
+      for (int lane = 0; lane < 32; ++lane) given[lane] = QuadTranspose::give(words[lane], lane, distance, e);
+      for (int lane = 0; lane < 32; ++lane) QuadTranspose::take(words[lane], lane, distance, e, given[lane ^ distance]);
+    }
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    const int i = row + lane / 4, j = col + 8 * (lane % 4);
+    if (i >= arguments.num_rows || j >= arguments.num_cols) continue;
+    std::memcpy(static_cast<uint16_t*>(kept.entries) + i * kept.stride + j, words[lane], sizeof(words[lane]));
+  }
+}
+
 template <int kWidth, bool kBiased>
 void stats_tile(const StatsArguments& arguments, const Matrix& matrix, int m, int row_start, int col_start) {
   using Tiling = Teams<kWidth>;
@@ -106,9 +125,11 @@ void stats_tile(const StatsArguments& arguments, const Matrix& matrix, int m, in
   const float shift = constant_shift(scale, largest, kBiased, arguments.headroom);
   const Mask mask{arguments.num_rows, arguments.num_cols, arguments.diagonal, matrix.symmetric};
   const bool masked = mask.needed(row_start, col_start, kWidth);
+  const Kept& kept = arguments.kept[m];
   float row_sums[kTile] = {}, col_sums[kWidth] = {};
   for (int warp = 0; warp < Tiling::kMembers * kGroupThreads / 32; ++warp) {
     float of_lanes[32][Tiling::kColsPerThread] = {};
+    uint32_t words[Tiling::kRowsPerThread][Tiling::kColsPerThread / 2][32];
     for (int lane = 0; lane < 32; ++lane) {
       const int thread = 32 * warp + lane;
       for (int r = 0; r < Tiling::kRowsPerThread; ++r) {
@@ -116,6 +137,7 @@ void stats_tile(const StatsArguments& arguments, const Matrix& matrix, int m, in
         const float term = row_term<kBiased>(i < arguments.num_rows ? matrix.row_factors[i] : 0.0f, scale);
         const RowMask counted = mask.row(i, col_start + fragment_col(thread, 0, 0));
         for (int n = 0; n < Tiling::kColsPerThread / 2; ++n) {
+          float entries[2];
           for (int b = 0; b < 2; ++b) {
             const int col = fragment_col(thread, n, b), j = col_start + col;
             const float factor = j < arguments.num_cols ? matrix.col_factors[j] : 0.0f;
@@ -123,11 +145,20 @@ void stats_tile(const StatsArguments& arguments, const Matrix& matrix, int m, in
             if (masked && !counted.counts(fragment_col(0, n, b))) entry = 0.0f;
             row_sums[row] += entry;
             of_lanes[lane][2 * n + b] += entry;
+            entries[b] = entry;
           }
+          words[r][n][lane] = pack_bfloat16(entries[0], entries[1]);
         }
       }
     }
     reduce_columns(of_lanes, col_sums);
+    if (kept.entries == nullptr) continue;
+    for (int r = 0; r < Tiling::kRowsPerThread; ++r) {
+      for (int n = 0; n < Tiling::kColsPerThread / 2; n += 4) {
+        const int row = row_start + fragment_row(32 * warp, r / 2, r % 2), col = col_start + fragment_col(0, n, 0);
+        keep_entries(kept, arguments, row, col, &words[r][n]);
+      }
+    }
   }
   float* rows = arguments.row_sums + static_cast<int64_t>(m) * arguments.num_rows;
   float* cols = matrix.symmetric ? rows : arguments.col_sums + static_cast<int64_t>(m) * arguments.num_cols;
