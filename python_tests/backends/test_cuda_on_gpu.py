@@ -114,6 +114,19 @@ def test_not_a_number_in_not_a_number_out(bad):
     assert not torch.isfinite(x.grad).all()
 
 
+@pytest.mark.parametrize("variant", VARIANTS, indirect=True)
+@pytest.mark.parametrize(("n", "dim"), [(129, 64), (1000, 512), (6000, 512)])
+def test_entries_kept_agree_with_those_made_again(variant, n, dim):
+    """Stored by the kernel of the sums, read by Triton's of the gradient; one block and several."""
+    x, y = (e.requires_grad_() for e in random_embeddings(n, dim, dtype=torch.bfloat16))
+    gradients = [
+        torch.autograd.grad(gap_loss(x, y, logit_scale=50.0, keep_similarities=keep, backend="cuda"), (x, y))
+        for keep in (True, False)
+    ]
+    for kept, again in zip(*gradients, strict=True):
+        assert (kept.double() - again.double()).norm() <= TOLERANCE[torch.bfloat16].gradient * again.double().norm()
+
+
 def test_agrees_with_triton_closely():
     """Both round the same operands and weights; only the order of sums differs."""
     x, y = (e.requires_grad_() for e in random_embeddings(5000, 512, dtype=torch.bfloat16))
