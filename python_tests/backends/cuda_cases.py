@@ -15,6 +15,7 @@ import pytest
 import torch
 from oracle import TOLERANCE, Tolerance, assert_matches_oracle, random_embeddings
 
+from benchmarks import run_once
 from gapkernels import backends, gap_loss
 from gapkernels.backends import cuda
 from gapkernels.backends.contract import Matrix
@@ -322,22 +323,45 @@ def test_values_of_wide_tiles(on_cpu, monkeypatch, n, dim, dtype):
     assert_matches_oracle(random_embeddings(n, dim, dtype=dtype), 14.3, "cuda")
 
 
+def test_sanitizer_sees_narrow_and_wide_tiles(monkeypatch):
+    """Under compute-sanitizer `make gpu` runs what is chosen by default."""
+    monkeypatch.delenv(kernels.VARIANT_VARIABLE, raising=False)
+    widths = [int(size.partition("x")[2]) for size in run_once.ODD_SIZES.split(",")]
+    seen = {kernels.choose_variant("similarity_stats", torch.bfloat16, width) for width in widths}
+    assert seen >= {Variant.STREAMED, Variant.WIDE}
+
+
 def test_values_of_rows_too_long_to_stay(on_cpu):
     """Tiles are wide by default."""
     assert kernels.choose_variant("similarity_grad", torch.bfloat16, 600) is Variant.WIDE
     assert_matches_oracle(random_embeddings(130, 600, dtype=torch.bfloat16), 14.3, "cuda")
 
 
-def test_rows_too_long_to_stay_are_refused(library):
+@pytest.mark.parametrize(
+    ("variant", "message"),
+    [
+        (Variant.RESIDENT, "rows of at most 512 numbers can stay in shared memory, got 520"),
+        (3, "there are 3 variants, got number 3"),
+    ],
+)
+def test_variants_that_cannot_be_are_refused(library, variant, message):
     x, ones, sums = torch.zeros(20, 520, dtype=torch.float16), torch.ones(20), torch.zeros(20)
-    with pytest.raises(RuntimeError, match="rows of at most 512 numbers can stay in shared memory, got 520"):
-        torch.ops.gapkernels_cuda.similarity_stats(
-            [x], [ones], [x], [ones], [torch.ones(())], [False], [False], None, 0, 100.0, Variant.RESIDENT, sums, sums, []
-        )
-    with pytest.raises(RuntimeError, match="there are 3 variants, got number 3"):
-        torch.ops.gapkernels_cuda.similarity_stats(
-            [x], [ones], [x], [ones], [torch.ones(())], [False], [False], None, 0, 100.0, 3, sums, sums, []
-        )
+    matrix = [x], [ones], [x], [ones], [torch.ones(())], [False], [False]
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.gapkernels_cuda.similarity_stats(*matrix, None, 0, 100.0, variant, sums, sums, [])
+
+
+def test_places_for_entries_that_do_not_fit_are_refused(library):
+    x, ones, sums = torch.zeros(20, 8, dtype=torch.bfloat16), torch.ones(20), torch.zeros(20)
+    matrix = [x], [ones], [x], [ones], [torch.ones(())], [False], [False]
+    room = torch.zeros(20, 24, dtype=torch.bfloat16)
+    for kept, message in (
+        (room, "kept must be bfloat16 of 20 rows and 20 columns, got 20 and 24"),
+        (room.half()[:, :20], "kept must be bfloat16"),
+        (room[:, 1:21], "aligned to 16 bytes"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.gapkernels_cuda.similarity_stats(*matrix, None, 0, 100.0, 0, sums, sums, [kept])
 
 
 @pytest.mark.parametrize(

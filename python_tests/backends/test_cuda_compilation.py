@@ -38,7 +38,7 @@ EXPECTED = {
     "similarity_grad_resident": GRAD,
     "similarity_grad_wide": {**GRAD, **WIDE},
 }
-REGISTERS = {name: (40, 232) for name in EXPECTED} | {"similarity_grad_wide": (56, 224)}
+REGISTERS = dict.fromkeys(EXPECTED, (40, 232)) | {"similarity_grad_wide": (56, 224)}
 """What producers and consumers of a kernel may use, as in ``csrc/persistent_sm90.cuh``."""
 
 

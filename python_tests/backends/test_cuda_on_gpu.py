@@ -44,8 +44,10 @@ def variant(request, monkeypatch):
 @pytest.mark.parametrize("n", [2, 127, 129, 1000, 4097, 9000])
 @pytest.mark.parametrize("variant", VARIANTS, indirect=True)
 def test_variants(variant, n, dim, dtype):
-    """Panels of one tile and of many, whole strips and shares of them, where rows stay (768 is too long); tiles of one step,
-    so that two consumers of a wide one are a tile apart, and of more than the pipeline has stages."""
+    """Where rows stay, panels of one tile and of many, whole strips and shares of them; 768 is too long.
+
+    Tiles of one step, so that the two consumers of a wide one may be a tile apart, and of more than there are stages.
+    """
     assert_matches_oracle(random_embeddings(n, dim, dtype=dtype), 14.3, "cuda")
 
 

@@ -42,11 +42,12 @@ RESIDENT_FROM: dict[tuple[str, torch.dtype], int] = {}
 otherwise (``make gpu-kernels`` times all variants)."""
 
 WIDE_FROM: dict[tuple[str, torch.dtype], int] = {}
-"""By kernel and type the width D from which on tiles are wide where rows do not stay. Where nothing is written, by count
-(docs/cuda-kernels.md) rather than by a measurement: ``WIDE_BY_COUNT``."""
+"""By kernel and type the width D from which on tiles are wide where rows do not stay, by a measurement; where there is
+none, by count: ``WIDE_BY_COUNT``."""
 
 WIDE_BY_COUNT = 513
-"""D from which on wide tiles take less time by count even if none of their exponentials overlaps with products."""
+"""D from which on wide tiles take less time by count (docs/cuda-kernels.md), even if none of their exponentials overlaps
+with products."""
 
 VARIANT_VARIABLE = "GAPKERNELS_CUDA_VARIANT"
 """``streamed``, ``wide`` or ``resident`` (this wherever rows are short enough) instead of the tables."""
