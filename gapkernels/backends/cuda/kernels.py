@@ -46,8 +46,8 @@ WIDE_FROM: dict[tuple[str, torch.dtype], int] = {}
 none, by count: ``WIDE_BY_COUNT``."""
 
 WIDE_BY_COUNT = 513
-"""D from which on wide tiles take less time by count (docs/cuda-kernels.md), even if none of their exponentials overlaps
-with products."""
+"""D from which on wide tiles take less time by count (docs/cuda-kernels.md), even if none of their exponentials
+overlaps with products."""
 
 VARIANT_VARIABLE = "GAPKERNELS_CUDA_VARIANT"
 """``streamed``, ``wide`` or ``resident`` (this wherever rows are short enough) instead of the tables."""
