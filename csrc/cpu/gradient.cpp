@@ -16,6 +16,9 @@
 //         2   rows_I  += H[I, :]·cols                 a thread owns rows I and columns of D
 //             colsᵀ_J  = rowsᵀ·H[:, J], then added    a thread owns columns J and columns of D
 //
+// Where a block of H has fewer numbers than its operands have, and is not in bf16, step 1 leaves Hᵀ as well and step 2 takes
+// Hᵀ[J, :]·rows: less is transposed.
+//
 // Tasks are fixed by the shape and each number has one owner: the same bits for any number of threads. A symmetric
 // matrix has tiles on and above its diagonal only; those above are multiplied both ways into the rows. The first product
 // that a number receives overwrites it where the caller says so: no memory is filled with zeros first.
@@ -154,13 +157,14 @@ class Gradient {
           row_ld_(width_ + 32),
           transposed_ld_(height_ + 32),
           rows_at_once_(n_ > 1024 && !matrix.symmetric ? 256 : square),
+          turned_(!packed && turns(n_, cols_, dim_)),
           kept_(matrix),
           workspace_(bytes()) {
         for (A*& p : per_row_) p = workspace_.take<A>(n_);  // three, and two for weights and limits
         for (A*& p : per_col_) p = workspace_.take<A>(padded_cols_);
         h_rows_ = workspace_.take<T>((height_ + 1) * row_ld_);
-        h_cols_ = packed ? workspace_.take<T>(height_ * width_) : nullptr;
-        rows_transposed_ = workspace_.take<T>(dim_ * transposed_ld_);
+        h_cols_ = packed || turned_ ? workspace_.take<T>(turned_ ? width_ * transposed_ld_ : height_ * width_) : nullptr;
+        rows_transposed_ = turned_ ? nullptr : workspace_.take<T>(dim_ * transposed_ld_);
         cols_interleaved_ = packed ? workspace_.take<T>(round_up(dim_, panel_width) * width_) : nullptr;
         moments_ = workspace_.take<double>(max_tiles());
         scratch_ = workspace_.take<A>(num_threads() * scratch_size);
@@ -183,12 +187,18 @@ class Gradient {
     static constexpr int64_t tile_cols = 4 * panel_width;  // of a task of step 1
     static constexpr int64_t task_cols = 2 * panel_width;  // of a task of step 2
 
+    // Numbers transposed either way; those added to products are read and written besides.
+    static bool turns(int64_t n, int64_t cols, int64_t dim) {
+        const int64_t blocks = (n + block_rows - 1) / block_rows;
+        return n * cols < n * dim + 2 * blocks * cols * dim;
+    }
+
     int64_t max_tiles() const { return ((height_ + tile_rows - 1) / tile_rows) * ((width_ + tile_cols - 1) / tile_cols); }
 
     size_t bytes() const {
         using W = Workspace;
         size_t total = 5 * W::bytes<A>(n_) + 5 * W::bytes<A>(padded_cols_);
-        total += W::bytes<T>((height_ + 1) * row_ld_) + W::bytes<T>(dim_ * transposed_ld_);
+        total += W::bytes<T>((height_ + 1) * row_ld_) + W::bytes<T>((turned_ ? width_ : dim_) * transposed_ld_);
         if (packed) total += W::bytes<T>(height_ * width_) + W::bytes<T>(round_up(dim_, panel_width) * width_);
         return total + W::bytes<double>(max_tiles()) + W::bytes<A>(num_threads() * scratch_size);
     }
@@ -254,7 +264,7 @@ class Gradient {
         const int64_t tiles = row_tiles * col_tiles;
         const int64_t dim_panels = (dim_ + panel_width - 1) / panel_width;
         const int64_t panels = packed && wants_rows ? dim_panels : 0;
-        const int64_t transposed = wants_cols && fresh ? dim_panels : 0;
+        const int64_t transposed = wants_cols && fresh && !turned_ ? dim_panels : 0;
         run_tasks(tiles + panels + transposed, parallel_, [&](int64_t t, int thread) {
             if (t < tiles) {
                 write_tiles(t, row, height, t / col_tiles * tile_rows, col, width, t % col_tiles * tile_cols,
@@ -314,6 +324,10 @@ class Gradient {
             const Destination<T> out{h_rows_ + i * row_ld_ + j, row_ld_,
                                      packed ? h_cols_ + (j / panel_width * (height_ / 2) + i / 2) * panel_width * 2 : nullptr};
             moment += epilogue(kept ? kept : s, tile_height, tile_width, row + i, col + j, out);
+            if (turned_) {
+                transpose_rows(h_rows_ + i * row_ld_, row_ld_, tile_height, j, std::min(tile_width, width - j), h_cols_ + i,
+                               transposed_ld_);
+            }
         }
         moments_[t] = moment;
     }
@@ -350,18 +364,26 @@ class Gradient {
         // unless rows above it have come before.
         const bool add = !(products_.first_rows && (matrix_.symmetric ? row == 0 && i / square * square >= col : col == 0));
         A* out = static_cast<A*>(products_.rows) + (row + i) * products_.row_stride;
-        for (; d < d_end; d += panel_width) {
+        const T* h = h_rows_ + i * row_ld_ + first;
+        if constexpr (packed) {
+            for (; d < d_end; d += panel_width) {
+                product(m, std::min(panel_width, dim_ - d), k_end - first, h, row_ld_,
+                        cols_interleaved_ + d * k_end + first * panel_width, panel_width, out + d, products_.row_stride, add);
+            }
+        } else {
+            multiply(m, k_end - first, h, row_ld_, operands_.cols + (col + first) * operands_.col_stride,
+                     operands_.col_stride, out, products_.row_stride, d, add);
+        }
+    }
+
+    // Columns [d, d + 256) of out[m, dim] = h[m, k]·right[k, dim], or added to it.
+    void multiply(int64_t m, int64_t k_end, const T* h, int64_t h_ld, const T* right, int64_t right_ld, A* out, int64_t out_ld,
+                  int64_t d, bool add) const {
+        for (const int64_t d_end = std::min(d + dims_at_once, dim_); d < d_end; d += panel_width) {
             const int64_t n = std::min(panel_width, dim_ - d);
-            const T* h = h_rows_ + i * row_ld_;
-            if constexpr (packed) {
-                const T* right = cols_interleaved_ + d * k_end + first * panel_width;
-                product(m, n, k_end - first, h + first, row_ld_, right, panel_width, out + d, products_.row_stride, add);
-            } else {
-                for (int64_t k = first; k < k_end; k += depth) {
-                    product(m, n, std::min(depth, k_end - k), h + k, row_ld_,
-                            operands_.cols + (col + k) * operands_.col_stride + d, operands_.col_stride, out + d,
-                            products_.row_stride, add || k > first);
-                }
+            for (int64_t k = 0; k < k_end; k += depth) {
+                product(m, n, std::min(depth, k_end - k), h + k, h_ld, right + k * right_ld + d, right_ld, out + d, out_ld,
+                        add || k > 0);
             }
         }
     }
@@ -377,6 +399,14 @@ class Gradient {
         if (k_end <= 0) return;
         A* out = static_cast<A*>(matrix_.symmetric ? products_.rows : products_.cols);
         const int64_t stride = matrix_.symmetric ? products_.row_stride : products_.col_stride;
+        if constexpr (!packed) {
+            if (turned_) {
+                multiply(std::min(task_cols, width - j), k_end, h_cols_ + j * transposed_ld_, transposed_ld_,
+                         operands_.factors[0].rows + row * operands_.stride, operands_.stride, out + (col + j) * stride, stride,
+                         d, add);
+                return;
+            }
+        }
         for (int64_t end = std::min(j + task_cols, width); j < end; j += panel_width) {
             const int64_t n = std::min(panel_width, width - j);
             const T* left = rows_transposed_ + d * transposed_ld_;
@@ -399,6 +429,7 @@ class Gradient {
     bool parallel_;
     Entry kind_ = Entry::softmax;
     int64_t n_, cols_, dim_, padded_cols_, height_, width_, row_ld_, transposed_ld_, rows_at_once_;
+    bool turned_;
     KeptTiles<A> kept_;
     Workspace workspace_;
     Exponents<A> exponents_;

@@ -12,6 +12,7 @@
 // are added in their order: the same bits for the same number of threads. Each function reads M·N·D numbers once.
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 
@@ -59,75 +60,102 @@ class Doubles {
     std::vector<Line> lines_;
 };
 
-template <class Load>
-inline void widen(int64_t dim, double* out, Load load) {
-    const auto put = [&](int64_t k, Vec<float> x) {
-        first_half(x).store(out + k);
-        second_half(x).store(out + k + V::size);
-    };
-    int64_t k = 0;
-    for (; k + block <= dim; k += block) put(k, load(k, block));
-    if (k < dim) put(k, load(k, dim - k));
-}
+// `block` numbers of a row.
+struct Block {
+    V first, second;
+};
 
-template <class T, class Vector>
-inline auto loader(const void* data, int64_t at, Vector vector) {
-    return [in = static_cast<const T*>(data) + at, vector](int64_t k, int64_t count) {
-        if (count == block) return vector(in + k);
+template <class T, class Widen>
+inline auto loader(const void* data, int64_t at, Widen widen) {
+    return [in = static_cast<const T*>(data) + at, widen](int64_t k, int64_t count) -> Block {
+        if (count == block) return widen(in + k);
         T padded[block] = {};
         std::copy(in + k, in + k + count, padded);
-        return vector(padded);
+        return widen(padded);
     };
 }
 
-// `dim` numbers of row i; rows may have more.
-void load_row(const Rows& rows, int64_t i, int64_t dim, double* out) {
+// Calls use(load) with a function that gives the `count` numbers from k on of row i.
+template <class Use>
+inline double with_loader(const Rows& rows, int64_t i, Use use) {
     const int64_t at = i * rows.stride;
+    const auto halves = [](Vec<float> x) -> Block { return {first_half(x), second_half(x)}; };
     switch (rows.type) {
         case Type::bf16:
-            return widen(dim, out, loader<uint16_t>(rows.data, at, [](const uint16_t* p) { return from_bf16(p); }));
+            return use(loader<uint16_t>(rows.data, at, [=](const uint16_t* p) { return halves(from_bf16(p)); }));
         case Type::f16:
-            return widen(dim, out, loader<uint16_t>(rows.data, at, [](const uint16_t* p) { return from_f16(p); }));
+            return use(loader<uint16_t>(rows.data, at, [=](const uint16_t* p) { return halves(from_f16(p)); }));
         case Type::f32:
-            return widen(dim, out, loader<float>(rows.data, at, [](const float* p) { return Vec<float>::load(p); }));
-        case Type::f64:
-            std::copy_n(static_cast<const double*>(rows.data) + at, dim, out);
-            std::fill(out + dim, out + length_of(dim), 0.0);
+            return use(loader<float>(rows.data, at, [=](const float* p) { return halves(Vec<float>::load(p)); }));
+        default:
+            return use(loader<double>(rows.data, at, [](const double* p) -> Block {
+                return {V::load(p), V::load(p + V::size)};
+            }));
     }
 }
 
-template <class T, class Round>
-inline void narrow(const double* values, int64_t dim, T* out, Round round) {
-    alignas(64) T rounded[block];
-    for (int64_t k = 0; k < dim; k += block) {
-        const int64_t count = std::min(block, dim - k);
-        T* to = count == block ? out + k : rounded;
-        round(narrowed(V::load(values + k), V::load(values + k + V::size)), to);
-        if (count < block) std::copy(rounded, rounded + count, out + k);
-    }
+// What sums are made of: four totals side by side hide the latency of an addition; always the same order.
+struct Totals {
+    V of[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
+    double sum() const { return ((of[0] + of[1]) + (of[2] + of[3])).sum(); }
+};
+
+// Σ term(k, x, total) over the first `dim` numbers x of row i, in vectors, zeros after the last.
+template <class Term>
+inline double sum_of_row(const Rows& rows, int64_t i, int64_t dim, Term term) {
+    return with_loader(rows, i, [=](auto load) {
+        Totals totals;
+        const auto take = [&](int64_t k, int64_t count, V* of) {
+            const Block x = load(k, count);
+            of[0] = term(k, x.first, of[0]);
+            of[1] = term(k + V::size, x.second, of[1]);
+        };
+        int64_t k = 0;
+        for (; k + 2 * block <= dim; k += 2 * block) {
+            take(k, block, totals.of);
+            take(k + block, block, totals.of + 2);
+        }
+        if (k < dim) take(k, std::min(block, dim - k), totals.of);
+        if (k + block < dim) take(k + block, dim - k - block, totals.of + 2);
+        return totals.sum();
+    });
 }
 
-// Round a row and store it, with zeros from `dim` on.
-void store_row(const Rows& rows, int64_t i, const double* values, int64_t dim) {
-    const int64_t at = i * rows.stride;
+// `dim` numbers of row i; rows may have more. Returns the sum of their squares.
+double load_row(const Rows& rows, int64_t i, int64_t dim, double* out) {
+    return sum_of_row(rows, i, dim, [=](int64_t k, V x, V total) {
+        x.store(out + k);
+        return fma(x, x, total);
+    });
+}
+
+// Round value(k), V::size numbers from k on, and store them as row i, with zeros from `dim` on.
+template <class Value>
+void store_row(const Rows& rows, int64_t i, int64_t dim, Value value) {
     const auto store = [&](auto zero, auto round) {
         using T = decltype(zero);
-        T* out = static_cast<T*>(const_cast<void*>(rows.data)) + at;
-        narrow(values, dim, out, round);
+        T* out = static_cast<T*>(const_cast<void*>(rows.data)) + i * rows.stride;
+        int64_t k = 0;
+        for (; k + block <= dim; k += block) round(value(k), value(k + V::size), out + k);
+        if (k < dim) {
+            alignas(64) T rounded[block];
+            round(value(k), value(k + V::size), rounded);
+            std::copy(rounded, rounded + (dim - k), out + k);
+        }
         std::fill(out + dim, out + rows.dim, T(0));
     };
     switch (rows.type) {
         case Type::bf16:
-            return store(uint16_t(), [](Vec<float> x, uint16_t* out) { round_to_bf16(x, out); });
+            return store(uint16_t(), [](V x, V y, uint16_t* out) { round_to_bf16(narrowed(x, y), out); });
         case Type::f16:
-            return store(uint16_t(), [](Vec<float> x, uint16_t* out) { to_f16(x, out); });
+            return store(uint16_t(), [](V x, V y, uint16_t* out) { to_f16(narrowed(x, y), out); });
         case Type::f32:
-            return store(float(), [](Vec<float> x, float* out) { x.store(out); });
-        case Type::f64: {
-            double* out = static_cast<double*>(const_cast<void*>(rows.data)) + at;
-            std::copy_n(values, dim, out);
-            std::fill(out + dim, out + rows.dim, 0.0);
-        }
+            return store(float(), [](V x, V y, float* out) { narrowed(x, y).store(out); });
+        case Type::f64:
+            return store(double(), [](V x, V y, double* out) {
+                x.store(out);
+                y.store(out + V::size);
+            });
     }
 }
 
@@ -137,40 +165,41 @@ inline void for_vectors(int64_t length, Visit visit) {
     for (int64_t k = 0; k < length; k += V::size) visit(k);
 }
 
-// Σ term(k): four sums side by side hide the latency of an addition; always the same order.
-template <class Term>
-inline double sum_of(int64_t length, Term term) {
-    V totals[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
+// Σ terms(k, totals): as many sums as `count`, of one pass.
+template <int count, class Terms>
+inline std::array<double, count> sums_of(int64_t length, Terms terms) {
+    Totals totals[count];
+    const auto take = [&](int64_t k, int l) {
+        V of[count];
+        for (int c = 0; c < count; ++c) of[c] = totals[c].of[l];
+        terms(k, of);
+        for (int c = 0; c < count; ++c) totals[c].of[l] = of[c];
+    };
     int64_t k = 0;
     for (; k + 4 * V::size <= length; k += 4 * V::size) {
-        for (int l = 0; l < 4; ++l) totals[l] = term(k + l * V::size, totals[l]);
+        for (int l = 0; l < 4; ++l) take(k + l * V::size, l);
     }
-    for (int l = 0; k < length; k += V::size, ++l) totals[l] = term(k, totals[l]);
-    return ((totals[0] + totals[1]) + (totals[2] + totals[3])).sum();
+    for (int l = 0; k < length; k += V::size, ++l) take(k, l);
+    std::array<double, count> result;
+    for (int c = 0; c < count; ++c) result[c] = totals[c].sum();
+    return result;
+}
+
+// Σ term(k, total).
+template <class Term>
+inline double sum_of(int64_t length, Term term) {
+    return sums_of<1>(length, [&](int64_t k, V* total) { total[0] = term(k, total[0]); })[0];
 }
 
 double dot(const double* x, const double* y, int64_t length) {
     return sum_of(length, [=](int64_t k, V total) { return fma(V::load(x + k), V::load(y + k), total); });
 }
 
-// x / divisor, rounded as a quotient is, so that opposite vectors cancel in a centroid: multiplied by the inverse and put
-// right by what is left over. One division per row instead of one per number.
-struct Divide {
-    V minus_divisor, inverse;
-    explicit Divide(double divisor) : minus_divisor(V::all(-divisor)), inverse(V::all(1 / divisor)) {}
-    V operator()(V x) const {
-        const V quotient = x * inverse;
-        return fma(fma(quotient, minus_divisor, x), inverse, quotient);
-    }
-};
+inline void add_to(double* total, V x) { (V::load(total) + x).store(total); }
 
-void add_to(double* total, const double* x, int64_t length) {
-    for_vectors(length, [=](int64_t k) { (V::load(total + k) + V::load(x + k)).store(total + k); });
-}
-
-// Of squares that stay in range, as those of any narrower type do, and of others by a power of two.
-double norm_of(const double* v, int64_t length) {
-    const double norm = std::sqrt(dot(v, v, length));
+// From the sum of squares where these stay in range, as those of any narrower type do; of others by a power of two.
+double norm_of(const double* v, int64_t length, double square) {
+    const double norm = std::sqrt(square);
     if (norm > 0x1p-500 && norm < INFINITY) return norm;
     double largest = 0;
     for (int64_t k = 0; k < length; ++k) largest = std::max(largest, std::abs(v[k]));
@@ -184,60 +213,133 @@ double norm_of(const double* v, int64_t length) {
            power;
 }
 
-// One row of every modality, as the loss uses it.
+// One row of every modality in float64, and what it is multiplied by to be as the loss uses it: unit vectors are made where
+// they are added.
 class Row {
   public:
     Row(const std::vector<Rows>& embeddings, const Spec& spec)
         : embeddings_(embeddings),
-          spec_(spec),
+          normalize_(spec.normalize),
+          normalize_centroids_(spec.normalize_centroids),
           dim_(embeddings[0].dim),
           length_(length_of(dim_)),
           modalities_(static_cast<int>(embeddings.size())),
-          numbers_((2 * modalities_ + 1) * length_),
-          norms_(modalities_) {}
+          numbers_(modalities_ * length_),
+          norms_(modalities_),
+          divisors_(modalities_),
+          inverses_(modalities_),
+          factors_(modalities_),
+          products_(modalities_ * modalities_) {}
 
     void load(int64_t i) {
         for (int m = 0; m < modalities_; ++m) {
-            double *v = vector(m), *u = direction(m);
-            load_row(embeddings_[m], i, dim_, v);
-            norms_[m] = norm_of(v, length_);
-            const Divide divide(std::max(norms_[m], norm_eps));
-            for_vectors(length_, [=](int64_t k) { divide(V::load(v + k)).store(u + k); });
+            double* v = vector(m);
+            double square = load_row(embeddings_[m], i, dim_, v);
+            const double power = square > 0x1p-1000 && square < INFINITY ? 1 : into_range(v, square);
+            norms_[m] = std::sqrt(square) / power;
+            divisors_[m] = std::max(norms_[m], norm_eps) * power;
+            inverses_[m] = 1 / divisors_[m];
+            factors_[m] = normalize_ ? inverses_[m] : 1 / power;
+            product(m, m) = square;
+            for (int k = 0; k < m; ++k) product(k, m) = dot(v, vector(k), length_);
         }
+        if (const Squares s = square_of_sum(); normalize_ && !(s.of_sum > cancelled * s.sum)) make_units();
     }
 
-    // The mean over modalities, put back on the sphere if centroids are; its norm before that.
-    double centroid() {
-        double* c = centroid_data();
-        const V share = V::all(1.0 / modalities_);
-        const double norm = std::sqrt(sum_of(length_, [&](int64_t k, V total) {
-            V mean = V::load(used(0) + k);
-            for (int m = 1; m < modalities_; ++m) mean = mean + V::load(used(m) + k);
-            mean = mean * share;
-            mean.store(c + k);
-            return fma(mean, mean, total);
-        }));
-        if (spec_.normalize_centroids) {
-            const Divide divide(std::max(norm, norm_eps));
-            for_vectors(length_, [=](int64_t k) { divide(V::load(c + k)).store(c + k); });
-        }
-        return norm;
+    // By vectors.
+    auto used(int m) const {
+        return [v = vector(m), factor = V::all(factors_[m])](int64_t k) { return V::load(v + k) * factor; };
+    }
+    auto sum() const {
+        return [u = used(0), v = used(1), more = vector(2), factors = factors_.data() + 2, count = modalities_ - 2,
+                length = length_](int64_t k) {
+            V total = u(k) + v(k);
+            for (int m = 0; m < count; ++m) total = total + V::load(more + m * length + k) * V::all(factors[m]);
+            return total;
+        };
+    }
+    auto direction(int m) const {
+        return [v = vector(m), inverse = V::all(inverses_[m])](int64_t k) { return V::load(v + k) * inverse; };
     }
 
-    double* vector(int m) { return numbers_.data() + m * length_; }
-    double* direction(int m) { return numbers_.data() + (modalities_ + m) * length_; }
-    double* used(int m) { return spec_.normalize ? direction(m) : vector(m); }
-    double* centroid_data() { return numbers_.data() + 2 * modalities_ * length_; }
+    // Of the directions of two modalities, and of their rows as the loss uses them.
+    double cosine(int m, int k) { return product(m, k) * inverses_[m] * inverses_[k]; }
+    double used_product(int m, int k) { return product(m, k) * factors_[m] * factors_[k]; }
+    double square_distance(int m, int k) {
+        const double squares = used_product(m, m) + used_product(k, k), square = squares - 2 * used_product(m, k);
+        if (square > cancelled * squares) return square;
+        return square_of([u = used(m), v = used(k)](int64_t at) { return u(at) - v(at); });
+    }
+
+    // Norm of the mean over modalities.
+    double centroid_norm() {
+        const Squares s = square_of_sum();
+        return std::sqrt(s.of_sum > cancelled * s.sum ? s.of_sum : square_of(sum())) / modalities_;
+    }
+    // The mean over modalities of that norm, put back on the sphere if centroids are.
+    auto centroid(double norm) const {
+        const V share = V::all(1.0 / (modalities_ * (normalize_centroids_ ? std::max(norm, norm_eps) : 1.0)));
+        return [sum = sum(), share](int64_t k) { return sum(k) * share; };
+    }
+
     double norm(int m) const { return norms_[m]; }
-    int64_t length() const { return length_; }
 
   private:
+    static constexpr double cancelled = 1e-3;  // digits are lost below: sums of squares are then taken number by number
+
+    double* vector(int m) { return numbers_.data() + m * length_; }
+    const double* vector(int m) const { return numbers_.data() + m * length_; }
+    double& product(int m, int k) { return products_[std::min(m, k) * modalities_ + std::max(m, k)]; }
+
+    // ‖Σ used(m)‖² as far as products tell, and Σ ‖used(m)‖².
+    struct Squares {
+        double of_sum, sum;
+    };
+    Squares square_of_sum() {
+        Squares result = {0, 0};
+        for (int m = 0; m < modalities_; ++m) {
+            result.sum += used_product(m, m);
+            for (int k = 0; k < m; ++k) result.of_sum += 2 * used_product(k, m);
+        }
+        result.of_sum += result.sum;
+        return result;
+    }
+
+    // Rounded as quotients are, opposite ones cancel to nothing.
+    void make_units() {
+        for (int m = 0; m < modalities_; ++m) {
+            double* v = vector(m);
+            for (int64_t k = 0; k < length_; ++k) v[k] /= divisors_[m];
+            inverses_[m] = factors_[m] = 1;
+            for (int k = 0; k <= m; ++k) product(k, m) = dot(v, vector(k), length_);
+        }
+    }
+
+    template <class Value>
+    double square_of(Value value) const {
+        return sum_of(length_, [=](int64_t k, V total) {
+            const V x = value(k);
+            return fma(x, x, total);
+        });
+    }
+
+    // Multiplies a row of float64 whose squares leave the range by a power of two, and returns it.
+    double into_range(double* v, double& square) const {
+        double largest = 0;
+        for (int64_t k = 0; k < length_; ++k) largest = std::max(largest, std::abs(v[k]));
+        if (!(largest > 0 && largest < INFINITY) || square != square) return 1;
+        const double power = std::exp2(-std::floor(std::log2(largest)));
+        for (int64_t k = 0; k < length_; ++k) v[k] *= power;
+        square = dot(v, v, length_);
+        return power;
+    }
+
     const std::vector<Rows>& embeddings_;
-    const Spec& spec_;
+    bool normalize_, normalize_centroids_;
     int64_t dim_, length_;
     int modalities_;
     Doubles numbers_;
-    std::vector<double> norms_;
+    std::vector<double> norms_, divisors_, inverses_, factors_, products_;
 };
 
 // A row of zeros has cosine 0 whatever its factor; 1 keeps 1/eps out of the products.
@@ -266,7 +368,7 @@ std::vector<bool> row_statistics(const std::vector<Rows>& embeddings, const Spec
                                  double* cosines, double* sums) {
     const int modalities = static_cast<int>(embeddings.size());
     const int64_t n = embeddings[0].count, dim = embeddings[0].dim, length = length_of(dim);
-    const auto pairs = unordered_pairs(modalities), atp = anchor_pairs(modalities, spec), nce = nce_pairs(modalities, spec);
+    const auto pairs = unordered_pairs(modalities), nce = nce_pairs(modalities, spec);
     const Chunks chunks(n, modalities * dim);
     const int64_t size = (modalities + 1) * length + round_up(sum_scalars, 8);
     Doubles partial(chunks.count * size);
@@ -281,31 +383,22 @@ std::vector<bool> row_statistics(const std::vector<Rows>& embeddings, const Spec
                 const double norm = row.norm(m);
                 if (!factors.empty()) factors[m].set(i, factor_of(norm));
                 if (norm > 0 && !is_moderate(norm)) all_moderate[chunk * modalities + m] = 0;
-                add_to(out + m * length, row.direction(m), length);
+                for_vectors(length, [to = out + m * length, u = row.direction(m)](int64_t k) { add_to(to + k, u(k)); });
             }
-            for (const Pair& p : pairs) scalars[1] += dot(row.direction(p.row), row.direction(p.col), length);
+            for (const Pair& p : pairs) scalars[1] += row.cosine(p.row, p.col);
             for (size_t p = 0; p < nce.size(); ++p) {
-                const double cosine = dot(row.used(nce[p].row), row.used(nce[p].col), length);
+                const double cosine = row.used_product(nce[p].row, nce[p].col);
                 cosines[static_cast<int64_t>(p) * n + i] = cosine;
                 scalars[3] += cosine;
             }
-            if (spec.atp) {
-                for (const Pair& p : atp) {
-                    const double *x = row.used(p.row), *y = row.used(p.col);
-                    scalars[0] += sum_of(length, [=](int64_t k, V total) {
-                        const V difference = V::load(x + k) - V::load(y + k);
-                        return fma(difference, difference, total);
-                    });
-                }
+            for (int m = 0; spec.atp && m < modalities; ++m) {
+                if (m != spec.anchor) scalars[0] += row.square_distance(m, static_cast<int>(spec.anchor));
             }
             if (spec.cu) {
-                row.centroid();
-                double *c = row.centroid_data(), *to = out + modalities * length;
-                scalars[2] += sum_of(length, [=](int64_t k, V total) {
-                    const V x = V::load(c + k);
-                    (V::load(to + k) + x).store(to + k);
-                    return fma(x, x, total);
-                });
+                const double norm = row.centroid_norm();
+                for_vectors(length, [to = out + modalities * length, c = row.centroid(norm)](int64_t k) { add_to(to + k, c(k)); });
+                const double after = spec.normalize_centroids ? norm / std::max(norm, norm_eps) : norm;
+                scalars[2] += after * after;
             }
         }
     });
@@ -330,8 +423,7 @@ bool inverse_norms(const Rows& rows, Numbers factors) {
     chunks.run([&](int64_t chunk, int64_t begin, int64_t end) {
         Doubles row(length);
         for (int64_t i = begin; i < end; ++i) {
-            load_row(rows, i, rows.dim, row.data());
-            const double norm = norm_of(row.data(), length);
+            const double norm = norm_of(row.data(), length, load_row(rows, i, rows.dim, row.data()));
             factors.set(i, factor_of(norm));
             if (norm > 0 && !is_moderate(norm)) moderate[chunk] = 0;
         }
@@ -344,14 +436,15 @@ void copy_rows(const Rows& in, const Rows& out, const Numbers* factors) {
     Chunks(in.count, in.dim).run([&](int64_t, int64_t begin, int64_t end) {
         Doubles row(length);
         for (int64_t i = begin; i < end; ++i) {
-            load_row(in, i, in.dim, row.data());
+            const double* numbers = row.data();
+            const double square = load_row(in, i, in.dim, row.data());
+            double power = 1;
             if (factors) {
-                const double norm = norm_of(row.data(), length);
-                const double power = norm > 0 && norm < INFINITY ? std::exp2(-std::floor(std::log2(norm))) : 1;
-                for (int64_t k = 0; k < length; ++k) row.data()[k] *= power;
+                const double norm = norm_of(numbers, length, square);
+                if (norm > 0 && norm < INFINITY) power = std::exp2(-std::floor(std::log2(norm)));
                 factors->set(i, norm == 0 ? 1 : 1 / (std::max(norm, norm_eps) * power));
             }
-            store_row(out, i, row.data(), in.dim);
+            store_row(out, i, in.dim, [=](int64_t k) { return V::load(numbers + k) * V::all(power); });
         }
     });
 }
@@ -374,17 +467,14 @@ void centroids(const std::vector<Rows>& embeddings, const double* sums, double u
     const Doubles mean = mean_centroid(sums, modalities, dim, total_rows);
     Chunks(out.count, modalities * dim).run([&](int64_t, int64_t begin, int64_t end) {
         Row row(embeddings, spec);
+        Doubles stored(length);
         for (int64_t i = begin; i < end; ++i) {
             row.load(i);
-            row.centroid();
-            double* c = row.centroid_data();
-            for_vectors(length, [&, factor = V::all(stretch)](int64_t k) {
-                ((V::load(c + k) - V::load(mean.data() + k)) * factor).store(c + k);
+            store_row(out, i, dim, [c = row.centroid(row.centroid_norm()), m = mean.data(), by = V::all(stretch)](int64_t k) {
+                return (c(k) - V::load(m + k)) * by;
             });
-            store_row(out, i, c, dim);
-            load_row(out, i, dim, c);
             // The norm of what was stored: squared distances are then those of one set of points, never negative.
-            bias.set(i, -0.5 * log2_e * *scale * dot(c, c, length));
+            bias.set(i, -0.5 * log2_e * *scale * load_row(out, i, dim, stored.data()));
         }
     });
 }
@@ -404,77 +494,77 @@ void row_gradients(const GradientOfRows& task) {
     const Doubles mean = mean_centroid(task.sums, modalities, dim, task.total_rows);
     Chunks(task.num_rows, static_cast<int64_t>(task.targets.size()) * 3 * dim).run([&](int64_t, int64_t begin, int64_t end) {
         Row row(task.embeddings, spec);
-        Doubles buffer(3 * length);
-        double *g = buffer.data(), *through = g + length, *product = through + length;
+        Doubles buffer(2 * length);
+        double *g = buffer.data(), *through = g + length;
         for (int64_t local = begin; local < end; ++local) {
             const int64_t i = task.first_row + local;
             row.load(i);
             if (with_centroids) {
-                const double norm = row.centroid();
-                const double* c = row.centroid_data();
+                const double norm = row.centroid_norm();
                 const V own = V::all(-cu_weight * std::exp2(task.centroid_log_sum[i] - task.centroid_total));
                 const V share = V::all(product_weight);
-                load_row(task.centroid_products, i, dim, through);
-                const double along = sum_of(length, [=, &mean](int64_t k, V total) {
-                    const V x = V::load(c + k), y = share * V::load(through + k);
-                    const V result = fma(own, x - V::load(mean.data() + k), y);
+                const auto c = row.centroid(norm);
+                const double along = sum_of_row(task.centroid_products, i, dim, [=, m = mean.data()](int64_t k, V product, V total) {
+                    const V x = c(k);
+                    const V result = fma(own, x - V::load(m + k), share * product);
                     result.store(through + k);
                     return fma(result, x, total);
                 });
                 const double part = 1.0 / modalities;
                 if (spec.normalize_centroids) {
                     const ThroughNormalization back(along, norm, part);
-                    for_vectors(length, [=](int64_t k) { back(V::load(through + k), V::load(c + k)).store(through + k); });
+                    for_vectors(length, [=](int64_t k) { back(V::load(through + k), c(k)).store(through + k); });
                 } else {
                     for_vectors(length, [=](int64_t k) { (V::load(through + k) * V::all(part)).store(through + k); });
                 }
             }
             for (size_t t = 0; t < task.targets.size(); ++t) {
                 const int target = task.targets[t];
-                const double* z = row.used(target);
-                // g += Σ over partners of own·z + other·partner: what InfoNCE's positives and ATP contribute.
-                const auto add_partner = [=, &row](int m, double own, double other) {
-                    const double* y = row.used(m);
-                    const V by_z = V::all(own), by_y = V::all(other);
-                    for_vectors(length, [=](int64_t k) {
-                        fma(by_y, V::load(y + k), fma(by_z, V::load(z + k), V::load(g + k))).store(g + k);
+                const bool with_products = task.products[t].data != nullptr;
+                // Beside products and centroids, what InfoNCE's positives and ATP contribute: own·z + Σ other·partner.
+                const double* base = through;
+                double own = 0, other = 0;
+                int partner = -1;
+                const auto add_partner = [&] {
+                    for_vectors(length, [=, y = row.used(partner), by = V::all(other)](int64_t k) {
+                        fma(by, y(k), V::load(base + k)).store(g + k);
                     });
+                    base = g;
                 };
-                const V scaled = V::all(
-                    task.products[t].data ? weight / task.unit / (task.factors[t].data ? task.factors[t][local] : 1) : 0);
-                if (task.products[t].data) {
-                    load_row(task.products[t], local, dim, product);
-                } else {
-                    std::fill(product, product + length, 0.0);
-                }
-                if (with_centroids) {
-                    for_vectors(length, [=](int64_t k) {
-                        fma(scaled, V::load(product + k), V::load(through + k)).store(g + k);
-                    });
-                } else {
-                    for_vectors(length, [=](int64_t k) { (scaled * V::load(product + k)).store(g + k); });
-                }
                 for (int m = 0; m < modalities; ++m) {
                     if (m == target) continue;
-                    double own = 0, other = 0;
-                    for (size_t p = 0; task.products[t].data && p < nce.size(); ++p) {
+                    double weight_of_partner = 0;
+                    for (size_t p = 0; with_products && p < nce.size(); ++p) {
                         if ((nce[p].row == target && nce[p].col == m) || (nce[p].col == target && nce[p].row == m)) {
-                            other -= weight * task.negative_mass[static_cast<int64_t>(p) * n + i];
+                            weight_of_partner -= weight * task.negative_mass[static_cast<int64_t>(p) * n + i];
                         }
                     }
                     if (spec.atp && (target == spec.anchor || m == spec.anchor)) {
                         own += atp_weight;
-                        other -= atp_weight;
+                        weight_of_partner -= atp_weight;
                     }
-                    if (own != 0 || other != 0) add_partner(m, own, other);
+                    if (weight_of_partner == 0) continue;
+                    if (partner >= 0) add_partner();
+                    partner = m;
+                    other = weight_of_partner;
                 }
+                const double unscale =
+                    with_products ? weight / task.unit / (task.factors[t].data ? task.factors[t][local] : 1) : 0;
+                const auto gradient = [=, z = row.used(target), y = row.used(std::max(partner, 0)), by_z = V::all(own),
+                                       by_y = V::all(other), by_product = V::all(unscale)](int64_t k, V product, V total) {
+                    const V x = z(k), sum = fma(by_y, y(k), fma(by_z, x, fma(product, by_product, V::load(base + k))));
+                    sum.store(g + k);
+                    return fma(sum, x, total);
+                };
+                const double along =
+                    with_products ? sum_of_row(task.products[t], local, dim, gradient)
+                                  : sum_of(length, [=](int64_t k, V total) { return gradient(k, V::zero(), total); });
                 if (spec.normalize) {
-                    const ThroughNormalization back(dot(g, z, length), row.norm(target), world);
-                    for_vectors(length, [=](int64_t k) { back(V::load(g + k), V::load(z + k)).store(g + k); });
-                } else if (world != 1) {
-                    for_vectors(length, [=](int64_t k) { (V::load(g + k) * V::all(world)).store(g + k); });
+                    const ThroughNormalization back(along, row.norm(target), world);
+                    store_row(task.out[t], local, dim, [=, z = row.used(target)](int64_t k) { return back(V::load(g + k), z(k)); });
+                } else {
+                    store_row(task.out[t], local, dim, [=](int64_t k) { return V::load(g + k) * V::all(world); });
                 }
-                store_row(task.out[t], local, g, dim);
             }
         }
     });

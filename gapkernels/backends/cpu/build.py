@@ -39,6 +39,7 @@ FLAGS = (
     "-fopenmp",
     "-fno-math-errno",
     "-fno-trapping-math",
+    "-ffp-contract=off",  # what is to be fused says so
     "-fvisibility=hidden",
 )
 INSTRUCTION_SETS = {
