@@ -209,8 +209,13 @@ class Sums {
                 A* tile = kept ? kept : s;
                 if (!kept || pass == Pass::sums) {
                     inner_products(operands_, row, height, col / panel_width, width, tile);
-                    leave_out(tile, row, height, col, std::min(width, cols_ - col), matrix_.diagonal, matrix_.symmetric);
+                    leave_out(tile, row, height, col, std::min(width, cols_ - col), matrix_.diagonal, false);
                     leave_out_equal(tile, row, height, col, std::min(width, cols_ - col), matrix_);
+                }
+                if (matrix_.symmetric && col < row + tile_rows) {  // the gradient wants both halves
+                    if (kept) std::copy(kept, kept + height * panel_width, s);
+                    tile = s;
+                    leave_out(tile, row, height, col, std::min(width, cols_ - col), matrix_.diagonal, true);
                 }
                 reduce_tile<pass, biased, limited>(tile, height, width, exponents_, row_ + row, col_ + col, shift_ + col,
                                                    partial, col_out + col, row_max_ + row, col_max_ + col,

@@ -71,12 +71,13 @@ template <class Use>
 void with_operands(const Matrix& m, bool exact, Use use) {
     const bool parallel = worth_threads(m);
     const int64_t n = m.rows.count, cols = m.cols.count, dim = m.rows.dim;
+    // The gradient takes no inner products of a matrix all of whose tiles were kept.
+    const bool multiplies = exact || !(m.rows.type == Type::f64 ? KeptTiles<double>(m).complete() : KeptTiles<float>(m).complete());
     const auto in_place = [&](auto zero) {
         using T = decltype(zero);
         Workspace workspace(Workspace::bytes<T>(transposed_size<T>(cols, dim)));
         T* panels = workspace.take<T>(transposed_size<T>(cols, dim));
-        // The gradient takes no inner products of a matrix all of whose tiles were kept.
-        if (exact || !KeptTiles<Accumulator<T>>(m).complete()) {
+        if (multiplies) {
             pack_columns(static_cast<const T*>(m.cols.data), m.cols.stride, cols, dim, panels, parallel);
         }
         const T* rows = static_cast<const T*>(m.rows.data);
@@ -107,7 +108,7 @@ void with_operands(const Matrix& m, bool exact, Use use) {
     }
     split_rows(m.rows, dim, rows[0], rows[1], parallel);
     if (!same) split_rows(m.cols, dim, columns[0], columns[1], parallel);
-    for (int part = 0; part < parts; ++part) pack_columns(columns[part], dim, cols, dim, panels[part], parallel);
+    for (int part = 0; multiplies && part < parts; ++part) pack_columns(columns[part], dim, cols, dim, panels[part], parallel);
     Operands<Bf16> operands{{{rows[0], panels[0]}}, 1, dim, columns[0], dim, n, cols, dim};
     if (exact) {
         operands.factors[1] = {rows[0], panels[1]};

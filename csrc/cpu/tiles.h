@@ -55,8 +55,8 @@ void inner_products(const Operands<T>& operands, int64_t row, int64_t height, in
 }
 
 // Tiles of inner products that the sums leave for the gradient, entries that do not count already left out: those of the
-// first rows of the matrix, as many as there is room for. Of a symmetric matrix without the squares on the diagonal, of
-// which the sums see one half and the gradient both.
+// first rows of the matrix, as many as there is room for. Of a symmetric matrix from the squares on the diagonal on; of
+// these the sums see one half and the gradient both.
 template <class A>
 class KeptTiles {
   public:
@@ -81,24 +81,23 @@ class KeptTiles {
     // Numbers in the first rows of tiles.
     static int64_t size(const Matrix& m, int64_t rows) {
         const int64_t panels = (m.cols.count + panel_width - 1) / panel_width;
-        if (!m.symmetric) return rows * panels * tile_size;
-        return (before(rows, panels) + std::max<int64_t>(2 * rows - panels, 0)) * tile_size;  // no row has less than none
+        return (m.symmetric ? before(rows, panels) : rows * panels) * tile_size;
     }
 
-    bool complete() const { return !symmetric_ && rows_ == all_rows_; }
+    bool complete() const { return rows_ == all_rows_; }
 
     // Null where the tile is not kept.
     A* at(int64_t row, int64_t col) const {
         const int64_t r = row / tile_rows, p = col / panel_width;
         if (r >= rows_) return nullptr;
         if (!symmetric_) return data_ + (r * panels_ + p) * tile_size;
-        const int64_t first = (r + 1) * (tile_rows / panel_width);
+        const int64_t first = r * (tile_rows / panel_width);
         return p < first ? nullptr : data_ + (before(r, panels_) + p - first) * tile_size;
     }
 
   private:
-    // Tiles of a symmetric matrix in the rows before row r: Σ_{q<r} (panels − 2(q + 1)).
-    static int64_t before(int64_t r, int64_t panels) { return r * (panels - r - 1); }
+    // Tiles of a symmetric matrix in the rows before row r: Σ_{q<r} (panels − 2q), no row with less than one.
+    static int64_t before(int64_t r, int64_t panels) { return r * (panels - r + 1); }
 
     A* data_;
     bool symmetric_;

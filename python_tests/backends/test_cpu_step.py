@@ -130,7 +130,7 @@ def test_nothing_is_kept_where_no_gradient_can_follow(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("symmetric", [False, True], ids=["pair", "centroids"])
 @pytest.mark.parametrize("rows", [300, 333, 384])
 def test_as_much_is_kept_as_there_is_room_for(rows, symmetric, tile_rows) -> None:
-    """Rows of 128×64 tiles from the first on; of a symmetric matrix those right of its diagonal squares."""
+    """Rows of 128×64 tiles from the first on; of a symmetric matrix from its diagonal squares on."""
     backend, spec = cpu.create(), LossSpec()
     z = embeddings(rows, 64, torch.float32, 2)
     operands, statistics = backend.row_statistics(z, spec)
@@ -139,7 +139,7 @@ def test_as_much_is_kept_as_there_is_room_for(rows, symmetric, tile_rows) -> Non
     if symmetric:
         c = backend.centroids(z, statistics.sums, t, rows, spec)
         matrix = centroid_matrix(c, slice(0, rows), c, slice(0, rows))
-        expected = sum(max(panels - 2 * (r + 1), 0) for r in range(tile_rows))
+        expected = sum(panels - 2 * r for r in range(tile_rows))
     else:
         matrix = Matrix(*operands[0], *operands[1], torch.tensor(14.0))
         expected = tile_rows * panels
