@@ -16,8 +16,7 @@
 //         2   rows_I  += H[I, :]·cols                 a thread owns rows I and columns of D
 //             colsᵀ_J  = rowsᵀ·H[:, J], then added    a thread owns columns J and columns of D
 //
-// Where a block of H has fewer numbers than its operands have, and is not in bf16, step 1 leaves Hᵀ as well and step 2 takes
-// Hᵀ[J, :]·rows: less is transposed.
+// Where a matrix is small beside its operands step 1 leaves Hᵀ instead, and step 2 takes Hᵀ[J, :]·rows: less is transposed.
 //
 // Tasks are fixed by the shape and each number has one owner: the same bits for any number of threads. A symmetric
 // matrix has tiles on and above its diagonal only; those above are multiplied both ways into the rows. The first product
@@ -157,14 +156,14 @@ class Gradient {
           row_ld_(width_ + 32),
           transposed_ld_(height_ + 32),
           rows_at_once_(n_ > 1024 && !matrix.symmetric ? 256 : square),
-          turned_(!packed && turns(n_, cols_, dim_)),
+          turned_(turns(n_, cols_, dim_)),
           kept_(matrix),
           workspace_(bytes()) {
         for (A*& p : per_row_) p = workspace_.take<A>(n_);  // three, and two for weights and limits
         for (A*& p : per_col_) p = workspace_.take<A>(padded_cols_);
         h_rows_ = workspace_.take<T>((height_ + 1) * row_ld_);
-        h_cols_ = packed || turned_ ? workspace_.take<T>(turned_ ? width_ * transposed_ld_ : height_ * width_) : nullptr;
-        rows_transposed_ = turned_ ? nullptr : workspace_.take<T>(dim_ * transposed_ld_);
+        h_cols_ = workspace_.take<T>(h_cols_size());
+        rows_packed_ = workspace_.take<T>(rows_packed_size());
         cols_interleaved_ = packed ? workspace_.take<T>(round_up(dim_, panel_width) * width_) : nullptr;
         moments_ = workspace_.take<double>(max_tiles());
         scratch_ = workspace_.take<A>(num_threads() * scratch_size);
@@ -187,10 +186,16 @@ class Gradient {
     static constexpr int64_t tile_cols = 4 * panel_width;  // of a task of step 1
     static constexpr int64_t task_cols = 2 * panel_width;  // of a task of step 2
 
-    // Numbers transposed either way; those added to products are read and written besides.
+    // Words that are transposed or interleaved either way; those added to products are read and written besides.
     static bool turns(int64_t n, int64_t cols, int64_t dim) {
-        const int64_t blocks = (n + block_rows - 1) / block_rows;
-        return n * cols < n * dim + 2 * blocks * cols * dim;
+        const int64_t blocks = (n + block_rows - 1) / block_rows, added = 2 * blocks * cols * dim;
+        // By count in bf16, so only where the difference is large.
+        return packed ? n * cols + n * dim < n * dim + added : n * cols < n * dim + added;
+    }
+
+    int64_t h_cols_size() const { return turned_ ? width_ * transposed_ld_ : packed ? height_ * width_ : 0; }
+    int64_t rows_packed_size() const {
+        return !turned_ ? dim_ * transposed_ld_ : packed ? round_up(dim_, panel_width) * height_ : 0;
     }
 
     int64_t max_tiles() const { return ((height_ + tile_rows - 1) / tile_rows) * ((width_ + tile_cols - 1) / tile_cols); }
@@ -198,8 +203,8 @@ class Gradient {
     size_t bytes() const {
         using W = Workspace;
         size_t total = 5 * W::bytes<A>(n_) + 5 * W::bytes<A>(padded_cols_);
-        total += W::bytes<T>((height_ + 1) * row_ld_) + W::bytes<T>((turned_ ? width_ : dim_) * transposed_ld_);
-        if (packed) total += W::bytes<T>(height_ * width_) + W::bytes<T>(round_up(dim_, panel_width) * width_);
+        total += W::bytes<T>((height_ + 1) * row_ld_) + W::bytes<T>(h_cols_size()) + W::bytes<T>(rows_packed_size());
+        if (packed) total += W::bytes<T>(round_up(dim_, panel_width) * width_);
         return total + W::bytes<double>(max_tiles()) + W::bytes<A>(num_threads() * scratch_size);
     }
 
@@ -264,8 +269,8 @@ class Gradient {
         const int64_t tiles = row_tiles * col_tiles;
         const int64_t dim_panels = (dim_ + panel_width - 1) / panel_width;
         const int64_t panels = packed && wants_rows ? dim_panels : 0;
-        const int64_t transposed = wants_cols && fresh && !turned_ ? dim_panels : 0;
-        run_tasks(tiles + panels + transposed, parallel_, [&](int64_t t, int thread) {
+        const int64_t packed_rows = wants_cols && fresh && (packed || !turned_) ? dim_panels : 0;
+        run_tasks(tiles + panels + packed_rows, parallel_, [&](int64_t t, int thread) {
             if (t < tiles) {
                 write_tiles(t, row, height, t / col_tiles * tile_rows, col, width, t % col_tiles * tile_cols,
                             scratch_ + thread * scratch_size);
@@ -275,9 +280,7 @@ class Gradient {
                                round_up(width, col_multiple<T>) / 2, t - tiles, cols_interleaved_);
                 }
             } else {
-                const int64_t first = (t - tiles - panels) * panel_width;
-                transpose_rows(operands_.factors[0].rows + row * operands_.stride, operands_.stride, height, first,
-                               std::min(panel_width, dim_ - first), rows_transposed_, transposed_ld_);
+                pack_rows(row, height, t - tiles - panels);
             }
         });
         if (products_.moment) {
@@ -308,6 +311,16 @@ class Gradient {
         }
     }
 
+    // Panel `p` of the rows that are multiplied with columns of H.
+    void pack_rows(int64_t row, int64_t height, int64_t p) {
+        const T* rows = operands_.factors[0].rows + row * operands_.stride;
+        const int64_t first = p * panel_width;
+        if constexpr (packed) {
+            if (turned_) return pack_panel(rows, operands_.stride, height, dim_, (height + 1) / 2, p, rows_packed_);
+        }
+        transpose_rows(rows, operands_.stride, height, first, std::min(panel_width, dim_ - first), rows_packed_, transposed_ld_);
+    }
+
     // Step 1: rows [i, i + 128) and columns [j, j + 256) of the block at (row, col).
     void write_tiles(int64_t t, int64_t row, int64_t height, int64_t i, int64_t col, int64_t width, int64_t j, A* s) {
         const int64_t tile_height = std::min(tile_rows, height - i);
@@ -321,15 +334,25 @@ class Gradient {
                 leave_out(s, row + i, tile_height, col + j, std::min(tile_width, cols_ - col - j), matrix_.diagonal, false);
                 leave_out_equal(s, row + i, tile_height, col + j, std::min(tile_width, cols_ - col - j), matrix_);
             }
-            const Destination<T> out{h_rows_ + i * row_ld_ + j, row_ld_,
-                                     packed ? h_cols_ + (j / panel_width * (height_ / 2) + i / 2) * panel_width * 2 : nullptr};
-            moment += epilogue(kept ? kept : s, tile_height, tile_width, row + i, col + j, out);
-            if (turned_) {
-                transpose_rows(h_rows_ + i * row_ld_, row_ld_, tile_height, j, std::min(tile_width, width - j), h_cols_ + i,
-                               transposed_ld_);
-            }
+            T* interleaved = !packed ? nullptr
+                             : turned_ ? reinterpret_cast<T*>(s + tile_rows * panel_width)
+                                       : h_cols_ + (j / panel_width * (height_ / 2) + i / 2) * panel_width * 2;
+            moment += epilogue(kept ? kept : s, tile_height, tile_width, row + i, col + j,
+                               Destination<T>{h_rows_ + i * row_ld_ + j, row_ld_, interleaved});
+            if (turned_) turn_tile(i, tile_height, j, std::min(tile_width, width - j), interleaved);
         }
         moments_[t] = moment;
+    }
+
+    // A tile of H to Hᵀ; pairs of rows interleaved are words of it.
+    void turn_tile(int64_t i, int64_t height, int64_t j, int64_t width, const T* interleaved) {
+        if constexpr (packed) {
+            const int64_t pairs = (height + 1) / 2;
+            transpose_words(reinterpret_cast<const uint8_t*>(interleaved), panel_width, pairs, width, pairs,
+                            reinterpret_cast<uint32_t*>(h_cols_ + j * transposed_ld_ + i), transposed_ld_ / 2);
+        } else {
+            transpose_rows(h_rows_ + i * row_ld_, row_ld_, height, j, width, h_cols_ + i, transposed_ld_);
+        }
     }
 
     double epilogue(const A* s, int64_t height, int64_t width, int64_t row, int64_t col, Destination<T> out) const {
@@ -366,24 +389,26 @@ class Gradient {
         A* out = static_cast<A*>(products_.rows) + (row + i) * products_.row_stride;
         const T* h = h_rows_ + i * row_ld_ + first;
         if constexpr (packed) {
-            for (; d < d_end; d += panel_width) {
-                product(m, std::min(panel_width, dim_ - d), k_end - first, h, row_ld_,
-                        cols_interleaved_ + d * k_end + first * panel_width, panel_width, out + d, products_.row_stride, add);
-            }
+            multiply(m, k_end - first, h, row_ld_, cols_interleaved_ + first * panel_width, k_end, out, products_.row_stride, d, add);
         } else {
             multiply(m, k_end - first, h, row_ld_, operands_.cols + (col + first) * operands_.col_stride,
                      operands_.col_stride, out, products_.row_stride, d, add);
         }
     }
 
-    // Columns [d, d + 256) of out[m, dim] = h[m, k]·right[k, dim], or added to it.
-    void multiply(int64_t m, int64_t k_end, const T* h, int64_t h_ld, const T* right, int64_t right_ld, A* out, int64_t out_ld,
+    // Columns [d, d + 256) of out[m, dim] = h[m, k]·right[k, dim], or added to it. `right_step` is the length of rows on the
+    // right, or in bf16, where they are packed, of panels.
+    void multiply(int64_t m, int64_t k_end, const T* h, int64_t h_ld, const T* right, int64_t right_step, A* out, int64_t out_ld,
                   int64_t d, bool add) const {
         for (const int64_t d_end = std::min(d + dims_at_once, dim_); d < d_end; d += panel_width) {
             const int64_t n = std::min(panel_width, dim_ - d);
-            for (int64_t k = 0; k < k_end; k += depth) {
-                product(m, n, std::min(depth, k_end - k), h + k, h_ld, right + k * right_ld + d, right_ld, out + d, out_ld,
-                        add || k > 0);
+            if constexpr (packed) {
+                product(m, n, k_end, h, h_ld, right + d * right_step, panel_width, out + d, out_ld, add);
+            } else {
+                for (int64_t k = 0; k < k_end; k += depth) {
+                    product(m, n, std::min(depth, k_end - k), h + k, h_ld, right + k * right_step + d, right_step, out + d,
+                            out_ld, add || k > 0);
+                }
             }
         }
     }
@@ -399,17 +424,14 @@ class Gradient {
         if (k_end <= 0) return;
         A* out = static_cast<A*>(matrix_.symmetric ? products_.rows : products_.cols);
         const int64_t stride = matrix_.symmetric ? products_.row_stride : products_.col_stride;
-        if constexpr (!packed) {
-            if (turned_) {
-                multiply(std::min(task_cols, width - j), k_end, h_cols_ + j * transposed_ld_, transposed_ld_,
-                         operands_.factors[0].rows + row * operands_.stride, operands_.stride, out + (col + j) * stride, stride,
-                         d, add);
-                return;
-            }
+        if (turned_) {
+            const T* rows = packed ? rows_packed_ : operands_.factors[0].rows + row * operands_.stride;
+            return multiply(std::min(task_cols, width - j), k_end, h_cols_ + j * transposed_ld_, transposed_ld_, rows,
+                            packed ? round_up(height, 2) : operands_.stride, out + (col + j) * stride, stride, d, add);
         }
         for (int64_t end = std::min(j + task_cols, width); j < end; j += panel_width) {
             const int64_t n = std::min(panel_width, width - j);
-            const T* left = rows_transposed_ + d * transposed_ld_;
+            const T* left = rows_packed_ + d * transposed_ld_;
             if constexpr (packed) {
                 product(m, panel_columns(col + j, cols_, col_multiple<T>), k_end, left, transposed_ld_,
                         h_cols_ + j / panel_width * (height_ / 2) * panel_width * 2, panel_width, scratch, panel_width, false);
@@ -435,7 +457,7 @@ class Gradient {
     Exponents<A> exponents_;
     Weights<A> weights_;
     A *per_row_[5], *per_col_[5], *scratch_;
-    T *h_rows_, *h_cols_, *rows_transposed_, *cols_interleaved_;
+    T *h_rows_, *h_cols_, *rows_packed_, *cols_interleaved_;
     double* moments_;
 };
 

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <bit>
 #include <cstdlib>
 #include <exception>
 #include <iterator>
@@ -44,7 +45,9 @@ void run_tasks(int64_t count, bool parallel, const std::function<void(int64_t, i
 }
 
 bool has_bf16_products() {
-#ifdef __AVX512BF16__
+#if defined(EMULATE_BF16_PRODUCTS)
+    return true;
+#elif defined(__AVX512BF16__)
     // Settings of the library may forbid what the processor has: it is asked once.
     static const bool answer = [] {
         alignas(64) Bf16 a[16 * 32] = {}, b[32 * 16] = {};
@@ -65,9 +68,20 @@ bool has_bf16_products() {
 
 void product(int64_t m, int64_t n, int64_t k, const Bf16* a, int64_t lda, const Bf16* b, int64_t ldb, float* c,
              int64_t ldc, bool add) {
+#ifdef EMULATE_BF16_PRODUCTS
+    const auto number = [](Bf16 x) { return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); };
+    for (int64_t i = 0; i < m; ++i) {
+        for (int64_t j = 0; j < n; ++j) {
+            float total = 0;
+            for (int64_t l = 0; l < k; ++l) total += number(a[i * lda + l]) * number(b[(l / 2 * ldb + j) * 2 + l % 2]);
+            c[i * ldc + j] = add ? c[i * ldc + j] + total : total;
+        }
+    }
+#else
     holds_tiles = true;
     at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, reinterpret_cast<const at::BFloat16*>(a),
                                 reinterpret_cast<const at::BFloat16*>(b), c, true);
+#endif
 }
 
 void product(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,

@@ -96,7 +96,7 @@ inline void round_to_bf16(Vec<float> x, uint16_t* p) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(result));
 }
 
-#ifdef __AVX512BF16__
+#if defined(__AVX512BF16__)
 #define HAS_BF16_PRODUCTS 1
 // Two rows of sixteen numbers in bf16: each by itself, and interleaved as the right operand of a product wants them.
 inline void store_bf16_rows(Vec<float> even, Vec<float> odd, uint16_t* even_out, uint16_t* odd_out,
@@ -111,6 +111,18 @@ inline void store_bf16_rows(Vec<float> even, Vec<float> odd, uint16_t* even_out,
 inline void to_bf16(Vec<float> x, uint16_t* p) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(x.v));
 }
+#elif defined(EMULATE_BF16_PRODUCTS)  // to test the code of richer processors
+#define HAS_BF16_PRODUCTS 1
+inline void store_bf16_rows(Vec<float> even, Vec<float> odd, uint16_t* even_out, uint16_t* odd_out,
+                            uint16_t* interleaved_out) {
+    round_to_bf16(even, even_out);
+    round_to_bf16(odd, odd_out);
+    for (int i = 0; i < Vec<float>::size; ++i) {
+        interleaved_out[2 * i] = even_out[i];
+        interleaved_out[2 * i + 1] = odd_out[i];
+    }
+}
+inline void to_bf16(Vec<float> x, uint16_t* p) { round_to_bf16(x, p); }
 #endif
 
 // out[c][r] = in[r][c] for 16×16 words of 32 bits.
