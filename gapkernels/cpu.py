@@ -36,6 +36,7 @@ def has(flag: str) -> bool:
     return flag in _fields().get("flags", "").split()
 
 
+@functools.cache
 def multiplies_bfloat16() -> bool:
     """Whether the processor has instructions for products of bfloat16 (AMX or AVX-512), as far as the system tells."""
     return has("amx_bf16") or has("avx512_bf16")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from gapkernels import evaluation, ops, options
+from gapkernels import backends, evaluation, ops, options
 from gapkernels.backends.contract import Scalars, Terms, compute_dtype
 from gapkernels.checks import (
     as_tensor,
@@ -162,7 +162,7 @@ def gap_loss(
         >>> bool(terms.loss == gap_loss(image, text, logit_scale=10.0))
         True
     """
-    tensors = _check_embeddings(embeddings, may_be_empty=group is not None)
+    tensors = backends.in_multiplied_type(_check_embeddings(embeddings, may_be_empty=group is not None), backend)
     device = tensors[0].device
     numbers = nce_weight, atp_weight, cu_weight, uniformity_t
     settings = (anchor, pairs, *numbers, normalize, normalize_centroids, len(tensors), device, keep_similarities)
@@ -423,7 +423,7 @@ def _contrast(
     """The contrastive term alone, reduced, and its sums."""
     if reduction not in ("mean", "none"):
         raise ValueError(f"`reduction` must be 'mean' or 'none', got {reduction!r}")
-    tensors = _check_embeddings(embeddings, may_be_empty=group is not None)
+    tensors = backends.in_multiplied_type(_check_embeddings(embeddings, may_be_empty=group is not None), backend)
     device = tensors[0].device
     spec, weights, t = _settings(anchor, pairs, 1.0, 0.0, 0.0, 1.0, normalize, True, len(tensors), device)
     group_name, world_size = group_name_and_size(group, group_mode)

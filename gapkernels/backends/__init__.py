@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from gapkernels import cpu as processor
 from gapkernels.backends import cpu as cpu_backend
 from gapkernels.backends import cuda as cuda_backend
 from gapkernels.backends import triton as triton_backend
@@ -68,6 +69,28 @@ def select(name: str, like: Tensor, spec: LossSpec) -> Backend:
     if name == "auto":
         name = _fastest(like, spec)
     return _create(name, like.device, like.dtype)
+
+
+def in_multiplied_type(embeddings: list[Tensor], name: str) -> list[Tensor]:
+    """The embeddings, rounded to bfloat16 where torch's switch asks for it and the backend does not do it itself.
+
+    That is the case for float32 in the CPU kernels after ``torch.set_float32_matmul_precision("medium")``, on
+    processors that multiply bfloat16. Autograd gives their gradients in float32.
+
+    Args:
+        embeddings: of one type, on one device.
+        name: of the backend, or ``"auto"``.
+    """
+    first = embeddings[0]
+    if first.dtype == torch.float32 and first.device.type == "cpu" and _rounds_float32(name):
+        return [e.to(torch.bfloat16) for e in embeddings]
+    return embeddings
+
+
+@torch.compiler.assume_constant_result  # what torch.compile cannot trace: as it is when the caller is compiled
+def _rounds_float32(name: str) -> bool:
+    asked = torch.get_float32_matmul_precision() == "medium" and processor.multiplies_bfloat16()
+    return asked and (name == "cpu" or (name == "auto" and cpu_backend.ready()))
 
 
 def select_for_sums(name: str, like: Tensor, needs: frozenset[str]) -> Backend:

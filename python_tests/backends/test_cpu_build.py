@@ -27,6 +27,17 @@ def run(*command: object, **variables: str) -> subprocess.CompletedProcess:
     )
 
 
+def run_tests(selection: str, **variables: str) -> None:
+    """Tests of the kernels and of the oracle's grid, with other kernels."""
+    done = run(
+        *("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", selection),
+        *(f"python_tests/{name}.py" for name in ("backends/test_cpu_kernels", "backends/test_cpu_step", "test_loss")),
+        **variables,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
 def test_the_instruction_set_can_be_chosen_among_those_of_the_processor(monkeypatch) -> None:
     libraries = set()
     for name in build.instruction_sets():
@@ -52,13 +63,19 @@ def test_the_kernels_for_lesser_processors(instruction_set) -> None:
         pytest.skip("the other tests are of these kernels here, or the processor lacks it")
     kernels = "kernels and (63 or 65 or 257 or 2100-2 or errors or any_shape)"
     oracle = "test_loss and cpu and (degenerate or modalities or (sizes and (-3- or -129-)))"
-    done = run(
-        *("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", f"({kernels}) or ({oracle})"),
-        *("python_tests/backends/test_cpu_kernels.py", "python_tests/test_loss.py"),
-        GAPKERNELS_CPU_ISA=instruction_set,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    run_tests(f"({kernels}) or ({oracle})", GAPKERNELS_CPU_ISA=instruction_set)
+
+
+@pytest.mark.slow
+def test_the_kernels_for_processors_with_products_of_bfloat16() -> None:
+    """Emulated where the processor has none; where it has, the other tests are of these kernels."""
+    if build.instruction_sets()[0] != "AVX-512":
+        pytest.skip("the other tests are of these kernels here, or the processor lacks AVX-512")
+    kernels = "kernels and bfloat16 and (63 or 65 or 257 or any_shape)"
+    steps = "step and bfloat16"
+    oracle = "test_loss and cpu and bfloat16 and (degenerate or (sizes and (-3- or -129-)))"
+    flags = "-DEMULATE_BF16_PRODUCTS"
+    run_tests(f"({kernels}) or ({steps}) or ({oracle})", GAPKERNELS_CPU_ISA="AVX-512", GAPKERNELS_CXX_FLAGS=flags)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import torch
 from oracle import TOLERANCE
 from torch import Tensor
 
+from gapkernels import cpu as processor
 from gapkernels import gap_loss
 from gapkernels.backends import cpu
 from gapkernels.backends.contract import NO_DIAGONAL, Matrix, Operand, PreparedSums, SoftmaxSums
@@ -264,20 +265,45 @@ def test_the_same_bits_each_time(backend, threads, dtype) -> None:
         assert torch.equal(first, second)
 
 
-def test_float32_is_never_rounded_to_bfloat16(backend) -> None:
-    """torch's switch for faster products of float32 changes nothing here, as docs/numerics.md says."""
+@pytest.fixture
+def medium() -> Iterator[None]:
+    """torch is asked for faster, less precise products of float32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("name", ["cpu", "auto"])
+def test_torch_can_be_told_to_multiply_float32_in_bfloat16(backend, medium, monkeypatch, name) -> None:
+    """Where the processor has such products; loss and gradients stay float32."""
+    monkeypatch.setattr(processor, "multiplies_bfloat16", lambda: True)
     embeddings = [vectors(200, 128, torch.float32, seed).requires_grad_() for seed in (1, 2)]
+    loss = gap_loss(*embeddings, logit_scale=14.3, backend=name)
+    gradients = torch.autograd.grad(loss, embeddings)
 
-    def run() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(gap_loss(*embeddings, logit_scale=14.3, backend="cpu"), embeddings)
+    rounded = [e.detach().bfloat16().double().requires_grad_() for e in embeddings]
+    oracle = gap_loss(*rounded, logit_scale=14.3, backend="reference")
+    assert loss.dtype == torch.float32
+    assert abs(loss.item() - oracle.item()) <= 1e-5 * abs(oracle.item())
+    for gradient, expected in zip(gradients, torch.autograd.grad(oracle, rounded), strict=True):
+        assert gradient.dtype == torch.float32
+        assert (gradient - expected).norm() <= 4e-3 * expected.norm()
+    plain = gap_loss(*embeddings, logit_scale=14.3, backend="reference")
+    assert abs(loss.item() - plain.item()) > 1e-5 * abs(plain.item())
 
-    expected, before = run(), torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision("medium")
-        for gradient, same in zip(run(), expected, strict=True):
-            assert torch.equal(gradient, same)
-    finally:
-        torch.set_float32_matmul_precision(before)
+    compiled = torch.compile(gap_loss, fullgraph=True)(*embeddings, logit_scale=14.3, backend=name)
+    assert torch.equal(compiled, loss)
+
+
+def test_float32_is_not_rounded_unless_products_of_bfloat16_are_fast(backend, medium, monkeypatch) -> None:
+    monkeypatch.setattr(processor, "multiplies_bfloat16", lambda: False)
+    embeddings = [vectors(200, 128, torch.float32, seed) for seed in (1, 2)]
+    loss, oracle = (
+        gap_loss(*(e.to(t) for e in embeddings), backend=name)
+        for name, t in (("cpu", torch.float32), ("reference", torch.float64))
+    )
+    assert abs(loss.item() - oracle.item()) <= 1e-6 * abs(oracle.item())
 
 
 def test_errors_name_what_is_wrong(backend) -> None:
