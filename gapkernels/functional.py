@@ -186,8 +186,8 @@ def gap_loss(
     if backend == "reference":
         terms = evaluation.by_definition(tensors, scalars, spec, world_size)
         return terms if return_terms else terms.loss
-    loss, values = ops.loss(tensors, scalars, spec, backend, group_name, world_size)
-    if not return_terms:
+    loss, values = ops.loss(tensors, scalars, spec, backend, group_name, world_size, return_terms)
+    if values is None or not return_terms:
         return loss
     parts = Terms(*values.unbind())
     return GapLossTerms(

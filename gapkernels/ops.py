@@ -45,9 +45,17 @@ library.define(
 
 
 def loss(
-    embeddings: list[Tensor], scalars: Scalars, spec: LossSpec, backend: str, group: str, world_size: int
-) -> tuple[Tensor, Tensor]:
+    embeddings: list[Tensor],
+    scalars: Scalars,
+    spec: LossSpec,
+    backend: str,
+    group: str,
+    world_size: int,
+    with_terms: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """``(loss [], terms [5])``, both differentiable; see ``gapkernels.backends.contract.Forward``.
+
+    Eager calls without ``with_terms`` get None for the latter: each result of a function costs autograd some microseconds.
 
     Raises:
         RuntimeError: a transform of ``torch.func`` is active, or an input carries a forward-mode derivative.
@@ -64,7 +72,9 @@ def loss(
         not torch.is_grad_enabled()
     ):  # else the function would take its inputs to need gradients, and keep what these need
         embeddings, scalars = [e.detach() for e in embeddings], Scalars(*(number.detach() for number in scalars))
-    return _Loss.apply(spec, backend, group, *scalars, *embeddings)
+    if with_terms:
+        return _Loss.apply(spec, backend, group, *scalars, *embeddings)
+    return _LossAlone.apply(spec, backend, group, *scalars, *embeddings), None
 
 
 def _is_traced(embeddings: list[Tensor]) -> bool:
@@ -192,6 +202,18 @@ class _Loss(torch.autograd.Function):
             "the fused loss has no forward-mode derivative (torch.autograd.forward_ad); "
             'compute it with backend="reference", which is plain autograd and needs O(N²) memory'
         )
+
+
+class _LossAlone(_Loss):
+    """``_Loss`` without its second result."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        return _Loss.forward(ctx, *arguments)[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Any, ...]:
+        return _Loss.backward(ctx, grad_loss, None)
 
 
 def _first_derivatives(
