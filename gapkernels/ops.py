@@ -55,7 +55,7 @@ def loss(
 ) -> tuple[Tensor, Tensor | None]:
     """``(loss [], terms [5])``, both differentiable; see ``gapkernels.backends.contract.Forward``.
 
-    Eager calls without ``with_terms`` get None for the latter: each result of a function costs autograd some microseconds.
+    Eager calls without ``with_terms`` get None for the latter: each result costs autograd some microseconds.
 
     Raises:
         RuntimeError: a transform of ``torch.func`` is active, or an input carries a forward-mode derivative.
