@@ -65,6 +65,11 @@ VARIANTS = {
     },
     "entries kept": Variant("gapkernels-triton", {KEEP_VARIABLE: "all"}),
     "products start early": Variant("gapkernels-triton", {"GAPKERNELS_EARLY_LAUNCH": "1"}),
+    "products by the library": Variant("gapkernels-triton", {"GAPKERNELS_PRODUCTS": "library"}),
+    **{
+        f"products by Triton, D = {width}": Variant("gapkernels-cuda", {"GAPKERNELS_PRODUCTS": "triton"}, width)
+        for width in TOO_LONG_TO_STAY
+    },
     **{
         f"blocks of {side}": Variant("gapkernels-triton", {"GAPKERNELS_GRADIENT_BLOCK": str(side)})
         for side in OTHER_SIDES

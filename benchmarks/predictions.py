@@ -175,6 +175,10 @@ def stages() -> list[Stage]:
         _products("`both_products`, Triton", triton, gradient_side),
         _products("… start early", label("products start early"), gradient_side, launches=0),
         *(_products(f"… blocks of {side}", label(f"blocks of {side}"), side) for side in OTHER_SIDES),
+        *(_products_at(width, label(f"products by Triton, D = {width}")) for width in TOO_LONG_TO_STAY),
+        Stage("… by the library", (label("products by the library"), r"^(?!.*gapkernels).*(gemm|nvjet|cutlass)")),
+        _products("`both_products`, CUDA", "gapkernels-cuda", gradient_side, own=True),
+        *(_products_at(width, label(f"wide, D = {width}"), own=True) for width in TOO_LONG_TO_STAY),
     ]
 
 
@@ -221,20 +225,37 @@ def _blocks(side: int) -> int:
     return blocks**2 + blocks * (blocks + 1) // 2
 
 
-def _products(title: str, key: str, side: int, launches: int | None = None) -> Stage:
+def _products(
+    title: str, key: str, side: int, launches: int | None = None, *, own: bool = False, width: int = WIDTH
+) -> Stage:
+    """Both products of all blocks.
+
+    Args:
+        title: in the table.
+        key: of the kernels' result file.
+        side: of a block.
+        launches: that cost time; of every block if not given.
+        own: the CUDA backend's, where a cluster of two shares the columns of a tile.
+        width: D.
+    """
     launches = _blocks(side) if launches is None else launches
     waits = launches * LAUNCH_SECONDS
     # Read and written by every block; those of the rows stay in the L2 cache along a row of blocks.
-    totals = 2 * (SAMPLES * WIDTH * 4) * (_blocks(side) / math.ceil(SAMPLES / side)) / DEVICE_BYTES
+    totals = 2 * (SAMPLES * width * 4) * (_blocks(side) / math.ceil(SAMPLES / side)) / DEVICE_BYTES
     return Stage(
         title,
-        (key, "both_products"),
+        (key, "BothProducts" if own else "both_products"),
         6,
-        *tile_bytes(1, 1, False, width=WIDE),
+        *tile_bytes(1, 0.5 if own else 1, False, width=WIDE),
         totals + waits,
         f"{totals * 1e3:.1f}: totals" + (f"; {waits * 1e3:.1f}: {launches} launches" if launches else ""),
-        filled=filled(side, WIDTH, PROCESSORS),
+        filled=filled(side, width, PROCESSORS),  # of whole tiles, as `both_products` takes them at these sides
+        width=width,
     )
+
+
+def _products_at(width: int, key: str, *, own: bool = False) -> Stage:
+    return _products(f"… D = {width}", key, side_of_block(width, PROCESSORS), own=own, width=width)
 
 
 def block(measured: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
@@ -262,7 +283,7 @@ def block(measured: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
                 _range(stage.l2_seconds) if products else "",
                 _milliseconds(stage.shared_seconds) if products else "",
                 stage.other_text,
-                _range(stage.predicted_seconds),
+                _range(stage.predicted_seconds) if products or stage.other else "",
                 _measured(stage, measured),
             ]
         )

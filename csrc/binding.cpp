@@ -9,6 +9,7 @@
 #include <optional>
 #include <vector>
 
+#include "products.h"
 #include "similarity.h"
 #include "tiles.h"
 
@@ -21,7 +22,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kLargestSide = int64_t{1} << 22;
-constexpr int64_t kMostTiles = int64_t{1} << 30;  // of a launch: they are numbered in 32 bits
+constexpr int64_t kMostTiles = int64_t{1} << 30;  // of a launch, or steps: they are numbered in 32 bits
 
 Element element_of(const Tensor& t) {
   const ScalarType type = t.scalar_type();
@@ -181,6 +182,56 @@ void similarity_grad(Tensor rows, Tensor row_factors, Tensor cols, Tensor col_fa
   check_success(gapkernels::similarity_grad(arguments, current_stream(rows)), "similarity_grad");
 }
 
+// Room for a product of as many rows.
+float* total_of(const Tensor& t, int64_t height, int64_t width, const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.dim() == 2 && t.size(0) == height && t.size(1) == width &&
+                      t.stride(1) == 1,
+                  name, " must be float32 of ", height, " rows and ", width, " columns, the second stride 1");
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0 && t.stride(0) % 4 == 0, name,
+                  " must be aligned to 16 bytes with a stride of 4 elements' multiple, got stride ", t.stride(0));
+  return static_cast<float*>(t.mutable_data_ptr());
+}
+
+void both_products(Tensor h, Tensor cols, Tensor rows, std::optional<Tensor> total_rows,
+                   std::optional<Tensor> total_cols, bool first_rows, bool first_cols) {
+  check_copyable(h, "h");
+  check_copyable(cols, "cols");
+  check_copyable(rows, "rows");
+  const int64_t num_rows = h.size(0), num_cols = h.size(1), dim = cols.size(1);
+  STD_TORCH_CHECK(cols.size(0) == num_cols && rows.size(0) == num_rows && rows.size(1) == dim, "h of ", num_rows,
+                  " rows and ", num_cols, " columns needs as many rows and columns of one length, got ", rows.size(0),
+                  " of ", rows.size(1), " and ", cols.size(0), " of ", dim);
+  STD_TORCH_CHECK(cols.scalar_type() == h.scalar_type() && rows.scalar_type() == h.scalar_type(),
+                  "h, cols and rows must be of one type");
+  gapkernels::ProductArguments arguments{};
+  arguments.element = element_of(h);
+  arguments.num_rows = static_cast<int>(num_rows);
+  arguments.num_cols = static_cast<int>(num_cols);
+  arguments.dim = static_cast<int>(dim);
+  arguments.h = h.const_data_ptr();
+  arguments.h_stride = h.stride(0);
+  arguments.cols = cols.const_data_ptr();
+  arguments.col_stride = cols.stride(0);
+  arguments.rows = rows.const_data_ptr();
+  arguments.row_stride = rows.stride(0);
+  const int64_t steps = num_tiles(rows, cols) * ((dim + gapkernels::kTile - 1) / gapkernels::kTile);
+  STD_TORCH_CHECK(steps <= kMostTiles / 4, "one launch walks over at most ", kMostTiles / 4,
+                  " cubes of side 128, got ", steps);
+  const std::optional<Tensor>* totals[] = {&total_rows, &total_cols};
+  const int64_t heights[] = {num_rows, num_cols};
+  const char* names[] = {"total_rows", "total_cols"};
+  const bool first[] = {first_rows, first_cols};
+  bool wanted = false;
+  for (int p = 0; p < gapkernels::kProducts; ++p) {
+    arguments.first[p] = first[p];
+    if (!totals[p]->has_value()) continue;
+    arguments.totals[p] = total_of(**totals[p], heights[p], dim, names[p]);
+    arguments.total_strides[p] = (*totals[p])->stride(0);
+    wanted = true;
+  }
+  if (wanted) check_success(gapkernels::both_products(arguments, current_stream(h)), "both_products");
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(gapkernels_cuda, m) {
@@ -192,10 +243,14 @@ STABLE_TORCH_LIBRARY(gapkernels_cuda, m) {
       "similarity_grad(Tensor rows, Tensor row_factors, Tensor cols, Tensor col_factors, Tensor scale, bool biased, "
       "Tensor? row_log_sums, Tensor? col_log_sums, int diagonal, float unit, Tensor reference, int variant, "
       "Tensor(a!)? scale_partials, Tensor(b!) out) -> ()");
+  m.def(
+      "both_products(Tensor h, Tensor cols, Tensor rows, Tensor(a!)? total_rows, Tensor(b!)? total_cols, "
+      "bool first_rows, bool first_cols) -> ()");
 }
 
 // For tensors of any device: where the kernels are missing, tests put a plain C++ version in their place.
 STABLE_TORCH_LIBRARY_IMPL(gapkernels_cuda, CompositeExplicitAutograd, m) {
   m.impl("similarity_stats", TORCH_BOX(&similarity_stats));
   m.impl("similarity_grad", TORCH_BOX(&similarity_grad));
+  m.impl("both_products", TORCH_BOX(&both_products));
 }

@@ -46,7 +46,6 @@ namespace gapkernels {
 
 constexpr int kCluster = GAPKERNELS_CLUSTER;
 constexpr int kWarp = 32;
-constexpr int kDepth = 64;  // of a step of the products: a row of the swizzle's pattern, 128 bytes
 constexpr int kBarrierBytes = 2048;  // of shared memory, with what alignment costs
 
 static_assert(kGroupThreads == cutlass::NumThreadsPerWarpGroup);
@@ -56,10 +55,11 @@ using TileShape = cute::Shape<cute::Int<kTile>, cute::Int<kWidth>, cute::Int<kDe
 using ClusterShape = cute::Shape<cute::Int<kCluster>, cute::_1, cute::_1>;
 
 // The collective whose copies, layouts and instruction all feeds use.
-template <class ElementType, int kWidth, class StageCount>
+template <class ElementType, int kWidth, class StageCount, class LeftLayout = cutlass::layout::RowMajor,
+          class RightLayout = cutlass::layout::ColumnMajor>
 using MainloopOf = typename cutlass::gemm::collective::CollectiveBuilder<
-    cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, ElementType, cutlass::layout::RowMajor, 8, ElementType,
-    cutlass::layout::ColumnMajor, 8, float, TileShape<kWidth>, ClusterShape, StageCount,
+    cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, ElementType, LeftLayout, 8, ElementType, RightLayout, 8, float,
+    TileShape<kWidth>, ClusterShape, StageCount,
     cute::conditional_t<Teams<kWidth>::kMembers == 1, cutlass::gemm::KernelTmaWarpSpecializedPingpong,
                         cutlass::gemm::KernelTmaWarpSpecializedCooperative>>::CollectiveOp;
 
@@ -315,8 +315,9 @@ __global__ void __launch_bounds__(Kernel::kThreads, 1)
 #endif
 }
 
-template <class Kernel>
-const char* launch(typename Kernel::Params& params, void* stream) {
+// `before` is called when the work has been dealt out, and may enqueue something ahead of it.
+template <class Kernel, class Before>
+const char* launch(typename Kernel::Params& params, void* stream, Before before) {
   if (!Kernel::operands_encoded(params)) return "the driver refused to describe an operand to the copy engine";
   const int shared_bytes = Kernel::shared_bytes(params.dim);
   const void* kernel = reinterpret_cast<const void*>(&persistent_kernel<Kernel>);
@@ -332,6 +333,8 @@ const char* launch(typename Kernel::Params& params, void* stream) {
   const int items = params.order.num_items();
   const int clusters = items < processors / kCluster ? items : processors / kCluster;
   params.order.deal(clusters);
+  error = before();
+  if (error != cudaSuccess) return cudaGetErrorString(error);
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim = {kCluster, 1, 1};
@@ -347,6 +350,11 @@ const char* launch(typename Kernel::Params& params, void* stream) {
   if (error == cudaSuccess) return nullptr;
   cudaGetLastError();  // reported here, not once more by whoever asks next
   return cudaGetErrorString(error);
+}
+
+template <class Kernel>
+const char* launch(typename Kernel::Params& params, void* stream) {
+  return launch<Kernel>(params, stream, [] { return cudaSuccess; });
 }
 
 }  // namespace gapkernels

@@ -10,6 +10,30 @@
 
 namespace gapkernels {
 
+// Of a collective's pipeline whose operands as many warpgroups read.
+template <class Mainloop, int kMembers>
+__device__ typename Mainloop::MainloopPipeline::Params pipeline_params(bool producer, int thread) {
+  using Pipeline = typename Mainloop::MainloopPipeline;
+  typename Pipeline::Params params;
+  params.role = producer ? Pipeline::ThreadCategory::Producer : Pipeline::ThreadCategory::Consumer;
+  params.is_leader = thread == 0;
+  params.num_consumers = kMembers * kGroupThreads;
+  params.num_producers = 1;
+  params.transaction_bytes = Mainloop::TmaTransactionBytes;
+  return params;
+}
+
+// The second of two that share a tile begins when the operands are there of a step that the first will have come to. In
+// the time that this one takes for two steps alone, 1,024 clocks, the first has its exponentials. They stay apart: what
+// one falls behind in its own epilogue it makes up for in the other's. The step is one of the same tile, since there may
+// be no other tile, and of the stages behind this one's, which are copied without it giving anything back.
+template <class Pipeline, class State>
+__device__ void follow(Pipeline& pipeline, State state, int steps) {
+  static_assert(State::Stages >= kStepsBehind + 2, "the first needs a stage to go on to");
+  state.advance(step_to_wait_for(steps));
+  pipeline.consumer_wait(state);
+}
+
 template <class ElementType, int kWidth, int kOtherBytes>
 class Streamed {
  public:
@@ -26,7 +50,7 @@ class Streamed {
 
   __device__ Streamed(Barriers& barriers, char* operands, int steps, int block_in_cluster, bool producer, int thread)
       : operands_(*reinterpret_cast<Operands*>(operands)),
-        pipeline_(barriers, pipeline_params(producer, thread), ClusterShape{}),
+        pipeline_(barriers, pipeline_params<Mainloop, kMembers>(producer, thread), ClusterShape{}),
         steps_(steps),
         block_in_cluster_(block_in_cluster) {}
 
@@ -48,7 +72,9 @@ class Streamed {
   template <class Accumulators, class Issued>
   __device__ void multiply(const Item&, const typename Mainloop::Params& matrix, Accumulators& accumulators, int thread,
                            Issued issued) {
-    if (kMembers > 1 && thread >= kGroupThreads) follow();
+    if constexpr (kMembers > 1) {
+      if (thread >= kGroupThreads) follow(pipeline_, state_, steps_);
+    }
     Mainloop mainloop;
     mainloop.mma(pipeline_, state_, accumulators, steps_, thread, operands_, matrix);
     issued();
@@ -62,28 +88,6 @@ class Streamed {
 
  private:
   static constexpr int kMembers = Teams<kWidth>::kMembers;
-  static constexpr int kStages = Mainloop::DispatchPolicy::Stages;
-  static_assert(kMembers == 1 || kStages >= kStepsBehind + 2, "the first needs a stage to go on to");
-
-  // The second of two that share a tile begins when the operands are there of a step that the first will have come to.
-  // In the time that this one takes for two steps alone, 1,024 clocks, the first has its exponentials. They stay apart:
-  // what one falls behind in its own epilogue it makes up for in the other's. The step is one of the same tile, since
-  // there may be no other tile, and of the stages behind this one's, which are copied without it giving anything back.
-  __device__ void follow() {
-    auto ahead = state_;
-    ahead.advance(step_to_wait_for(steps_));
-    pipeline_.consumer_wait(ahead);
-  }
-
-  __device__ static typename Pipeline::Params pipeline_params(bool producer, int thread) {
-    typename Pipeline::Params params;
-    params.role = producer ? Pipeline::ThreadCategory::Producer : Pipeline::ThreadCategory::Consumer;
-    params.is_leader = thread == 0;
-    params.num_consumers = kMembers * kGroupThreads;
-    params.num_producers = 1;
-    params.transaction_bytes = Mainloop::TmaTransactionBytes;
-    return params;
-  }
 
   Operands& operands_;
   Pipeline pipeline_;

@@ -24,6 +24,7 @@ namespace gapkernels {
 
 constexpr int kTile = 128;      // rows of a tile, and its columns unless it is wide
 constexpr int kWideTile = 256;  // columns of a wide one
+constexpr int kDepth = 64;      // of a step of the products: a row of the swizzle's pattern, 128 bytes
 constexpr int kGroup = 8;
 constexpr int kConsumers = 2;  // warpgroups of a block that compute
 constexpr int kGroupThreads = 128;

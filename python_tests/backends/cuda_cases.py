@@ -1,8 +1,8 @@
 """Cases for the CUDA backend without a GPU; see ``test_cuda_on_cpu.py``.
 
-The binding is compiled with plain C++ versions of the two kernels (``cuda_host/kernels.cpp``) that run the kernels' own
-order of tiles, masks, formulas and reductions; the O(N·D) steps run in Triton's interpreter. Matrix products with
-gradient blocks are torch's: the interpreter has none for bf16.
+The binding is compiled with plain C++ versions of the kernels (``cuda_host/kernels.cpp`` and ``products.cpp``) that run
+their own order of tiles, masks, formulas and reductions; the O(N·D) steps run in Triton's interpreter. Matrix products
+with gradient blocks that are not the CUDA kernel's are torch's: the interpreter has none for bf16.
 """
 
 import ctypes
@@ -69,7 +69,7 @@ def on_cpu(library, monkeypatch):
 
 
 def test_schemas_are_registered(library):
-    for name in ("similarity_stats", "similarity_grad"):
+    for name in ("similarity_stats", "similarity_grad", "both_products"):
         schema = str(getattr(torch.ops.gapkernels_cuda, name).default._schema)
         assert schema.startswith(f"gapkernels_cuda::{name}(Tensor")
         assert schema.endswith("-> ()")
@@ -545,3 +545,226 @@ def test_nothing_is_kept_where_bfloat16_is_too_coarse(on_cpu, kept, dtype, learn
     gap_loss(x, y, logit_scale=scale, keep_similarities=True, backend="cuda").backward()
     assert kept
     assert not any(kept)
+
+
+# ---- products of blocks ---------------------------------------------------------------------------------------------
+
+
+class Part(NamedTuple):
+    """What a cluster computes of an item, see ``csrc/shares.h``."""
+
+    cluster: int
+    product: int
+    row_start: int
+    col_start: int
+    first_step: int
+    steps: int
+
+
+HOST_CLUSTERS = 7
+"""As in ``cuda_host/products.cpp``."""
+
+STORE_STEPS = 4
+"""What adding a part takes, as in ``csrc/shares.h``."""
+
+
+def shares(library, rows, cols, dim, clusters, height=2, wanted=(True, True)):
+    """``(parts, longest, splits)`` of a launch."""
+    room = 20_000
+    out, longest, splits = (ctypes.c_int * (6 * room))(), ctypes.c_int(), ctypes.c_bool()
+    arguments = rows, cols, dim, *wanted, clusters, height, out, room, ctypes.byref(longest), ctypes.byref(splits)
+    count = library.gapkernels_shares(*arguments)
+    assert count <= room
+    return [Part(*out[6 * i : 6 * i + 6]) for i in range(count)], longest.value, splits.value
+
+
+@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("height", [1, 2])
+@pytest.mark.parametrize("clusters", [1, 7, 66])
+def test_parts_are_every_step_of_every_tile_once(library, clusters, height, wanted):
+    """And the count by which a launch is dealt out is theirs: no share is longer than it has to be."""
+    sizes = [1, 64, 127, 129, 300, 1025, 4096]
+    seen = set()
+    for rows, cols, dim in itertools.product(sizes, sizes, (8, 256, 264, 768)):
+        parts, longest, splits = shares(library, rows, cols, dim, clusters, height, wanted)
+        covered = {}
+        for part in parts:
+            covered.setdefault(part[1:4], []).append((part.first_step, part.first_step + part.steps))
+        expected, total = {}, 0
+        for product, (tall, deep) in enumerate([(rows, cols), (cols, rows)]):
+            if wanted[product]:
+                steps = -(-deep // 64)
+                for row, col in itertools.product(range(0, tall, 128 * height), range(0, dim, 256)):
+                    expected[product, row, col] = steps
+                    total += steps
+        assert covered.keys() == expected.keys()
+        for item, ranges in covered.items():
+            ends = [0, *(end for _, end in sorted(ranges))]
+            assert [begin for begin, _ in sorted(ranges)] == ends[:-1]
+            assert ends[-1] == expected[item]
+            assert splits or len(ranges) == 1
+        counts = Counter()
+        for part in parts:
+            counts[part.cluster] += part.steps + STORE_STEPS
+        assert longest == max(counts.values())
+        if splits:
+            # An equal share, each of whose two ends may have moved, and what adding its parts takes.
+            most_parts = max(Counter(part.cluster for part in parts).values())
+            assert longest <= -(-total // clusters) + (2 + most_parts) * STORE_STEPS
+            lengths = list(expected.values())
+            if len(set(lengths)) == 1:  # otherwise it would have dealt out whole items
+                assert longest < -(-len(lengths) // clusters) * (lengths[0] + STORE_STEPS)
+        seen.add(splits)
+    assert seen == ({True, False} if clusters > 1 else {False})
+
+
+@pytest.mark.parametrize(
+    ("rows", "cols", "dim", "longest", "splits"),
+    [
+        (4096, 4096, 256, 39, True),  # half as many tiles as clusters
+        (4096, 4096, 512, 68, False),  # two clusters idle
+        (4096, 4096, 768, 106, True),  # 96 tiles, two whole ones for some would take 136
+        (300, 4096, 512, 18, True),  # few deep tiles and many shallow ones
+    ],
+)
+def test_blocks_are_split_where_tiles_do_not_fill_the_processors(library, rows, cols, dim, longest, splits):
+    assert shares(library, rows, cols, dim, 66)[1:] == (longest, splits)
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=str)
+@pytest.mark.parametrize(
+    ("rows", "cols", "dim", "splits"),
+    [(1, 1, 8, False), (33, 70, 48, False), (139, 300, 264, False), (130, 900, 40, True), (700, 70, 8, True)],
+)
+def test_products_of_a_block(library, rows, cols, dim, splits, dtype):
+    """Added to what is there, or put in its place; either one alone; what lies past edges does not count."""
+    assert shares(library, rows, cols, dim, HOST_CLUSTERS)[2] is splits
+    generator = torch.Generator().manual_seed(0)
+
+    def inside(height, width, values):
+        room = torch.full((height + 5, width + 24 - width % 8), torch.nan, dtype=values.dtype)
+        room[:height, :width] = values
+        return room[:height, :width]
+
+    h = inside(rows, cols, torch.rand(rows, cols, generator=generator).to(dtype))
+    y, x = (inside(n, dim, torch.randn(n, dim, generator=generator).to(dtype)) for n in (cols, rows))
+    products_ = h.double() @ y.double(), h.double().T @ x.double()
+    for first, first_cols, with_rows, with_cols in itertools.product([True, False], repeat=4):
+        sides = ((first, with_rows, rows), (first_cols, with_cols, cols))
+        rooms = [torch.full((n + 3, dim + 8), torch.nan if overwritten else 3.0) for overwritten, _, n in sides]
+        totals = [room[:n, :dim] if wanted else None for room, (_, wanted, n) in zip(rooms, sides, strict=True)]
+        torch.ops.gapkernels_cuda.both_products(h, y, x, *totals, first, first_cols)
+        for room, total, product, (overwritten, _, n) in zip(rooms, totals, products_, sides, strict=True):
+            outside = torch.ones_like(room, dtype=torch.bool)
+            if total is not None:
+                expected = product if overwritten else 3.0 + product
+                torch.testing.assert_close(total.double(), expected, rtol=1e-5, atol=1e-4)
+                outside[:n, :dim] = False
+            left = room[outside]
+            assert left.isnan().all() if overwritten else (left == 3.0).all()
+
+
+@pytest.fixture
+def own_products(on_cpu, monkeypatch):
+    """Products of 16-bit blocks are the CUDA kernel's; how many blocks there were."""
+    blocks = []
+    launch, by_torch = CudaBackend.both_products, products._library_product
+
+    def counted(self, total_rows, total_cols, h, *others):
+        blocks.append(h.dtype)
+        return launch(self, total_rows, total_cols, h, *others)
+
+    def of_float32(total, left, right, first):
+        assert left.dtype == torch.float32
+        by_torch(total, left, right, first)
+
+    monkeypatch.setenv(products.VARIABLE, "cuda")
+    monkeypatch.setattr(CudaBackend, "both_products", counted)
+    monkeypatch.setattr(products, "_library_product", of_float32)
+    return blocks
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=str)
+@pytest.mark.parametrize(
+    ("n", "dim", "modalities", "block"), [(3, 7, 2, 4096), (129, 40, 3, 4096), (300, 256, 2, 200), (260, 264, 3, 128)]
+)
+def test_values_by_own_products(own_products, monkeypatch, n, dim, modalities, block, dtype):
+    """Of one block, and of several, of which the first overwrite; centroids of long rows have a triangle of blocks."""
+    monkeypatch.setenv(gradient_blocks.VARIABLE, str(block))
+    tolerance = TOLERANCE[dtype]
+    if n == 3:  # as in test_values
+        tolerance = tolerance._replace(gradient=2 * tolerance.gradient)
+    embeddings = random_embeddings(n, dim, modalities, dtype=dtype)
+    assert_matches_oracle(embeddings, 14.3, "cuda", tolerance, pairs="all")
+    assert own_products.count(dtype) >= modalities * (modalities - 1) // 2 * (-(-n // block)) ** 2
+
+
+@pytest.mark.parametrize(
+    ("choice", "width", "own"),
+    [("", 128, False), ("", 136, True), ("cuda", 8, True), ("triton", 512, False), ("library", 512, False)],
+)
+def test_products_are_whose_the_count_or_the_environment_says(monkeypatch, choice, width, own):
+    monkeypatch.setenv(products.VARIABLE, choice)
+    assert [kernels.takes_products(dtype, width) for dtype in SIXTEEN_BIT] == [own, own]
+    assert not kernels.takes_products(torch.float32, width)
+
+
+def test_products_are_own_from_a_measured_width_on(monkeypatch):
+    monkeypatch.delenv(products.VARIABLE, raising=False)
+    monkeypatch.setattr(kernels, "PRODUCTS_FROM", {torch.bfloat16: 700})
+    assert [kernels.takes_products(dtype, 512) for dtype in SIXTEEN_BIT] == [False, True]
+    assert kernels.takes_products(torch.bfloat16, 768)
+
+
+def test_products_in_deterministic_mode_are_tritons(monkeypatch):
+    """Parts of a tile are added in any order."""
+    monkeypatch.setenv(products.VARIABLE, "cuda")
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert not kernels.takes_products(torch.bfloat16, 512)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_unknown_choice_of_products_is_named(monkeypatch):
+    monkeypatch.setenv(products.VARIABLE, "cublas")
+    with pytest.raises(ValueError, match="GAPKERNELS_PRODUCTS must be 'library', 'triton' or 'cuda', got 'cublas'"):
+        kernels.takes_products(torch.bfloat16, 512)
+
+
+def test_sanitizer_sees_own_and_tritons_products(monkeypatch):
+    monkeypatch.delenv(products.VARIABLE, raising=False)
+    widths = [int(size.partition("x")[2]) for size in run_once.ODD_SIZES.split(",")]
+    assert {kernels.takes_products(torch.bfloat16, width) for width in widths} == {True, False}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"h": torch.zeros(20, 24, dtype=torch.float16)}, "20 rows and 24 columns needs as many rows and columns"),
+        ({"cols": torch.zeros(16, 8, dtype=torch.bfloat16)}, "must be of one type"),
+        ({"rows": torch.zeros(20, 16, dtype=torch.float16)}, "of one length, got 20 of 16 and 16 of 8"),
+        ({"total_rows": torch.zeros(20, 12)}, "total_rows must be float32 of 20 rows and 8 columns"),
+        ({"total_cols": torch.zeros(16, 9)[:, :8]}, "total_cols must be aligned to 16 bytes .* got stride 9"),
+        ({"h": torch.zeros(20, 17, dtype=torch.float16)[:, :16]}, "h must be aligned to 16 bytes"),
+    ],
+)
+def test_products_check_what_the_copy_engine_needs(library, change, message):
+    good = {
+        "h": torch.zeros(20, 16, dtype=torch.float16),
+        "cols": torch.zeros(16, 8, dtype=torch.float16),
+        "rows": torch.zeros(20, 8, dtype=torch.float16),
+        "total_rows": torch.zeros(20, 8),
+        "total_cols": torch.zeros(16, 8),
+    }
+    torch.ops.gapkernels_cuda.both_products(*good.values(), True, False)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.gapkernels_cuda.both_products(*(good | change).values(), True, False)
+
+
+def test_products_that_the_copy_engine_cannot_write_are_left_to_triton(on_cpu, monkeypatch):
+    monkeypatch.setenv(products.VARIABLE, "cuda")
+    h, x = torch.ones(40, 40, dtype=torch.float16), torch.ones(40, 8, dtype=torch.float16)
+    total = torch.full((40, 9), torch.nan)[:, :8]
+    CudaBackend().both_products(total, None, h, x, x, True, True)
+    assert (total == 40.0).all()

@@ -14,6 +14,7 @@ from oracle import (
 )
 
 from gapkernels import backends, gap_loss
+from gapkernels.backends.cuda import build
 
 pytestmark = pytest.mark.skipif(
     not {s.name: s.usable for s in backends.available()}["cuda"],
@@ -60,6 +61,59 @@ def test_variants_give_the_same_every_time(variant, dim):
     for other in results[1:]:
         for ours, first in zip(other, results[0], strict=True):
             assert (ours.double() - first.double()).norm() <= 1e-3 * first.double().norm()
+
+
+PRODUCTS = ["library", "triton", "cuda"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("block", [4096, 1000, 264])
+@pytest.mark.parametrize("dim", [8, 100, 256, 768])
+@pytest.mark.parametrize("n", [2, 129, 1000, 4500])
+@pytest.mark.parametrize("whose", PRODUCTS)
+def test_products(monkeypatch, whose, n, dim, block, dtype):
+    """Whole tiles, which overwrite, and parts of them, which are added; blocks that end within a tile."""
+    monkeypatch.setenv("GAPKERNELS_PRODUCTS", whose)
+    monkeypatch.setenv("GAPKERNELS_GRADIENT_BLOCK", str(block))
+    assert_matches_oracle(random_embeddings(n, dim, 3, dtype=dtype), 14.3, "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim", [8, 256, 264, 512, 768])
+@pytest.mark.parametrize(("rows", "cols"), [(1, 1), (127, 4096), (300, 300), (4096, 4096), (4096, 2817)])
+def test_products_of_a_block(rows, cols, dim, dtype):
+    """Added to what is there, or put in its place; either one alone; what lies past edges does not count."""
+    build.load()
+    generator = torch.Generator(device="cuda").manual_seed(0)
+
+    def inside(values):
+        height, width = values.shape
+        room = values.new_full((height + 5, width + 24 - width % 8), torch.nan)
+        room[:height, :width] = values
+        return room[:height, :width]
+
+    def normal(*shape):
+        return inside(torch.randn(shape, generator=generator, device="cuda").to(dtype))
+
+    h, y, x = normal(rows, cols), normal(cols, dim), normal(rows, dim)
+    products = h.double() @ y.double(), h.double().T @ x.double()
+    sizes = (cols**0.5, rows**0.5)  # of a number
+    for first, first_cols, with_rows, with_cols in itertools.product([True, False], repeat=4):
+        sides = ((first, with_rows, rows), (first_cols, with_cols, cols))
+        rooms = [
+            torch.full((n + 3, dim + 8), torch.nan if overwritten else 3.0, device="cuda")
+            for overwritten, _, n in sides
+        ]
+        totals = [room[:n, :dim] if wanted else None for room, (_, wanted, n) in zip(rooms, sides, strict=True)]
+        torch.ops.gapkernels_cuda.both_products(h, y, x, *totals, first, first_cols)
+        for room, total, product, size, (overwritten, _, n) in zip(rooms, totals, products, sizes, sides, strict=True):
+            outside = torch.ones_like(room, dtype=torch.bool)
+            if total is not None:
+                expected = product if overwritten else 3.0 + product
+                torch.testing.assert_close(total.double(), expected, rtol=1e-4, atol=1e-3 * size)
+                outside[:n, :dim] = False
+            left = room[outside]
+            assert left.isnan().all() if overwritten else (left == 3.0).all()
 
 
 @pytest.mark.parametrize("modalities", [3, 6])

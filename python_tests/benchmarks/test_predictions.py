@@ -17,6 +17,19 @@ SYNTHETIC = {
         {"kernel": "row_gradients_kernel", "share": 0.1, "calls": 1.0, "milliseconds": 0.25},
         {"kernel": "operands_kernel", "share": 0.1, "calls": 2.0, "milliseconds": 0.125},
     ],
+    "gapkernels-cuda": [
+        {
+            "kernel": "void gapkernels::persistent_kernel<gapkernels::(anonymous namespace)::BothProducts<"
+            "cutlass::bfloat16_t>>(…)",
+            "share": 0.4,
+            "calls": 100.0,
+            "milliseconds": 5.5,
+        }
+    ],
+    "gapkernels-triton: products by the library": [
+        {"kernel": "nvjet_sm90_tst_128x256_64x4", "share": 0.4, "calls": 100.0, "milliseconds": 5.0},
+        {"kernel": "gradient_tiles_kernel", "share": 0.4, "calls": 100.0, "milliseconds": 9.0},
+    ],
     "gapkernels-cuda: resident": [
         {
             "kernel": "void gapkernels::persistent_kernel<gapkernels::Persistent<cutlass::bfloat16_t, "
@@ -64,6 +77,8 @@ def test_measurements_stand_beside_their_predictions(tmp_path: Path) -> None:
     shown = cells(page.read_text(encoding="utf-8").partition(f"<!-- {predictions.BLOCK}:begin -->")[2])
     assert shown["`tile_sums`, Triton"] == "3.25"
     assert shown["`both_products`, Triton"] == "6.50"
+    assert shown["`both_products`, CUDA"] == "5.50"
+    assert shown["`both_products`, Triton by the library"] == "5.00"
     assert shown["`row_statistics`, `centroids` (twice), `operands`, `row_gradients`"] == "0.38"
     assert shown["`similarity_stats` rows stay"] == "1.75"
     assert shown["`similarity_grad` rows stay"] == "2.50"
@@ -72,7 +87,7 @@ def test_measurements_stand_beside_their_predictions(tmp_path: Path) -> None:
 
 def test_measurements_have_the_keys_that_the_kernels_are_measured_under() -> None:
     keys = {stage.measured_as[0] for stage in predictions.stages()}
-    assert keys == {"gapkernels-triton", *map(kernels.label, kernels.VARIANTS)}
+    assert keys == {"gapkernels-triton", "gapkernels-cuda", *map(kernels.label, kernels.VARIANTS)}
 
 
 def test_counts_of_a_tile() -> None:

@@ -1,6 +1,6 @@
 """The CUDA backend: tensor-core kernels for Hopper (H100, H200) from ``csrc/``, compiled on the user's machine.
 
-Only the two steps that cost N² differ from the Triton backend, whose other functions it inherits.
+Only the three steps that cost N² differ from the Triton backend, whose other functions it inherits.
 """
 
 from __future__ import annotations

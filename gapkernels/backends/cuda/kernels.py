@@ -1,4 +1,4 @@
-"""The CUDA backend: the Triton backend with the two functions that cost N² from ``csrc/``.
+"""The CUDA backend: the Triton backend with the three functions that cost N² from ``csrc/``.
 
 Matrices of 16-bit operands are computed here, those of float32 operands (the centroids of small problems) in Triton.
 """
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gapkernels.backends.contract import Matrix
+from gapkernels.backends.triton import products
 from gapkernels.backends.triton.backend import TritonBackend
 from gapkernels.backends.triton.gradient_tiles import Moment, usable_entries
 from gapkernels.backends.triton.recording import Launch
@@ -73,6 +74,29 @@ def choose_variant(kernel: str, dtype: torch.dtype, width: int) -> Variant:
     if resident_from <= width <= WIDEST_RESIDENT:
         return Variant.RESIDENT
     return Variant.WIDE if width >= WIDE_FROM.get((kernel, dtype), WIDE_BY_COUNT) else Variant.STREAMED
+
+
+PRODUCTS_FROM: dict[torch.dtype, int] = {}
+"""By type the width D from which on the products of blocks are this backend's, by a measurement; where there is none,
+by count: ``PRODUCTS_BY_COUNT``."""
+
+PRODUCTS_BY_COUNT = 129
+"""D from which on ``both_products`` takes no longer than Triton's by count (docs/cuda-kernels.md): its tiles have 256
+columns, of which shorter rows leave half empty."""
+
+
+def takes_products(dtype: torch.dtype, width: int) -> bool:
+    """Whether products of blocks are this backend's, where the copy engine can read and write them.
+
+    Args:
+        dtype: of the block.
+        width: D, of the operands as stored.
+    """
+    if dtype == torch.float32 or torch.are_deterministic_algorithms_enabled():
+        return False  # parts are added in any order
+    if chosen := products.choice():
+        return chosen == "cuda"
+    return width >= PRODUCTS_FROM.get(dtype, PRODUCTS_BY_COUNT)
 
 
 class CudaBackend(TritonBackend):
@@ -154,6 +178,23 @@ class CudaBackend(TritonBackend):
             None if moment is None else moment.partials,
             out,
         )
+        return None
+
+    def both_products(
+        self,
+        total_rows: Tensor | None,
+        total_cols: Tensor | None,
+        h: Tensor,
+        cols: Tensor,
+        rows: Tensor,
+        first: bool,
+        first_cols: bool,
+    ) -> Launch | None:
+        """Add the products of a block; see ``gapkernels.backends.triton.products.add_products``."""
+        totals = [total for total in (total_rows, total_cols) if total is not None]
+        if not (takes_products(h.dtype, cols.shape[1]) and products.copyable(h, cols, rows, *totals)):
+            return super().both_products(total_rows, total_cols, h, cols, rows, first, first_cols)
+        torch.ops.gapkernels_cuda.both_products(h, cols, rows, total_rows, total_cols, first, first_cols)
         return None
 
 

@@ -140,6 +140,19 @@ class TritonBackend:
             smallest_log=math.log2(num_terms * log_sums.SMALLEST_EXACT_SUM),
         )
 
+    def both_products(
+        self,
+        total_rows: Tensor | None,
+        total_cols: Tensor | None,
+        h: Tensor,
+        cols: Tensor,
+        rows: Tensor,
+        first: bool,
+        first_cols: bool,
+    ) -> Launch | None:
+        """See ``gapkernels.backends.triton.products.add_products``."""
+        return products.add_products(total_rows, total_cols, h, cols, rows, first, first_cols)
+
     # ---- the contract ----
 
     def row_statistics(self, embeddings: list[Tensor], spec: LossSpec) -> tuple[list[Operand], RowStatistics]:
@@ -341,7 +354,7 @@ class TritonBackend:
                     block, sums.row, sums.col, reference, scale, moment, h, sums.row_weight, sums.col_weight
                 )
         h = h[:num_rows, :num_cols]
-        return launched, products.add_products(
+        return launched, self.both_products(
             row_products, col_products, h, block.cols, block.rows, first_rows, first_cols
         )
 

@@ -106,6 +106,7 @@ def of_matrix(
             input_precision(matrix.rows.dtype),
             matrix.scale.data_ptr() % 16,
             products.starts_early(matrix.rows.device),
+            products.choice(),
             entries is not None and (num_terms, entries.data_ptr() % 16),
             *looks,
         ),

@@ -12,8 +12,9 @@ has one owner and a fixed order of additions: always the same bits.
 
 True float32 products are the vendor's library's, which is far faster there. Of 16-bit operands torch multiplies into a
 float32 accumulator as well, on NVIDIA GPUs (``torch.addmm(out_dtype=…)``, with a float32 addend since 2.10):
-GAPKERNELS_PRODUCTS=library takes that instead of the kernel, to measure both. In deterministic mode the library refuses
-to unless CUBLAS_WORKSPACE_CONFIG was set when it started, so there it is the kernel in any case.
+GAPKERNELS_PRODUCTS=library takes that instead of the kernel, to measure both; ``triton`` and ``cuda`` are for the CUDA
+backend, which has a kernel of its own. In deterministic mode the library refuses to unless CUBLAS_WORKSPACE_CONFIG was
+set when it started, so there it is the kernel in any case.
 
 GAPKERNELS_EARLY_LAUNCH=1 lets the kernel be launched while the one that writes H ends (programmatic dependent launch,
 from compute capability 9.0 on): it reads nothing before that has ended and what it wrote can be seen.
@@ -36,6 +37,7 @@ from gapkernels.backends.triton.recording import Launch
 from gapkernels.backends.triton.tiles import grouped_tile
 
 VARIABLE = "GAPKERNELS_PRODUCTS"
+CHOICES = ("library", "triton", "cuda")
 EARLY_VARIABLE = "GAPKERNELS_EARLY_LAUNCH"
 
 
@@ -178,7 +180,7 @@ def add_products(
 
     def run(config: tuning.Config) -> Launch | None:
         m, n, k = config.tile_m, config.tile_n, config.tile_k
-        use_tma = config.tma and _copyable(h, cols, rows)
+        use_tma = config.tma and copyable(h, cols, rows)
         assert use_tma or h.stride(0) >= cdiv(num_cols, m) * m, "rows of H must have room for whole tiles"
         tiles = sum(cdiv(total.shape[0], m) for total in totals) * cdiv(dim, n)
         return launch(
@@ -230,11 +232,23 @@ def add_products(
     return run(tuning.choose("both_products", cols, run, reset=totals))
 
 
+def choice() -> str:
+    """Whose products of 16-bit operands the environment asks for; empty where it does not.
+
+    Raises:
+        ValueError: it names a choice that there is not.
+    """
+    chosen = os.environ.get(VARIABLE, "")
+    if chosen not in ("", *CHOICES):
+        raise ValueError(f"{VARIABLE} must be 'library', 'triton' or 'cuda', got {chosen!r}")
+    return chosen
+
+
 def by_library(dtype: torch.dtype) -> bool:
     """Whether products of operands of this type are the vendor's library's."""
     if INTERPRETED or torch.version.hip or torch.are_deterministic_algorithms_enabled():
         return False
-    return dtype == torch.float32 or os.environ.get(VARIABLE) == "library"
+    return dtype == torch.float32 or choice() == "library"
 
 
 def starts_early(device: torch.device) -> bool:
@@ -253,6 +267,6 @@ def _library_product(total: Tensor, left: Tensor, right: Tensor, first: bool) ->
         torch.addmm(total, left, right, beta=beta, out_dtype=torch.float32, out=total)
 
 
-def _copyable(*operands: Tensor) -> bool:
+def copyable(*operands: Tensor) -> bool:
     """Whether the copy engine can read them: aligned to 16 bytes, as is each row."""
     return all(x.data_ptr() % 16 == 0 and x.stride(0) * x.itemsize % 16 == 0 for x in operands)
