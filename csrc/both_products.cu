@@ -5,9 +5,10 @@
 //     warpgroup 1   64×256 of a tile: wgmma │ added to the total │ wgmma …
 //     warpgroup 2      64×256 of a tile: wgmma │ added to the total │ wgmma …     behind by two steps, see follow()
 //
-// wgmma reads H with its contiguous numbers along the depth for H·cols and along the rows of the total for Hᵀ·rows; that
-// is a bit of the instruction, so there are two loops of products, with one pipeline. A warp's sixteen rows leave in pieces
-// of 32 columns, through one of two places in shared memory that are the warp's own, and the copy engine adds them.
+// wgmma reads H with its contiguous numbers along the depth for H·cols and along the rows of the total for Hᵀ·rows;
+// that is a bit of the instruction, so there are two loops of products, with one pipeline. A warp's sixteen rows leave
+// in pieces of 32 columns, by turns through two places in shared memory that are the warp's own, and the copy engine
+// adds them.
 #include "products.h"
 #include "streamed_sm90.cuh"
 
@@ -50,6 +51,10 @@ struct BothProducts {
       cute::SM90_TMA_REDUCE_ADD{},
       cute::make_tensor(cute::make_gmem_ptr(static_cast<float*>(nullptr)), cute::Shape<int, int>{}, TotalStride{}),
       PieceLayout{}));
+  // One instruction takes a piece, at coordinates of a column and a row.
+  static_assert(AddToTotal::NumValSrc == kPieceRows * kPieceCols);
+  static_assert(cute::is_same_v<decltype(AddToTotal{}.get_tma_tensor(cute::Shape<int, int>{}).stride()),
+                                cute::tuple<cute::E<1>, cute::E<0>>>);
 
   struct Params {
     typename OfRows::Params of_rows;
@@ -198,8 +203,9 @@ struct BothProducts {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int group = piece * (kPieceCols / 8) + n;
-          *reinterpret_cast<float2*>(&values[PieceLayout{}(fragment_row(lane, 0, half), fragment_col(lane, n, 0))]) = {
-              accumulators(cute::make_coord(0, half, group), 0, 0), accumulators(cute::make_coord(1, half, group), 0, 0)};
+          const int index = PieceLayout{}(fragment_row(lane, 0, half), fragment_col(lane, n, 0));
+          *reinterpret_cast<float2*>(&values[index]) = {accumulators(cute::make_coord(0, half, group), 0, 0),
+                                                        accumulators(cute::make_coord(1, half, group), 0, 0)};
         }
       }
       cute::tma_store_fence();

@@ -8,8 +8,8 @@
 
 namespace gapkernels {
 
-// H, rows and columns are of one type, contiguous along their second dimension, 16-byte aligned, strides in elements and
-// multiples of eight. What lies beyond their edges does not matter.
+// H, rows and columns are of one type, contiguous along their second dimension, 16-byte aligned, strides in elements
+// and multiples of eight. What lies beyond their edges does not matter.
 struct ProductArguments {
   Element element;
   int num_rows;

@@ -1,15 +1,15 @@
-// Which part of both products comes when: total[height, dim] += left[height, depth]·right[depth, dim], twice. Plain integer
+// Which part of two products, total[height, dim] += left[height, depth]·right[depth, dim], comes when. Plain integer
 // arithmetic: the kernel and the tests on the CPU run the same code.
 //
-// An item is one tile of 256 columns, as many tiles high as a cluster has blocks, over its whole depth, 64 at a time. The
-// steps of all items are numbered through, and cluster c of C has those between c/C and (c + 1)/C of them:
+// An item is one tile of 256 columns, as many tiles high as a cluster has blocks, over its whole depth, 64 at a time.
+// The steps of all items are numbered through, and cluster c of C has those between c/C and (c + 1)/C of them:
 //
 //     steps      | item 0 of rows | item 1 | … | item 0 of columns | item 1 | …
 //     shares     | cluster 0   | cluster 1   | cluster 2   | …
 //     parts      |             |..|          |.....|       |        what a cluster has of an item, added by itself
 //
-// Adding a part costs time as well. So limits of shares move to the nearest limit of an item: those that are a few steps
-// away, or all, so that no item is split. The launch takes of both what is shorter by count.
+// Adding a part costs time as well. So limits of shares move to the nearest limit of an item: those that are a few
+// steps away, or all, so that no item is split. The launch takes of both what is shorter by count.
 #pragma once
 
 #include "tiles.h"
@@ -131,7 +131,9 @@ int ShareOrder<kCluster>::longest() const {
   int most = 0;
   for (int cluster = 0; cluster < clusters; ++cluster) {
     int count = 0;
-    for (ShareWalk<kCluster> walk(*this, cluster); walk.valid(); walk.advance()) count += walk.part().steps + kStoreSteps;
+    for (ShareWalk<kCluster> walk(*this, cluster); walk.valid(); walk.advance()) {
+      count += walk.part().steps + kStoreSteps;
+    }
     most = count > most ? count : most;
   }
   return most;

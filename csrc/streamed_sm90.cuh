@@ -23,10 +23,10 @@ __device__ typename Mainloop::MainloopPipeline::Params pipeline_params(bool prod
   return params;
 }
 
-// The second of two that share a tile begins when the operands are there of a step that the first will have come to. In
-// the time that this one takes for two steps alone, 1,024 clocks, the first has its exponentials. They stay apart: what
-// one falls behind in its own epilogue it makes up for in the other's. The step is one of the same tile, since there may
-// be no other tile, and of the stages behind this one's, which are copied without it giving anything back.
+// The second of two that share a tile begins when the operands are there of a step that the first will have come to.
+// In the time that this one takes for two steps alone, 1,024 clocks, the first is in its epilogue. They stay apart: what
+// one falls behind in its own epilogue it makes up for in the other's. The step is one of the same tile, since there
+// may be no other tile, and of the stages behind this one's, which are copied without it giving anything back.
 template <class Pipeline, class State>
 __device__ void follow(Pipeline& pipeline, State state, int steps) {
   static_assert(State::Stages >= kStepsBehind + 2, "the first needs a stage to go on to");

@@ -240,7 +240,7 @@ def test_torch_is_asked_to_compile_all_sources_for_hopper(tools, monkeypatch, ca
     assert path.read_bytes() == b"library"
     ((sources, options),) = calls
     kernels = {f"similarity_{name}{variant}.cu" for name in ("stats", "grad") for variant in ("", "_resident", "_wide")}
-    assert {Path(source).name for source in sources} == {"binding.cpp", *kernels}
+    assert {Path(source).name for source in sources} == {"binding.cpp", "both_products.cu", *kernels}
     assert "-gencode=arch=compute_90a,code=sm_90a" in options["extra_cuda_cflags"]
     assert "-DUSE_CUDA" in options["extra_cflags"]
     assert options["extra_include_paths"] == ["cutlass-include"]
