@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -173,6 +174,18 @@ def _section(results: Results) -> str:
     return "\n\n".join(lines)
 
 
+def _range_of_sizes(results: Results) -> str:
+    """What ``_by_size`` comes to, in a clause."""
+    times = sorted((float(line[-1].rstrip("×")) for line in _by_size(results)[1:]))
+    if len(times) < 2:
+        return ""
+    return (
+        f"; of {len(times)} sizes and types the faster of the matmul form and its torch.compile takes from "
+        f"{tables.significant(times[0])} to {tables.significant(times[-1])} times as long as ours, in the median "
+        f"{tables.significant(statistics.median(times))}"
+    )
+
+
 def _by_size(results: Results) -> tables.Table:
     """Every size of the whole loss that ours and the matmul form were measured on, smallest first."""
     matmul, compiled = IMPLEMENTATIONS["matmul"].label, IMPLEMENTATIONS["matmul-compile"].label
@@ -204,7 +217,7 @@ def _line(results: Results) -> str:
         f"{row.label} {tables.significant(row.median / ours.median)}×" for row in results.of(problem) if not row.ours
     ]
     relative = f"; time relative to that: {'; '.join(others)}" if others else ""
-    return f"{text}{relative} ({rows_file})"
+    return f"{text}{relative}{_range_of_sizes(results)} ({rows_file})"
 
 
 def _short(table: tables.Table) -> tables.Table:

@@ -15,7 +15,7 @@ import torch
 import gapkernels
 from benchmarks.implementations import IMPLEMENTATIONS
 from gapkernels.benchmark_report.results import Problem
-from gapkernels.cpu import cpu_model
+from gapkernels.cpu import cpu_model, has
 from gapkernels.environment import package_version, source_commit
 
 # What a measurement depends on; results and the trainer may change under it.
@@ -23,11 +23,16 @@ _MEASURED = ("gapkernels", "benchmarks", "csrc", ":!benchmarks/results", ":!gapk
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the CPU's model and number of cores in use."""
+    """The GPU's name, or the CPU's model, its richest instructions for products and the number of cores in use.
+
+    A processor of one name may come with and without AMX, where a hypervisor hides it.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    instructions = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16", "avx512f": "AVX-512", "avx2": "AVX2"}
+    richest = next((f"{name}, " for flag, name in instructions.items() if has(flag)), "")
     threads = torch.get_num_threads()
-    return f"{cpu_model()}, {threads} {'thread' if threads == 1 else 'threads'}"
+    return f"{cpu_model()}, {richest}{threads} {'thread' if threads == 1 else 'threads'}"
 
 
 def versions() -> dict[str, str]:
