@@ -176,7 +176,7 @@ def _section(results: Results) -> str:
 
 def _range_of_sizes(results: Results) -> str:
     """What ``_by_size`` comes to, in a clause."""
-    times = sorted((float(line[-1].rstrip("×")) for line in _by_size(results)[1:]))
+    times = sorted(float(line[-1].rstrip("×")) for line in _by_size(results)[1:])
     if len(times) < 2:
         return ""
     return (
