@@ -12,7 +12,6 @@
 // are added in their order: the same bits for the same number of threads. Each function reads M·N·D numbers once.
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <cstring>
 
@@ -165,30 +164,16 @@ inline void for_vectors(int64_t length, Visit visit) {
     for (int64_t k = 0; k < length; k += V::size) visit(k);
 }
 
-// Σ terms(k, totals): as many sums as `count`, of one pass.
-template <int count, class Terms>
-inline std::array<double, count> sums_of(int64_t length, Terms terms) {
-    Totals totals[count];
-    const auto take = [&](int64_t k, int l) {
-        V of[count];
-        for (int c = 0; c < count; ++c) of[c] = totals[c].of[l];
-        terms(k, of);
-        for (int c = 0; c < count; ++c) totals[c].of[l] = of[c];
-    };
-    int64_t k = 0;
-    for (; k + 4 * V::size <= length; k += 4 * V::size) {
-        for (int l = 0; l < 4; ++l) take(k + l * V::size, l);
-    }
-    for (int l = 0; k < length; k += V::size, ++l) take(k, l);
-    std::array<double, count> result;
-    for (int c = 0; c < count; ++c) result[c] = totals[c].sum();
-    return result;
-}
-
 // Σ term(k, total).
 template <class Term>
 inline double sum_of(int64_t length, Term term) {
-    return sums_of<1>(length, [&](int64_t k, V* total) { total[0] = term(k, total[0]); })[0];
+    Totals totals;
+    int64_t k = 0;
+    for (; k + 4 * V::size <= length; k += 4 * V::size) {
+        for (int l = 0; l < 4; ++l) totals.of[l] = term(k + l * V::size, totals.of[l]);
+    }
+    for (int l = 0; k < length; k += V::size, ++l) totals.of[l] = term(k, totals.of[l]);
+    return totals.sum();
 }
 
 double dot(const double* x, const double* y, int64_t length) {
@@ -197,20 +182,16 @@ double dot(const double* x, const double* y, int64_t length) {
 
 inline void add_to(double* total, V x) { (V::load(total) + x).store(total); }
 
-// From the sum of squares where these stay in range, as those of any narrower type do; of others by a power of two.
-double norm_of(const double* v, int64_t length, double square) {
-    const double norm = std::sqrt(square);
-    if (norm > 0x1p-500 && norm < INFINITY) return norm;
+// A row of float64 whose squares leave the range is multiplied by a power of two, which is returned; 1 for others.
+double into_range(double* v, int64_t length, double& square) {
+    if (square > 0x1p-1000 && square < INFINITY) return 1;
     double largest = 0;
     for (int64_t k = 0; k < length; ++k) largest = std::max(largest, std::abs(v[k]));
-    if (!(largest > 0 && largest < INFINITY) || norm != norm) return norm;
+    if (!(largest > 0 && largest < INFINITY) || square != square) return 1;
     const double power = std::exp2(-std::floor(std::log2(largest)));
-    const V scale = V::all(power);
-    return std::sqrt(sum_of(length, [=](int64_t k, V total) {
-               const V x = V::load(v + k) * scale;
-               return fma(x, x, total);
-           })) /
-           power;
+    for (int64_t k = 0; k < length; ++k) v[k] *= power;
+    square = dot(v, v, length);
+    return power;
 }
 
 // One row of every modality in float64, and what it is multiplied by to be as the loss uses it: unit vectors are made where
@@ -235,7 +216,7 @@ class Row {
         for (int m = 0; m < modalities_; ++m) {
             double* v = vector(m);
             double square = load_row(embeddings_[m], i, dim_, v);
-            const double power = square > 0x1p-1000 && square < INFINITY ? 1 : into_range(v, square);
+            const double power = into_range(v, length_, square);
             norms_[m] = std::sqrt(square) / power;
             divisors_[m] = std::max(norms_[m], norm_eps) * power;
             inverses_[m] = 1 / divisors_[m];
@@ -321,17 +302,6 @@ class Row {
             const V x = value(k);
             return fma(x, x, total);
         });
-    }
-
-    // Multiplies a row of float64 whose squares leave the range by a power of two, and returns it.
-    double into_range(double* v, double& square) const {
-        double largest = 0;
-        for (int64_t k = 0; k < length_; ++k) largest = std::max(largest, std::abs(v[k]));
-        if (!(largest > 0 && largest < INFINITY) || square != square) return 1;
-        const double power = std::exp2(-std::floor(std::log2(largest)));
-        for (int64_t k = 0; k < length_; ++k) v[k] *= power;
-        square = dot(v, v, length_);
-        return power;
     }
 
     const std::vector<Rows>& embeddings_;
@@ -423,7 +393,8 @@ bool inverse_norms(const Rows& rows, Numbers factors) {
     chunks.run([&](int64_t chunk, int64_t begin, int64_t end) {
         Doubles row(length);
         for (int64_t i = begin; i < end; ++i) {
-            const double norm = norm_of(row.data(), length, load_row(rows, i, rows.dim, row.data()));
+            double square = load_row(rows, i, rows.dim, row.data());
+            const double power = into_range(row.data(), length, square), norm = std::sqrt(square) / power;
             factors.set(i, factor_of(norm));
             if (norm > 0 && !is_moderate(norm)) moderate[chunk] = 0;
         }
@@ -436,15 +407,13 @@ void copy_rows(const Rows& in, const Rows& out, const Numbers* factors) {
     Chunks(in.count, in.dim).run([&](int64_t, int64_t begin, int64_t end) {
         Doubles row(length);
         for (int64_t i = begin; i < end; ++i) {
-            const double* numbers = row.data();
-            const double square = load_row(in, i, in.dim, row.data());
-            double power = 1;
+            double square = load_row(in, i, in.dim, row.data()), scale = 1;
             if (factors) {
-                const double norm = norm_of(numbers, length, square);
-                if (norm > 0 && norm < INFINITY) power = std::exp2(-std::floor(std::log2(norm)));
-                factors->set(i, norm == 0 ? 1 : 1 / (std::max(norm, norm_eps) * power));
+                const double power = into_range(row.data(), length, square), norm = std::sqrt(square);
+                if (norm > 0 && norm < INFINITY) scale = std::exp2(-std::floor(std::log2(norm)));
+                factors->set(i, norm == 0 ? 1 : 1 / (std::max(norm / power, norm_eps) * power * scale));
             }
-            store_row(out, i, in.dim, [=](int64_t k) { return V::load(numbers + k) * V::all(power); });
+            store_row(out, i, in.dim, [v = row.data(), by = V::all(scale)](int64_t k) { return V::load(v + k) * by; });
         }
     });
 }
