@@ -151,7 +151,9 @@ class Evaluation {
         const Type type = compute_type(task_.embeddings[0].type), of_centroids = compute_type(centroid_type_);
         const int64_t product_bytes = n_ * product_dim * bytes_of(type);
         const int64_t centroid_product_bytes = n_ * centroid_dim_ * bytes_of(of_centroids);
-        Workspace room(modalities_ * Workspace::bytes<char>(product_bytes) +
+        // Products of the gradients' type lie where these will: row_gradients reads a row before it writes it.
+        const bool in_place = task_.embeddings[0].type == type && product_dim == dim_;
+        Workspace room((in_place ? 0 : modalities_ * Workspace::bytes<char>(product_bytes)) +
                        (with_centroids ? Workspace::bytes<char>(centroid_product_bytes) +
                                              Workspace::bytes<char>(centroid_bytes())
                                        : 0));
@@ -174,7 +176,7 @@ class Evaluation {
         std::vector<Rows> products(modalities_, Rows{});
         for (int m = 0; num_pairs_ && m < modalities_; ++m) {
             if (!wanted(m)) continue;
-            products[m] = {room.take<char>(product_bytes), type, n_, product_dim, product_dim};
+            products[m] = in_place ? out[m] : Rows{room.take<char>(product_bytes), type, n_, product_dim, product_dim};
         }
         double moment = 0;
         std::vector<bool> received(modalities_);
@@ -187,7 +189,8 @@ class Evaluation {
             add.reference = sums.reference;
             add.rows = const_cast<void*>(products[m].data);
             add.cols = const_cast<void*>(products[k].data);
-            add.row_stride = add.col_stride = product_dim;
+            add.row_stride = products[m].stride;
+            add.col_stride = products[k].stride;
             add.first_rows = !received[m];
             add.first_cols = !received[k];
             add.moment = scale_gradient ? &moment : nullptr;
