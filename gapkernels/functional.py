@@ -186,9 +186,9 @@ def gap_loss(
     if backend == "reference":
         terms = evaluation.by_definition(tensors, scalars, spec, world_size)
         return terms if return_terms else terms.loss
-    loss, values = ops.loss(tensors, scalars, spec, backend, group_name, world_size, return_terms)
-    if values is None or not return_terms:
-        return loss
+    if not return_terms:
+        return ops.loss_alone(tensors, scalars, spec, backend, group_name, world_size)
+    loss, values = ops.loss(tensors, scalars, spec, backend, group_name, world_size)
     parts = Terms(*values.unbind())
     return GapLossTerms(
         loss,

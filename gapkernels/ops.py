@@ -45,17 +45,9 @@ library.define(
 
 
 def loss(
-    embeddings: list[Tensor],
-    scalars: Scalars,
-    spec: LossSpec,
-    backend: str,
-    group: str,
-    world_size: int,
-    with_terms: bool = True,
-) -> tuple[Tensor, Tensor | None]:
+    embeddings: list[Tensor], scalars: Scalars, spec: LossSpec, backend: str, group: str, world_size: int
+) -> tuple[Tensor, Tensor]:
     """``(loss [], terms [5])``, both differentiable; see ``gapkernels.backends.contract.Forward``.
-
-    Eager calls without ``with_terms`` get None for the latter: each result costs autograd some microseconds.
 
     Raises:
         RuntimeError: a transform of ``torch.func`` is active, or an input carries a forward-mode derivative.
@@ -63,18 +55,39 @@ def loss(
     if torch.compiler.is_compiling() or _is_traced(embeddings):
         value, terms, _ = torch.ops.gapkernels.loss(embeddings, *scalars, *spec, backend, group, world_size)
         return value, terms
+    return _eagerly(_Loss, embeddings, scalars, spec, backend, group)
+
+
+def loss_alone(
+    embeddings: list[Tensor], scalars: Scalars, spec: LossSpec, backend: str, group: str, world_size: int
+) -> Tensor:
+    """``loss`` without the terms: each result of a function costs autograd some microseconds.
+
+    Raises:
+        RuntimeError: as ``loss``.
+    """
+    if torch.compiler.is_compiling() or _is_traced(embeddings):
+        return loss(embeddings, scalars, spec, backend, group, world_size)[0]
+    return _eagerly(_LossAlone, embeddings, scalars, spec, backend, group)
+
+
+def _eagerly(
+    function: type[torch.autograd.Function],
+    embeddings: list[Tensor],
+    scalars: Scalars,
+    spec: LossSpec,
+    backend: str,
+    group: str,
+) -> Any:
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError(
             "the fused loss cannot be transformed by torch.func (jvp, vmap, grad, jacrev, jacfwd, hessian); "
             'compute it with backend="reference", which is plain autograd and needs O(N²) memory'
         )
-    if (
-        not torch.is_grad_enabled()
-    ):  # else the function would take its inputs to need gradients, and keep what these need
+    if not torch.is_grad_enabled():
+        # Else the function would take its inputs to need gradients, and keep what these need.
         embeddings, scalars = [e.detach() for e in embeddings], Scalars(*(number.detach() for number in scalars))
-    if with_terms:
-        return _Loss.apply(spec, backend, group, *scalars, *embeddings)
-    return _LossAlone.apply(spec, backend, group, *scalars, *embeddings), None
+    return function.apply(spec, backend, group, *scalars, *embeddings)
 
 
 def _is_traced(embeddings: list[Tensor]) -> bool:
@@ -204,7 +217,7 @@ class _Loss(torch.autograd.Function):
         )
 
 
-class _LossAlone(_Loss):
+class _LossAlone(torch.autograd.Function):
     """``_Loss`` without its second result."""
 
     @staticmethod
@@ -214,6 +227,8 @@ class _LossAlone(_Loss):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Any, ...]:
         return _Loss.backward(ctx, grad_loss, None)
+
+    jvp = _Loss.jvp
 
 
 def _first_derivatives(
