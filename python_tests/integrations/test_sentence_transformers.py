@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import itertools
+import os
 import warnings
 
 import pytest
@@ -230,6 +231,10 @@ def worker(rank, size, mode, file, results):
         results.put((loss.partition_mode, value.item(), [p.grad.numpy() for p in model.parameters()]))
     dist.barrier()
     dist.destroy_process_group()
+    results.close()
+    results.join_thread()
+    # The wrapped model holds the last reference to gloo's group, whose end waits for a thread that may wait for Python.
+    os._exit(0)
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="gloo: the processes of this test are on the CPU")
