@@ -1,6 +1,7 @@
 """A cached step must leave exactly the gradients of a direct step, and hold the activations of one micro-batch only."""
 
 import math
+import os
 import socket
 import weakref
 from collections.abc import Callable, Sequence
@@ -438,6 +439,7 @@ def _ddp_worker(rank: int, world_size: int, port: int, folder: str) -> None:
     if rank == 0:
         torch.save(gradients(model), folder + "/gradients.pt")
     dist.destroy_process_group()
+    os._exit(0)  # the wrapped model holds gloo's group, whose end waits for a thread that may wait for Python
 
 
 def _mean(buffer: Tensor, world_size: int) -> torch.futures.Future[Tensor]:
