@@ -12,7 +12,7 @@ import hashlib
 import json
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.cases import GAP, option_of
@@ -20,7 +20,7 @@ from benchmarks.implementations import IMPLEMENTATIONS
 from benchmarks.options import ALL
 from gapkernels.benchmark_report import plots, tables
 from gapkernels.benchmark_report.page import scaling_sections
-from gapkernels.benchmark_report.results import Problem, Results, fastest_of_ours, load
+from gapkernels.benchmark_report.results import Problem, Results, Row, fastest_of_ours, load
 from gapkernels.training.results import Statistic, table_rows
 
 SPEED, DEMO, OPTIONS = "speed", "demo", "options"
@@ -176,12 +176,12 @@ def _section(results: Results) -> str:
 
 def _range_of_sizes(results: Results) -> str:
     """What ``_by_size`` comes to, in a clause."""
-    times = sorted(float(line[-1].rstrip("×")) for line in _by_size(results)[1:])
+    times = [faster / ours.median for _, ours, _, faster in _compared(results)]
     if len(times) < 2:
         return ""
     return (
         f"; of {len(times)} sizes and types the faster of the matmul form and its torch.compile takes from "
-        f"{tables.significant(times[0])} to {tables.significant(times[-1])} times as long as ours, in the median "
+        f"{tables.significant(min(times))} to {tables.significant(max(times))} times as long as ours, in the median "
         f"{tables.significant(statistics.median(times))}"
     )
 
@@ -190,18 +190,23 @@ def _by_size(results: Results) -> tables.Table:
     """Every size of the whole loss that ours and the matmul form were measured on, smallest first."""
     matmul, compiled = IMPLEMENTATIONS["matmul"].label, IMPLEMENTATIONS["matmul-compile"].label
     table = [["type", "D", "N", "gapkernels", matmul, compiled, "the faster of them vs ours"]]
+    for problem, ours, others, faster in _compared(results):
+        shown = ["–" if row is None else tables.seconds(row.median) for row in others]
+        line = [problem.dtype, str(problem.width), str(problem.samples), tables.seconds(ours.median), *shown]
+        table.append([*line, tables.significant(faster / ours.median) + "×"])
+    return table
+
+
+def _compared(results: Results) -> Iterator[tuple[Problem, Row, list[Row | None], float]]:
+    """Problem, our fastest, the matmul form and its torch.compile, and the shorter of their times in seconds."""
     problems = {row.problem for row in results.rows if row.loss == GAP and row.backward and row.modalities == 2}
     for problem in sorted(problems, key=lambda p: (p.dtype != "float32", p.width, p.samples)):
         rows = {row.implementation: row for row in results.of(problem)}
         ours = fastest_of_ours(list(rows.values()))
         others = [rows.get(name) for name in ("matmul", "matmul-compile")]
         times = [row.median for row in others if row is not None]
-        if ours is None or not times:
-            continue
-        shown = ["–" if row is None else tables.seconds(row.median) for row in others]
-        line = [problem.dtype, str(problem.width), str(problem.samples), tables.seconds(ours.median), *shown]
-        table.append([*line, tables.significant(min(times) / ours.median) + "×"])
-    return table
+        if ours is not None and times:
+            yield problem, ours, others, min(times)
 
 
 def _line(results: Results) -> str:

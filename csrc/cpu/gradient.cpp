@@ -189,8 +189,7 @@ class Gradient {
     // Words that are transposed or interleaved either way; those added to products are read and written besides.
     static bool turns(int64_t n, int64_t cols, int64_t dim) {
         const int64_t blocks = (n + block_rows - 1) / block_rows, added = 2 * blocks * cols * dim;
-        // By count in bf16, so only where the difference is large.
-        return packed ? n * cols + n * dim < n * dim + added : n * cols < n * dim + added;
+        return n * cols < added + (packed ? 0 : n * dim);  // rows that are not packed need not be transposed either
     }
 
     int64_t h_cols_size() const { return turned_ ? width_ * transposed_ld_ : packed ? height_ * width_ : 0; }
@@ -269,7 +268,7 @@ class Gradient {
         const int64_t tiles = row_tiles * col_tiles;
         const int64_t dim_panels = (dim_ + panel_width - 1) / panel_width;
         const int64_t panels = packed && wants_rows ? dim_panels : 0;
-        const int64_t packed_rows = wants_cols && fresh && (packed || !turned_) ? dim_panels : 0;
+        const int64_t packed_rows = wants_cols && fresh && rows_packed_size() > 0 ? dim_panels : 0;
         run_tasks(tiles + panels + packed_rows, parallel_, [&](int64_t t, int thread) {
             if (t < tiles) {
                 write_tiles(t, row, height, t / col_tiles * tile_rows, col, width, t % col_tiles * tile_cols,
