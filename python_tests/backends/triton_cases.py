@@ -270,7 +270,7 @@ def test_both_products_in_one_launch_need_room(monkeypatch):
     """Rows of H end within a tile: reading on would leave the buffer."""
     h, x = torch.ones(40, 40), torch.ones(40, 16)
     with pytest.raises(AssertionError, match="room for whole tiles"):
-        add_products(None, torch.ones(40, 16), h, x, x, True)
+        add_products(None, torch.ones(40, 16), h, x, x, True, True)
 
 
 # ---- evaluations that are repeated without the plan -----------------------------------------------------------------

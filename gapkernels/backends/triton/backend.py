@@ -140,18 +140,8 @@ class TritonBackend:
             smallest_log=math.log2(num_terms * log_sums.SMALLEST_EXACT_SUM),
         )
 
-    def both_products(
-        self,
-        total_rows: Tensor | None,
-        total_cols: Tensor | None,
-        h: Tensor,
-        cols: Tensor,
-        rows: Tensor,
-        first: bool,
-        first_cols: bool,
-    ) -> Launch | None:
-        """See ``gapkernels.backends.triton.products.add_products``."""
-        return products.add_products(total_rows, total_cols, h, cols, rows, first, first_cols)
+    both_products = staticmethod(products.add_products)
+    """Add the products of a block; the CUDA backend has a kernel of its own."""
 
     # ---- the contract ----
 

@@ -152,7 +152,7 @@ def add_products(
     cols: Tensor,
     rows: Tensor,
     first: bool,
-    first_cols: bool | None = None,
+    first_cols: bool,
 ) -> Launch | None:
     """``total_rows += h @ cols`` and ``total_cols += h.T @ rows``, in one launch; returns what ``.launch.launch`` does.
 
@@ -163,9 +163,8 @@ def add_products(
             whole tiles; what is there does not matter.
         cols, rows: ``[C, D']``, ``[R, D']``, unit stride along their rows.
         first: these are the first products that ``total_rows`` receives: it is overwritten and may hold anything.
-        first_cols: likewise of ``total_cols``; None: as ``first``.
+        first_cols: likewise of ``total_cols``.
     """
-    first_cols = first if first_cols is None else first_cols
     if by_library(h.dtype):
         if total_rows is not None:
             _library_product(total_rows, h, cols, first)
