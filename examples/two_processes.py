@@ -9,6 +9,8 @@ process.
 
 from __future__ import annotations
 
+import gc
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -29,26 +31,33 @@ class TwoTowers(nn.Module):
         return self.loss(self.image_tower(images), self.text_tower(texts))
 
 
-def main(steps: int = 5) -> list[float]:
+def train(steps: int = 5) -> list[float]:
     """Train for a few steps; the loss before each, the same on every process."""
+    torch.manual_seed(0)
+    model = DistributedDataParallel(TwoTowers())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    # Every process holds an equal number of rows: a DistributedSampler with drop_last=True sees to that.
+    content = torch.randn(512, 8)
+    images, texts = content @ torch.randn(8, 32), content @ torch.randn(8, 24)
+    own = slice(dist.get_rank(), None, dist.get_world_size())
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        value = model(images[own], texts[own])
+        value.backward()
+        optimizer.step()
+        losses.append(value.item())
+    return losses
+
+
+def main() -> None:
     dist.init_process_group("gloo")
     try:
-        torch.manual_seed(0)
-        model = DistributedDataParallel(TwoTowers())
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        # Every process holds an equal number of rows: a DistributedSampler with drop_last=True sees to that.
-        content = torch.randn(512, 8)
-        images, texts = content @ torch.randn(8, 32), content @ torch.randn(8, 24)
-        own = slice(dist.get_rank(), None, dist.get_world_size())
-        losses = []
-        for _ in range(steps):
-            optimizer.zero_grad()
-            value = model(images[own], texts[own])
-            value.backward()
-            optimizer.step()
-            losses.append(value.item())
+        losses = train()
         print(f"rank {dist.get_rank()}: " + " ".join(f"{value:.6f}" for value in losses), flush=True)
-        return losses
+        # A wrapped model that outlives the group may hang at the end (gloo's threads then end under Python's lock, for
+        # which they may wait), and it holds references in a circle: let it go now.
+        gc.collect()
     finally:
         dist.destroy_process_group()
 

@@ -7,6 +7,7 @@ waiting for the one that has gone.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -188,6 +189,9 @@ def training_processes(device: str) -> Iterator[Processes]:
             f"({printable(str(error).partition(chr(10))[0])}); the message of that one says why. The same command goes "
             "on from the last checkpoint"
         ) from error
+    # A wrapped model that outlived the group would end gloo's threads under Python's lock, for which they may wait; it
+    # holds references in a circle.
+    gc.collect()
     dist.destroy_process_group()  # after an error the others may not answer
 
 
