@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from gapkernels import contrast
+from gapkernels import backends, contrast
 from gapkernels.backends.contract import statistics_dtype
 from gapkernels.checks import as_tensor, check_backend, check_rows, check_scalar, check_vector, logit_scale_of, name_of
 from gapkernels.contrast import How
@@ -73,13 +73,14 @@ def similarity_logsumexp(
         True
     """
     _check(rows, cols, matched, row_ids=row_ids, col_ids=col_ids, row_limit=row_limit, col_limit=col_limit)
+    rows, cols = backends.in_multiplied_type([rows, cols], check_backend(backend))
     name, size = group_name_and_size(group, group_mode)
     scale = logit_scale_of(logit_scale, temperature, rows.device)
     row_limit, col_limit = (
         None if x is None else x.detach().to(statistics_dtype(rows.device)) for x in (row_limit, col_limit)
     )
     ids = None if row_ids is None or col_ids is None else (row_ids, col_ids)
-    how = How(normalize, check_backend(backend), name, size)
+    how = How(normalize, backend, name, size)
     return contrast.logsumexp(rows, cols, scale, how, matched, ids, row_limit, col_limit)
 
 
@@ -118,11 +119,12 @@ def similarity_softplus(
         [2.079, 10.0]
     """
     _check(rows, cols, matched, row_ids=row_ids, col_ids=col_ids)
+    rows, cols = backends.in_multiplied_type([rows, cols], check_backend(backend))
     name, size = group_name_and_size(group, group_mode)
     scale = logit_scale_of(logit_scale, None, rows.device)
     bias = as_tensor(check_scalar("logit_bias", logit_bias, positive=False), rows.device)
     ids = None if row_ids is None or col_ids is None else (row_ids, col_ids)
-    how = How(normalize, check_backend(backend), name, size)
+    how = How(normalize, backend, name, size)
     return contrast.softplus_sums(rows, cols, scale, bias, how, matched, ids)
 
 

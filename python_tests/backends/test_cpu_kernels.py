@@ -10,9 +10,10 @@ import pytest
 import torch
 from oracle import TOLERANCE
 from torch import Tensor
+from torch.nn import functional
 
 from gapkernels import cpu as processor
-from gapkernels import gap_loss
+from gapkernels import gap_loss, similarity_logsumexp, similarity_softplus
 from gapkernels.backends import cpu
 from gapkernels.backends.contract import NO_DIAGONAL, Matrix, Operand, PreparedSums, SoftmaxSums
 from gapkernels.spec import LossSpec
@@ -294,6 +295,27 @@ def test_torch_can_be_told_to_multiply_float32_in_bfloat16(backend, medium, monk
 
     compiled = torch.compile(gap_loss, fullgraph=True)(*embeddings, logit_scale=14.3, backend=name)
     assert torch.equal(compiled, loss)
+
+
+@pytest.mark.parametrize("name", ["logsumexp", "softplus"])
+def test_sums_follow_the_switch_as_losses_do(backend, medium, monkeypatch, name) -> None:
+    monkeypatch.setattr(processor, "multiplies_bfloat16", lambda: True)
+
+    def dense(*embeddings: Tensor) -> Tensor:
+        rows, cols = (functional.normalize(e.double()) for e in embeddings)
+        logits = 14.3 * rows @ cols.T
+        if name == "logsumexp":
+            return logits.fill_diagonal_(-math.inf).logsumexp(1)
+        return functional.softplus(logits - 5).fill_diagonal_(0).sum(1)
+
+    embeddings = [vectors(200, 128, torch.float32, seed) for seed in (1, 2)]
+    if name == "logsumexp":
+        sums = similarity_logsumexp(*embeddings, logit_scale=14.3, backend="cpu").rows
+    else:
+        sums, _ = similarity_softplus(*embeddings, logit_scale=14.3, logit_bias=-5.0, backend="cpu")
+    rounded, plain = dense(*(e.bfloat16() for e in embeddings)), dense(*embeddings)
+    assert (sums - rounded).abs().max() <= 1e-5 * rounded.abs().max()
+    assert (sums - plain).abs().max() > 1e-5 * plain.abs().max()
 
 
 def test_float32_is_not_rounded_unless_products_of_bfloat16_are_fast(backend, medium, monkeypatch) -> None:
