@@ -23,9 +23,14 @@ def as_tensor(value: float | Tensor, device: torch.device) -> Tensor:
     return constant(value, device)
 
 
+def is_tracing() -> bool:
+    """Whether torch.compile or a dispatch mode looks on: what a call keeps for the next must then not be used."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
 def constant(value: float | tuple[float, ...], device: torch.device) -> Tensor:
     """A number or some as a tensor in the statistics type. Eager calls keep it: on a GPU it is copied from the host."""
-    if not (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0):
+    if not is_tracing():
         return _kept_constant(value, device)
     # A number that changes between calls is a symbol here: a product takes it as one, torch.full and torch.tensor
     # would compile anew for every value or, without gradients, keep an old one.
@@ -89,8 +94,7 @@ def is_readable(tensor: Tensor) -> bool:
     """Whether a value can be looked at without waiting for a device, and without a tracer or transform in the way."""
     return (
         tensor.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
+        and not is_tracing()
         and not torch._C._are_functorch_transforms_active()
     )
 
@@ -112,6 +116,17 @@ def name_of(dtype: torch.dtype) -> str:
 def logit_scale_of(
     logit_scale: float | Tensor | None, temperature: float | Tensor | None, device: torch.device
 ) -> Tensor:
+    if type(logit_scale) in _NUMBER and type(temperature) in _NUMBER and not is_tracing():
+        return _kept_logit_scale(logit_scale, temperature, device)
+    return _logit_scale_of(logit_scale, temperature, device)
+
+
+_NUMBER = (float, type(None))
+
+
+def _logit_scale_of(
+    logit_scale: float | Tensor | None, temperature: float | Tensor | None, device: torch.device
+) -> Tensor:
     if logit_scale is not None and temperature is not None:
         raise ValueError("give `logit_scale` or `temperature` (its inverse), not both")
     if temperature is None:
@@ -121,6 +136,9 @@ def logit_scale_of(
     if isinstance(value, Tensor):  # inverted in the statistics type: a bfloat16 quotient would be off by 0.4 %
         return value.reshape(()).to(device, statistics_dtype(device)).reciprocal()
     return constant(1 / value, device)
+
+
+_kept_logit_scale = functools.lru_cache(maxsize=256)(_logit_scale_of)
 
 
 def check_backend(backend: str) -> str:

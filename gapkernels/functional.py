@@ -18,6 +18,7 @@ from gapkernels.checks import (
     check_rows,
     check_scalar,
     constant,
+    is_tracing,
     logit_scale_of,
     name_of,
 )
@@ -482,9 +483,7 @@ _kept_settings = functools.lru_cache(maxsize=256, typed=True)(_settings)
 
 def _are_plain(settings: tuple[object, ...]) -> bool:
     """Whether settings can be looked up: no tensors, and nobody traces this call."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
-        return False
-    return all(type(setting) in _PLAIN for setting in settings)
+    return not is_tracing() and _PLAIN.issuperset(map(type, settings))
 
 
 _PLAIN = {bool, int, float, str, torch.device, type(None)}

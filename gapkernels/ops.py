@@ -26,6 +26,7 @@ from gapkernels.backends.contract import (
     Scalars,
     compute_dtype,
     statistics_dtype,
+    upstream_of,
 )
 from gapkernels.distributed import world_of
 from gapkernels.spec import LossSpec
@@ -87,7 +88,9 @@ def _eagerly(
     if not torch.is_grad_enabled():
         # Else the function would take its inputs to need gradients, and keep what these need.
         embeddings, scalars = [e.detach() for e in embeddings], Scalars(*(number.detach() for number in scalars))
-    return function.apply(spec, backend, group, *scalars, *embeddings)
+    tensors = map(torch._C._functorch.unwrap_if_dead, (*scalars, *embeddings))
+    # Past Function.apply, which asks again what has been asked here, argument by argument: some microseconds.
+    return super(torch.autograd.Function, function).apply(spec, backend, group, *tensors)  # type: ignore[misc]
 
 
 def _is_traced(embeddings: list[Tensor]) -> bool:
@@ -125,18 +128,6 @@ def _evaluate(
 ) -> Forward:
     with no_autocast(embeddings), on_device(embeddings):
         return plan.forward(embeddings, scalars, spec, implementation, world_of(group), list(needs_grad), keep)
-
-
-def _upstream(grad_loss: Tensor | None, grad_terms: Tensor | None, weights: Tensor) -> Tensor:
-    """Gradient with respect to the first three terms, ``[3]`` in the statistics type."""
-    upstream = None
-    if grad_loss is not None:
-        upstream = weights * grad_loss  # of the weights' type: the gradient has no dimension
-    if grad_terms is not None:
-        of_terms = grad_terms[:3].to(weights.dtype)
-        upstream = of_terms if upstream is None else upstream + of_terms
-    assert upstream is not None, "nothing to differentiate"
-    return upstream
 
 
 def _gradients(
@@ -238,12 +229,12 @@ def _first_derivatives(
     _, _, _, scale_needs, weights_need, _, *embeddings_need = ctx.needs_input_grad
     count = 3 + len(embeddings_need)
     inputs, terms = tensors[:count], tensors[count]
-    upstream = _upstream(grad_loss, grad_terms, tensors[1])
     weight_gradient = _weight_gradient(grad_loss, terms, tensors[1]) if weights_need else None
     if ctx.kept_shape is None and step.repeats_backward:
-        found = iter(step.backward(inputs, upstream, tensors[-1]))
+        found = iter(step.backward(inputs, grad_loss, grad_terms, tensors[-1]))
         gradients = [next(found) if needed else None for needed in embeddings_need]
         return None, None, None, next(found) if scale_needs else None, weight_gradient, None, *gradients
+    upstream = upstream_of(grad_loss, grad_terms, tensors[1])
     if ctx.kept_shape is None:
         saved, kept = step.saved(tensors[-1])
     else:
@@ -334,7 +325,7 @@ def _backward_operator(
     spec, (backend, group, needs_grad) = _split(arguments)
     scalars = Scalars(logit_scale, weights, uniformity_t)
     implementation = backends.select(backend, embeddings[0], spec)
-    upstream = _upstream(grad_loss, grad_terms, weights)
+    upstream = upstream_of(grad_loss, grad_terms, weights)
     gradients, scale_gradient = _gradients(
         implementation, upstream, embeddings, scalars, Saved(*saved), spec, group, needs_grad
     )

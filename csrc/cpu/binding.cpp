@@ -159,18 +159,19 @@ float widened(uint16_t bits, Type type) {
     return lanes[0];
 }
 
-double scalar_of(PyObject* tensor) {
-    const DLTensor t = view(tensor);
+double number_at(const DLTensor& t, int64_t i) {
     const Type type = type_of(t);
     switch (type) {
         case Type::f64:
-            return *static_cast<const double*>(t.data);
+            return static_cast<const double*>(t.data)[i];
         case Type::f32:
-            return *static_cast<const float*>(t.data);
+            return static_cast<const float*>(t.data)[i];
         default:
-            return widened(*static_cast<const uint16_t*>(t.data), type);
+            return widened(static_cast<const uint16_t*>(t.data)[i], type);
     }
 }
+
+double scalar_of(PyObject* tensor) { return number_at(view(tensor), 0); }
 
 void set_error(void*, const char*, const char* message) { PyErr_SetString(PyExc_RuntimeError, message); }
 
@@ -624,21 +625,32 @@ PyObject* py_step_forward(PyObject* const* args) {
     return PyTuple_Pack(3, first.get(), second.get(), third.get());
 }
 
-// spec, (scale, ...), upstream [3], workspace, needs_grad of the embeddings and of the scale → the gradients needed
+// spec, (scale, ...), gradients of the loss and of the terms or None, workspace, needs_grad of the embeddings and of the
+// scale → the gradients needed
 PyObject* py_step_backward(PyObject* const* args) {
     const StepTask task = step_task(args[0], args[1]);
-    const double* upstream = doubles_of(args[2]);
-    const DLTensor workspace = view(args[3]);
+    const double of_loss = args[2] == Py_None ? 0 : scalar_of(args[2]);
+    double upstream[3];
+    for (int64_t t = 0; t < 3; ++t) upstream[t] = task.weights[t] * of_loss;
+    if (args[3] != Py_None) {
+        const DLTensor of_terms = view(args[3]);
+        const int64_t stride = of_terms.strides ? of_terms.strides[0] : 1;
+        for (int64_t t = 0; t < 3; ++t) {
+            const double own = number_at(of_terms, t * stride);
+            upstream[t] = args[2] == Py_None ? own : upstream[t] + own;
+        }
+    }
+    const DLTensor workspace = view(args[4]);
     const Py_ssize_t modalities = static_cast<Py_ssize_t>(task.embeddings.size());
     std::vector<std::unique_ptr<NewTensor>> gradients(modalities);
     std::vector<Rows> out(modalities, Rows{});
     for (Py_ssize_t m = 0; m < modalities; ++m) {
-        if (!truth(item(args[4], m))) continue;
+        if (!truth(item(args[5], m))) continue;
         const Rows& rows = task.embeddings[m];
         gradients[m] = std::make_unique<NewTensor>(std::initializer_list<int64_t>{rows.count, rows.dim}, rows.type);
         out[m] = {gradients[m]->data(), rows.type, rows.count, rows.dim, rows.dim};
     }
-    const bool of_scale = truth(item(args[4], modalities));
+    const bool of_scale = truth(item(args[5], modalities));
     double scale_gradient = 0;
     {
         NoGil no_gil;
@@ -707,7 +719,7 @@ PyMethodDef methods[] = {
     FUNCTION(row_gradients, 7),
     FUNCTION(scale_gradient, 2),
     FUNCTION(step_forward, 3),
-    FUNCTION(step_backward, 5),
+    FUNCTION(step_backward, 6),
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -89,7 +89,7 @@ def in_multiplied_type(embeddings: list[Tensor], name: str) -> list[Tensor]:
 
 @torch.compiler.assume_constant_result  # what torch.compile cannot trace: as it is when the caller is compiled
 def _rounds_float32(name: str) -> bool:
-    asked = torch.get_float32_matmul_precision() == "medium" and processor.multiplies_bfloat16()
+    asked = processor.multiplies_bfloat16() and torch.get_float32_matmul_precision() == "medium"
     return asked and (name == "cpu" or (name == "auto" and cpu_backend.ready()))
 
 

@@ -51,6 +51,23 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def upstream_of(grad_loss: Tensor | None, grad_terms: Tensor | None, weights: Tensor) -> Tensor:
+    """Gradient with respect to the first three terms, ``[3]`` in the statistics type.
+
+    Args:
+        grad_loss, grad_terms: with respect to the loss ``[]`` and to its terms ``[5]``; None where there is none.
+        weights: of the terms, ``[3]``.
+    """
+    upstream = None
+    if grad_loss is not None:
+        upstream = weights * grad_loss  # of the weights' type: the gradient has no dimension
+    if grad_terms is not None:
+        of_terms = grad_terms[:3].to(weights.dtype)
+        upstream = of_terms if upstream is None else upstream + of_terms
+    assert upstream is not None, "nothing to differentiate"
+    return upstream
+
+
 def part(x: Tensor, rows: slice) -> Tensor:
     """Some rows; the tensor itself where these are all: small problems are bound by what the host does."""
     return x if rows.stop - rows.start == x.shape[0] else x[rows]

@@ -140,5 +140,7 @@ class Step:
     def forward(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
         return self.kernels.step_forward(self.spec, tensors, True in self.needs_grad)
 
-    def backward(self, tensors: tuple[Tensor, ...], upstream: Tensor, workspace: Tensor) -> list[Tensor]:
-        return self.kernels.step_backward(self.spec, tensors, upstream, workspace, self.needs_grad)
+    def backward(
+        self, tensors: tuple[Tensor, ...], grad_loss: Tensor | None, grad_terms: Tensor | None, workspace: Tensor
+    ) -> list[Tensor]:
+        return self.kernels.step_backward(self.spec, tensors, grad_loss, grad_terms, workspace, self.needs_grad)

@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from gapkernels.backends.contract import Forward, Kept, Saved
+from gapkernels.backends.contract import Forward, Kept, Saved, upstream_of
 from gapkernels.backends.triton.device import INTERPRETED
 from gapkernels.backends.triton.launch import can_repeat
 from gapkernels.backends.triton.recording import Recording, recorded
@@ -162,9 +162,18 @@ class Step:
             self._backward = recording
         return gradients, scale_gradient
 
-    def backward(self, tensors: tuple[Tensor, ...], upstream: Tensor, workspace: Tensor) -> list[Tensor]:
-        """Those gradients that are needed, the scale's last, by repeating the launches."""
+    def backward(
+        self, tensors: tuple[Tensor, ...], grad_loss: Tensor | None, grad_terms: Tensor | None, workspace: Tensor
+    ) -> list[Tensor]:
+        """Those gradients that are needed, the scale's last, by repeating the launches.
+
+        Args:
+            tensors: as for ``Steps.find``.
+            grad_loss, grad_terms: see ``gapkernels.backends.contract.upstream_of``.
+            workspace: by the forward pass.
+        """
         assert self._backward is not None
+        upstream = upstream_of(grad_loss, grad_terms, tensors[1])
         return _repeated(self._backward, (*tensors, upstream), (workspace,))[0]
 
 
