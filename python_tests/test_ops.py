@@ -189,6 +189,14 @@ def test_transforms_are_refused_with_the_remedy(backend, transform):
         loss(torch.autograd.forward_ad.make_dual(x, x))
 
 
+def test_a_tensor_that_outlives_a_transform_is_an_ordinary_one(backend):
+    x, y = random_embeddings(8, 4)
+    escaped = []
+    torch.func.grad(lambda a: (escaped.append(a * 2), a.sum())[1])(x)
+    assert torch._C._functorch.is_dead_tensor_wrapper(escaped[0])
+    assert torch.equal(gap_loss(escaped[0], y, backend=backend), gap_loss(x * 2, y, backend=backend))
+
+
 def test_the_definition_has_forward_mode_derivatives():
     x, y, v = (random_embeddings(8, 4, 3, torch.float64)[k] for k in range(3))
     _, tangent = torch.func.jvp(lambda a: gap_loss(a, y, backend="reference"), (x,), (v,))

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from gapkernels import gap_loss
+from gapkernels import gap_loss, ops
 from gapkernels.backends import cpu
-from gapkernels.backends.contract import Matrix, PreparedSums, SoftmaxSums
+from gapkernels.backends.contract import Matrix, PreparedSums, Scalars, SoftmaxSums
 from gapkernels.backends.cpu.backend import Step, Steps
 from gapkernels.blocks import centroid_matrix
 from gapkernels.spec import KEPT_SIMILARITY_BYTES, LossSpec
@@ -79,6 +79,34 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_a_step_has_the_bits_of_the_plan(planned, rows, width, options, dtype) -> None:
     z = embeddings(rows, width, dtype)
     assert_same_bits(evaluate(z, **options), planned(z, **options))
+
+
+CONSTANT, EVERY_SECOND = torch.tensor(0.3).expand(5), torch.arange(10.0)[::2]
+
+
+@pytest.mark.parametrize(
+    ("of_loss", "of_terms"), [(0.7, None), (None, CONSTANT), (None, EVERY_SECOND), (0.7, CONSTANT), (0.7, EVERY_SECOND)]
+)
+def test_gradients_of_loss_and_terms_meet(of_loss, of_terms) -> None:
+    """Given from outside, in any layout: each term's own gradient, times what its weight and they say."""
+    weights = {"nce_weight": 0.5, "atp_weight": 2.0, "cu_weight": 1.5}
+    leaves = [x.requires_grad_() for x in embeddings(40, 16, torch.float32, 2)]
+    numbers = (14.0, list(weights.values()), 2.0)
+    scalars = Scalars(*(torch.tensor(number, dtype=torch.float64) for number in numbers))
+    results = ops.loss(leaves, scalars, LossSpec(), "cpu", "", 1)
+    given = (None if of_loss is None else torch.tensor(of_loss), of_terms)
+    outputs, upstream = zip(*[(r, g) for r, g in zip(results, given, strict=True) if g is not None], strict=True)
+    gradients = torch.autograd.grad(outputs, leaves, upstream)
+
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    expected = [torch.zeros_like(x) for x in exact]
+    for term, (name, weight) in enumerate(weights.items()):
+        alone = gap_loss(*exact, logit_scale=14.0, backend="reference", **dict.fromkeys(weights, 0.0) | {name: 1.0})
+        times = weight * (of_loss or 0) + (0 if of_terms is None else of_terms[term].item())
+        for total, gradient in zip(expected, torch.autograd.grad(alone, exact), strict=True):
+            total += times * gradient
+    for gradient, total in zip(gradients, expected, strict=True):
+        assert (gradient - total).norm() <= 1e-5 * total.norm()
 
 
 @pytest.mark.parametrize(
