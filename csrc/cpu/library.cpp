@@ -2,6 +2,8 @@
 
 #include "library.h"
 
+#include <sys/mman.h>
+
 #include <ATen/Parallel.h>
 #include <ATen/native/CPUBlas.h>
 
@@ -124,6 +126,7 @@ void product(int64_t m, int64_t n, int64_t k, const double* a, int64_t lda, cons
 namespace {
 
 // A few blocks are kept between calls: an evaluation takes up to five at a time.
+constexpr size_t huge_page = size_t{2} << 20;
 constexpr size_t largest_kept = size_t{16} << 20;  // new pages cost nothing beside the work that larger ones are for
 struct Block {
     char* memory = nullptr;
@@ -149,8 +152,12 @@ Workspace::Workspace(size_t bytes) : memory_(nullptr), size_(0) {
     }
     if (memory_ == nullptr) {
         size_ = (std::max<size_t>(bytes, 1 << 16) + 4095) / 4096 * 4096;
-        memory_ = static_cast<char*>(std::aligned_alloc(4096, size_));
+        const bool large = size_ >= 2 * huge_page;
+        memory_ = static_cast<char*>(std::aligned_alloc(large ? huge_page : 4096, size_));
         if (memory_ == nullptr) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+        if (large) madvise(memory_, size_, MADV_HUGEPAGE);
+#endif
     }
     next_ = memory_;
 #ifdef __SANITIZE_ADDRESS__
