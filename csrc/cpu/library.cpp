@@ -152,7 +152,7 @@ Workspace::Workspace(size_t bytes) : memory_(nullptr), size_(0) {
     }
     if (memory_ == nullptr) {
         size_ = (std::max<size_t>(bytes, 1 << 16) + 4095) / 4096 * 4096;
-        const bool large = size_ >= 2 * huge_page;
+        const bool large = size_ >= huge_page;
         memory_ = static_cast<char*>(std::aligned_alloc(large ? huge_page : 4096, size_));
         if (memory_ == nullptr) throw std::bad_alloc();
 #ifdef MADV_HUGEPAGE
