@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from backends import interpreter
 from oracle import TOLERANCE, Tolerance, assert_matches_oracle, random_embeddings
 
 from benchmarks import run_once
@@ -26,6 +27,7 @@ from gapkernels.backends.triton.backend import EVERYTHING
 from gapkernels.backends.triton.device import INTERPRETED
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy on infinities that are meant
+interpreter.hasten()
 HOST = Path(__file__).parent / "cuda_host"
 SIXTEEN_BIT = [torch.bfloat16, torch.float16]
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from backends import interpreter
 from contrast_cases import CASES
 from oracle import TOLERANCE, Tolerance, assert_matches_oracle, random_embeddings, trained_embeddings
 from test_contrast import compare
@@ -15,6 +16,7 @@ from gapkernels.backends.triton.device import INTERPRETED
 from gapkernels.backends.triton.products import add_products
 
 torch.set_num_threads(1)
+interpreter.hasten()
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy on infinities that are meant
 
 
