@@ -18,17 +18,29 @@ SCALES = [1.0, 14.3, 100.0]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
+DIMS = [1, 7, 64, 100, 512, 768, 1024]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("dim", [1, 7, 64, 100, 512, 768, 1024])
-@pytest.mark.parametrize("n", [2, 3, 127, 128, 129, 1000])
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("n", [2, 3, 127, 128, 129])
 def test_sizes_scales_and_types(backend, n, dim, scale, dtype):
     assert_matches_oracle(random_embeddings(n, dim, dtype=dtype), scale, backend)
 
 
-@pytest.mark.parametrize(("dim", "scale", "dtype"), [(64, 100.0, torch.float32), (512, 14.3, torch.bfloat16)], ids=str)
-def test_more_rows_than_tiles_hold(backend, dim, scale, dtype):
-    assert_matches_oracle(random_embeddings(4097, dim, dtype=dtype), scale, backend)
+@pytest.mark.parametrize(("dim", "dtype"), list(itertools.product(DIMS, DTYPES)), ids=str)
+def test_a_thousand_rows(backend, dim, dtype):
+    """Every length and type, with scales that take turns: each meets every length and every type."""
+    scale = SCALES[(DIMS.index(dim) + DTYPES.index(dtype)) % len(SCALES)]
+    assert_matches_oracle(random_embeddings(1000, dim, dtype=dtype), scale, backend)
+
+
+@pytest.mark.parametrize(
+    ("n", "dim", "scale", "dtype"), [(4097, 64, 100.0, torch.float32), (2049, 512, 14.3, torch.bfloat16)], ids=str
+)
+def test_more_rows_than_tiles_hold(backend, n, dim, scale, dtype):
+    assert_matches_oracle(random_embeddings(n, dim, dtype=dtype), scale, backend)
 
 
 @pytest.mark.parametrize("normalize", [True, False])
