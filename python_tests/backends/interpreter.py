@@ -32,8 +32,9 @@ def check_overflow(left, right, operation):
     if left.type.scalar.int_bitwidth < 64:
         calculate = getattr(operator, operation.__name__)
         exact = calculate(left.handle.data.astype(np.int64), right.handle.data.astype(np.int64))
-        bounds = left.type.scalar.get_int_min_value(), left.type.scalar.get_int_max_value()
-        assert bounds[0] <= exact.min() and exact.max() <= bounds[1], f"overflow of {left.type}: {operation.__name__}"
+        type_ = left.type.scalar
+        fits = type_.get_int_min_value() <= exact.min() <= exact.max() <= type_.get_int_max_value()
+        assert fits, f"{type_} overflow detected for operation {operation.__name__}"
 
 
 def numpy_type(original):
