@@ -309,8 +309,7 @@ def test_unknown_choice_of_variant_is_named(monkeypatch):
         kernels.choose_variant("similarity_grad", torch.bfloat16, 512)
 
 
-@pytest.mark.parametrize("variant", ["resident", "wide"])
-@pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=str)
+@pytest.mark.parametrize(("variant", "dtype"), [("resident", torch.bfloat16), ("wide", torch.float16)], ids=str)
 def test_values_of_other_variants(on_cpu, monkeypatch, dtype, variant):
     """The other orders of tiles, in both kernels, triangle included; by blocks in the backward pass."""
     monkeypatch.setenv(kernels.VARIANT_VARIABLE, variant)
@@ -522,8 +521,7 @@ def kept(monkeypatch):
     return taken
 
 
-@pytest.mark.parametrize("variant", ["streamed", "wide"])
-@pytest.mark.parametrize(("n", "dim"), [(300, 256), (70, 24)])
+@pytest.mark.parametrize(("n", "dim", "variant"), [(300, 256, "wide"), (300, 24, "streamed"), (70, 24, "wide")])
 def test_values_from_kept_entries(on_cpu, monkeypatch, kept, n, dim, variant):
     """Triton's gradient from the kernel's entries, by blocks whose last tile is a part."""
     monkeypatch.setenv(kernels.VARIANT_VARIABLE, variant)
@@ -686,9 +684,17 @@ def own_products(on_cpu, monkeypatch):
     return blocks
 
 
-@pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=str)
 @pytest.mark.parametrize(
-    ("n", "dim", "modalities", "block"), [(3, 7, 2, 4096), (129, 40, 3, 4096), (300, 256, 2, 200), (260, 264, 3, 128)]
+    ("n", "dim", "modalities", "block", "dtype"),
+    [
+        (3, 7, 2, 4096, torch.bfloat16),
+        (3, 7, 2, 4096, torch.float16),
+        (129, 40, 3, 4096, torch.bfloat16),
+        (129, 40, 3, 4096, torch.float16),
+        (300, 256, 2, 200, torch.float16),
+        (260, 264, 3, 128, torch.bfloat16),
+    ],
+    ids=str,
 )
 def test_values_by_own_products(own_products, monkeypatch, n, dim, modalities, block, dtype):
     """Of one block, and of several, of which the first overwrite; centroids of long rows have a triangle of blocks."""
