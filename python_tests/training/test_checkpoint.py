@@ -2,6 +2,7 @@ import contextlib
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,8 @@ for _ in range(60):
         while any(writer.poll() is None for writer in writers):
             if path.exists():
                 assert path.read_text() in ("a" * 20_000, "b" * 20_000)
+            else:  # they import for seconds
+                time.sleep(0.01)
     assert [writer.returncode for writer in writers] == [0, 0]
     assert list(tmp_path.iterdir()) == [path]
 
