@@ -92,11 +92,7 @@ def refuse_dtensor(name: str, tensor: Tensor, instead: str) -> None:
 
 def is_readable(tensor: Tensor) -> bool:
     """Whether a value can be looked at without waiting for a device, and without a tracer or transform in the way."""
-    return (
-        tensor.device.type == "cpu"
-        and not is_tracing()
-        and not torch._C._are_functorch_transforms_active()
-    )
+    return tensor.device.type == "cpu" and not is_tracing() and not torch._C._are_functorch_transforms_active()
 
 
 def check_number(name: str, value: float, positive: bool = False) -> float:
