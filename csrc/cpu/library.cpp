@@ -126,7 +126,7 @@ void product(int64_t m, int64_t n, int64_t k, const double* a, int64_t lda, cons
 namespace {
 
 // A few blocks are kept between calls: an evaluation takes up to five at a time.
-constexpr size_t huge_page = size_t{2} << 20;
+constexpr size_t huge_page = size_t{2} << 20;  // H and its transposition are walked across more pages than are looked up fast
 constexpr size_t largest_kept = size_t{16} << 20;  // new pages cost nothing beside the work that larger ones are for
 struct Block {
     char* memory = nullptr;
@@ -153,8 +153,9 @@ Workspace::Workspace(size_t bytes) : memory_(nullptr), size_(0) {
     if (memory_ == nullptr) {
         size_ = (std::max<size_t>(bytes, 1 << 16) + 4095) / 4096 * 4096;
         const bool large = size_ >= huge_page;
-        memory_ = static_cast<char*>(std::aligned_alloc(large ? huge_page : 4096, size_));
-        if (memory_ == nullptr) throw std::bad_alloc();
+        void* memory = nullptr;
+        if (posix_memalign(&memory, large ? huge_page : 4096, size_) != 0) throw std::bad_alloc();
+        memory_ = static_cast<char*>(memory);
 #ifdef MADV_HUGEPAGE
         if (large) madvise(memory_, size_, MADV_HUGEPAGE);
 #endif
