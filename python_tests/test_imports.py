@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -38,3 +40,11 @@ def test_no_module_imports_itself_through_others(package: str) -> None:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
         pytest.fail(f"imported in a circle: {' -> '.join(error.args[1])}")
+
+
+def test_the_compiler_is_not_imported_unasked() -> None:
+    """torch._dynamo takes a second, of every process that only wants the loss."""
+    unasked = "'torch._dynamo' in sys.modules"
+    code = f"import sys, torch; assert not {unasked}; import gapkernels; print({unasked})"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "False"

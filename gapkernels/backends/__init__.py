@@ -87,10 +87,14 @@ def in_multiplied_type(embeddings: list[Tensor], name: str) -> list[Tensor]:
     return embeddings
 
 
-@torch.compiler.assume_constant_result  # what torch.compile cannot trace: as it is when the caller is compiled
 def _rounds_float32(name: str) -> bool:
     asked = processor.multiplies_bfloat16() and torch.get_float32_matmul_precision() == "medium"
     return asked and (name == "cpu" or (name == "auto" and cpu_backend.ready()))
+
+
+# What torch.compile cannot trace: as it is when the caller is compiled. This is torch.compiler.assume_constant_result
+# without the second that importing torch._dynamo takes.
+_rounds_float32._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def select_for_sums(name: str, like: Tensor, needs: frozenset[str]) -> Backend:
