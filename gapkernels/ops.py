@@ -28,6 +28,7 @@ from gapkernels.backends.contract import (
     statistics_dtype,
     upstream_of,
 )
+from gapkernels.checks import is_tracing
 from gapkernels.distributed import world_of
 from gapkernels.spec import LossSpec
 
@@ -53,7 +54,7 @@ def loss(
     Raises:
         RuntimeError: a transform of ``torch.func`` is active, or an input carries a forward-mode derivative.
     """
-    if torch.compiler.is_compiling() or _is_traced(embeddings):
+    if _is_traced(embeddings):
         value, terms, _ = torch.ops.gapkernels.loss(embeddings, *scalars, *spec, backend, group, world_size)
         return value, terms
     return _eagerly(_Loss, embeddings, scalars, spec, backend, group)
@@ -67,7 +68,7 @@ def loss_alone(
     Raises:
         RuntimeError: as ``loss``.
     """
-    if torch.compiler.is_compiling() or _is_traced(embeddings):
+    if _is_traced(embeddings):
         return loss(embeddings, scalars, spec, backend, group, world_size)[0]
     return _eagerly(_LossAlone, embeddings, scalars, spec, backend, group)
 
@@ -94,10 +95,8 @@ def _eagerly(
 
 
 def _is_traced(embeddings: list[Tensor]) -> bool:
-    """Whether somebody looks at the operators of this call: fake tensors, a tracer, a subclass of Tensor."""
-    return torch._C._len_torch_dispatch_stack() > 0 or any(
-        type(e) is not Tensor and type(e) is not torch.nn.Parameter for e in embeddings
-    )
+    """Whether somebody looks at the operators of this call: a tracer, fake tensors, a subclass of Tensor."""
+    return is_tracing() or any(type(e) is not Tensor and type(e) is not torch.nn.Parameter for e in embeddings)
 
 
 def no_autocast(embeddings: list[Tensor]) -> AbstractContextManager[Any]:

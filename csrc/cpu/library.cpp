@@ -125,8 +125,10 @@ void product(int64_t m, int64_t n, int64_t k, const double* a, int64_t lda, cons
 
 namespace {
 
+// H and its transposition are walked across more pages than are looked up fast.
+constexpr size_t huge_page = size_t{2} << 20;
+
 // A few blocks are kept between calls: an evaluation takes up to five at a time.
-constexpr size_t huge_page = size_t{2} << 20;  // H and its transposition are walked across more pages than are looked up fast
 constexpr size_t largest_kept = size_t{16} << 20;  // new pages cost nothing beside the work that larger ones are for
 struct Block {
     char* memory = nullptr;
