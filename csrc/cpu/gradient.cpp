@@ -33,7 +33,7 @@ namespace {
 constexpr int64_t block_rows = 2048, block_cols = 1024;
 constexpr int64_t square = 128;       // granularity of the triangle
 constexpr int64_t dims_at_once = 256; // columns of D that a task of step 2 owns
-constexpr int64_t depth = 256;        // of float32 products, whose right operand is not packed
+constexpr int64_t few_rows = 256;     // of a right operand in float32 are read where they are
 constexpr double largest_range = 100;
 
 // What an entry of H is made of. `general` is `softmax` with limits, `general_twice` with weights or limits.
@@ -136,10 +136,19 @@ double gradient_tile(const A* s, int64_t height, int64_t width, const Exponents<
     return result;
 }
 
+// A right operand of products in step 2: panels of 64 columns, as they are or packed.
+template <class T>
+struct Right {
+    const T* data;
+    int64_t panel;  // from one panel to the next
+    int64_t ld;     // from one row, in bf16 from one pair of rows, to the next, in columns
+    const T* at(int64_t row, int64_t col) const { return data + col / panel_width * panel + row * ld; }
+};
+
 template <class T>
 class Gradient {
     using A = Accumulator<T>;
-    static constexpr bool packed = std::is_same_v<T, Bf16>;
+    static constexpr bool in_pairs = std::is_same_v<T, Bf16>;
 
   public:
     Gradient(const Matrix& matrix, const Operands<T>& operands, const Products& products, bool parallel)
@@ -157,6 +166,9 @@ class Gradient {
           transposed_ld_(height_ + 32),
           rows_at_once_(n_ > 1024 && !matrix.symmetric ? 256 : square),
           turned_(turns(n_, cols_, dim_)),
+          packs_rows_(in_pairs || height_ > few_rows),
+          packs_cols_(in_pairs || width_ > few_rows),
+          shares_packed_(matrix.symmetric && turned_ && n_ <= block_cols),
           kept_(matrix),
           workspace_(bytes()) {
         for (A*& p : per_row_) p = workspace_.take<A>(n_);  // three, and two for weights and limits
@@ -164,7 +176,7 @@ class Gradient {
         h_rows_ = workspace_.take<T>((height_ + 1) * row_ld_);
         h_cols_ = workspace_.take<T>(h_cols_size());
         rows_packed_ = workspace_.take<T>(rows_packed_size());
-        cols_interleaved_ = packed ? workspace_.take<T>(round_up(dim_, panel_width) * width_) : nullptr;
+        cols_packed_ = workspace_.take<T>(cols_packed_size());
         moments_ = workspace_.take<double>(max_tiles());
         scratch_ = workspace_.take<A>(num_threads() * scratch_size);
     }
@@ -185,17 +197,20 @@ class Gradient {
     static constexpr int64_t scratch_size = dims_at_once * panel_width;
     static constexpr int64_t tile_cols = 4 * panel_width;  // of a task of step 1
     static constexpr int64_t task_cols = 2 * panel_width;  // of a task of step 2
+    static constexpr int64_t packed_at_once = 64;
 
-    // Words that are transposed or interleaved either way; those added to products are read and written besides.
+    // Words that are transposed or interleaved either way; those added to products are read and written besides. H that is
+    // the right operand of a product has to be packed, which is done on the way only in bf16.
     static bool turns(int64_t n, int64_t cols, int64_t dim) {
         const int64_t blocks = (n + block_rows - 1) / block_rows, added = 2 * blocks * cols * dim;
-        return n * cols < added + (packed ? 0 : n * dim);  // rows that are not packed need not be transposed either
+        return !in_pairs || n * cols < added;
     }
 
-    int64_t h_cols_size() const { return turned_ ? width_ * transposed_ld_ : packed ? height_ * width_ : 0; }
+    int64_t h_cols_size() const { return turned_ ? width_ * transposed_ld_ : height_ * width_; }
     int64_t rows_packed_size() const {
-        return !turned_ ? dim_ * transposed_ld_ : packed ? round_up(dim_, panel_width) * height_ : 0;
+        return !turned_ ? dim_ * transposed_ld_ : packs_rows_ && !shares_packed_ ? round_up(dim_, panel_width) * height_ : 0;
     }
+    int64_t cols_packed_size() const { return packs_cols_ ? round_up(dim_, panel_width) * width_ : 0; }
 
     int64_t max_tiles() const { return ((height_ + tile_rows - 1) / tile_rows) * ((width_ + tile_cols - 1) / tile_cols); }
 
@@ -203,7 +218,7 @@ class Gradient {
         using W = Workspace;
         size_t total = 5 * W::bytes<A>(n_) + 5 * W::bytes<A>(padded_cols_);
         total += W::bytes<T>((height_ + 1) * row_ld_) + W::bytes<T>(h_cols_size()) + W::bytes<T>(rows_packed_size());
-        if (packed) total += W::bytes<T>(round_up(dim_, panel_width) * width_);
+        total += W::bytes<T>(cols_packed_size());
         return total + W::bytes<double>(max_tiles()) + W::bytes<A>(num_threads() * scratch_size);
     }
 
@@ -266,20 +281,19 @@ class Gradient {
         const bool wants_cols = matrix_.symmetric ? wants_rows : products_.cols != nullptr;
         const int64_t row_tiles = (height + tile_rows - 1) / tile_rows, col_tiles = (width + tile_cols - 1) / tile_cols;
         const int64_t tiles = row_tiles * col_tiles;
-        const int64_t dim_panels = (dim_ + panel_width - 1) / panel_width;
-        const int64_t panels = packed && wants_rows ? dim_panels : 0;
-        const int64_t packed_rows = wants_cols && fresh && rows_packed_size() > 0 ? dim_panels : 0;
-        run_tasks(tiles + panels + packed_rows, parallel_, [&](int64_t t, int thread) {
+        const int64_t col_parts = packs_cols_ && (wants_rows || shares_packed_) ? parts(width) : 0;
+        const int64_t row_parts = !(wants_cols && fresh) || rows_packed_size() == 0 ? 0
+                                  : turned_                                         ? parts(height)
+                                                    : (dim_ + panel_width - 1) / panel_width;
+        run_tasks(tiles + col_parts + row_parts, parallel_, [&](int64_t t, int thread) {
             if (t < tiles) {
                 write_tiles(t, row, height, t / col_tiles * tile_rows, col, width, t % col_tiles * tile_cols,
                             scratch_ + thread * scratch_size);
-            } else if (t < tiles + panels) {
-                if constexpr (packed) {
-                    pack_panel(operands_.cols + col * operands_.col_stride, operands_.col_stride, width, dim_,
-                               round_up(width, col_multiple<T>) / 2, t - tiles, cols_interleaved_);
-                }
+            } else if (t < tiles + col_parts) {
+                pack(operands_.cols + col * operands_.col_stride, operands_.col_stride, width, t - tiles,
+                     products_of_cols(width), cols_packed_);
             } else {
-                pack_rows(row, height, t - tiles - panels);
+                pack_or_transpose_rows(row, height, t - tiles - col_parts);
             }
         });
         if (products_.moment) {
@@ -310,13 +324,18 @@ class Gradient {
         }
     }
 
-    // Panel `p` of the rows that are multiplied with columns of H.
-    void pack_rows(int64_t row, int64_t height, int64_t p) {
+    // Rows of right operands are packed so many at a time.
+    static int64_t parts(int64_t count) { return (count + packed_at_once - 1) / packed_at_once; }
+    void pack(const T* rows, int64_t stride, int64_t count, int64_t part, int64_t length, T* out) const {
+        const int64_t begin = part * packed_at_once, end = std::min(begin + packed_at_once, length);
+        pack_panels(rows, stride, count, dim_, begin, end, length, out);
+    }
+
+    // Part `t` of the rows that are multiplied with columns of H.
+    void pack_or_transpose_rows(int64_t row, int64_t height, int64_t t) {
         const T* rows = operands_.factors[0].rows + row * operands_.stride;
-        const int64_t first = p * panel_width;
-        if constexpr (packed) {
-            if (turned_) return pack_panel(rows, operands_.stride, height, dim_, (height + 1) / 2, p, rows_packed_);
-        }
+        if (turned_) return pack(rows, operands_.stride, height, t, products_of_rows(height), rows_packed_);
+        const int64_t first = t * panel_width;
         transpose_rows(rows, operands_.stride, height, first, std::min(panel_width, dim_ - first), rows_packed_, transposed_ld_);
     }
 
@@ -333,7 +352,7 @@ class Gradient {
                 leave_out(s, row + i, tile_height, col + j, std::min(tile_width, cols_ - col - j), matrix_.diagonal, false);
                 leave_out_equal(s, row + i, tile_height, col + j, std::min(tile_width, cols_ - col - j), matrix_);
             }
-            T* interleaved = !packed ? nullptr
+            T* interleaved = !in_pairs ? nullptr
                              : turned_ ? reinterpret_cast<T*>(s + tile_rows * panel_width)
                                        : h_cols_ + (j / panel_width * (height_ / 2) + i / 2) * panel_width * 2;
             moment += epilogue(kept ? kept : s, tile_height, tile_width, row + i, col + j,
@@ -345,7 +364,7 @@ class Gradient {
 
     // A tile of H to Hᵀ; pairs of rows interleaved are words of it.
     void turn_tile(int64_t i, int64_t height, int64_t j, int64_t width, const T* interleaved) {
-        if constexpr (packed) {
+        if constexpr (in_pairs) {
             const int64_t pairs = (height + 1) / 2;
             transpose_words(reinterpret_cast<const uint8_t*>(interleaved), panel_width, pairs, width, pairs,
                             reinterpret_cast<uint32_t*>(h_cols_ + j * transposed_ld_ + i), transposed_ld_ / 2);
@@ -380,35 +399,27 @@ class Gradient {
         const int64_t m = std::min(rows_at_once_, height - i), d_end = std::min(d + dims_at_once, dim_);
         // Tiles below the diagonal of a symmetric matrix were not written.
         const int64_t first = matrix_.symmetric ? std::max<int64_t>((row + i) / square * square - col, 0) : 0;
-        const int64_t k_end = packed ? round_up(width, col_multiple<T>) : width;
+        const int64_t k_end = products_of_cols(width);
         if (first >= k_end) return;
         // A row's first products: of the first columns, or of a symmetric matrix those of its square on the diagonal,
         // unless rows above it have come before.
         const bool add = !(products_.first_rows && (matrix_.symmetric ? row == 0 && i / square * square >= col : col == 0));
         A* out = static_cast<A*>(products_.rows) + (row + i) * products_.row_stride;
-        const T* h = h_rows_ + i * row_ld_ + first;
-        if constexpr (packed) {
-            multiply(m, k_end - first, h, row_ld_, cols_interleaved_ + first * panel_width, k_end, out, products_.row_stride, d, add);
-        } else {
-            multiply(m, k_end - first, h, row_ld_, operands_.cols + (col + first) * operands_.col_stride,
-                     operands_.col_stride, out, products_.row_stride, d, add);
-        }
+        const int64_t stride = operands_.col_stride;
+        const Right<T> right = packs_cols_ ? Right<T>{cols_packed_, k_end * panel_width, panel_width}
+                                           : Right<T>{operands_.cols + col * stride, panel_width, stride};
+        multiply(m, k_end - first, h_rows_ + i * row_ld_ + first, row_ld_, right, first, out, products_.row_stride, d, add);
     }
 
-    // Columns [d, d + 256) of out[m, dim] = h[m, k]·right[k, dim], or added to it. `right_step` is the length of rows on the
-    // right, or in bf16, where they are packed, of panels.
-    void multiply(int64_t m, int64_t k_end, const T* h, int64_t h_ld, const T* right, int64_t right_step, A* out, int64_t out_ld,
+    // How many numbers a product of whole rows or columns of the block's H takes.
+    static int64_t products_of_cols(int64_t width) { return in_pairs ? round_up(width, col_multiple<T>) : width; }
+    static int64_t products_of_rows(int64_t height) { return in_pairs ? round_up(height, 2) : height; }
+
+    // Columns [d, d + 256) of out[m, dim] = h[m, k]·right[first + k, dim], or added to it.
+    void multiply(int64_t m, int64_t k, const T* h, int64_t h_ld, const Right<T>& right, int64_t first, A* out, int64_t out_ld,
                   int64_t d, bool add) const {
         for (const int64_t d_end = std::min(d + dims_at_once, dim_); d < d_end; d += panel_width) {
-            const int64_t n = std::min(panel_width, dim_ - d);
-            if constexpr (packed) {
-                product(m, n, k_end, h, h_ld, right + d * right_step, panel_width, out + d, out_ld, add);
-            } else {
-                for (int64_t k = 0; k < k_end; k += depth) {
-                    product(m, n, std::min(depth, k_end - k), h + k, h_ld, right + k * right_step + d, right_step, out + d,
-                            out_ld, add || k > 0);
-                }
-            }
+            product(m, std::min(panel_width, dim_ - d), k, h, h_ld, right.at(first, d), right.ld, out + d, out_ld, add);
         }
     }
 
@@ -419,28 +430,22 @@ class Gradient {
                                              : products_.first_cols && row == 0);
         // The square on the diagonal of a symmetric matrix is whole: it has been multiplied.
         const int64_t k_end =
-            matrix_.symmetric ? std::min(height, (col + j) / square * square - row) : packed ? round_up(height, 2) : height;
+            matrix_.symmetric ? std::min(height, (col + j) / square * square - row) : products_of_rows(height);
         if (k_end <= 0) return;
         A* out = static_cast<A*>(matrix_.symmetric ? products_.rows : products_.cols);
         const int64_t stride = matrix_.symmetric ? products_.row_stride : products_.col_stride;
         if (turned_) {
-            const T* rows = packed ? rows_packed_ : operands_.factors[0].rows + row * operands_.stride;
-            return multiply(std::min(task_cols, width - j), k_end, h_cols_ + j * transposed_ld_, transposed_ld_, rows,
-                            packed ? round_up(height, 2) : operands_.stride, out + (col + j) * stride, stride, d, add);
+            const int64_t length = shares_packed_ ? products_of_cols(width) : products_of_rows(height);
+            const Right<T> right = packs_rows_
+                                       ? Right<T>{shares_packed_ ? cols_packed_ : rows_packed_, length * panel_width, panel_width}
+                                       : Right<T>{operands_.factors[0].rows + row * operands_.stride, panel_width, operands_.stride};
+            return multiply(std::min(task_cols, width - j), k_end, h_cols_ + j * transposed_ld_, transposed_ld_, right, 0,
+                            out + (col + j) * stride, stride, d, add);
         }
         for (int64_t end = std::min(j + task_cols, width); j < end; j += panel_width) {
-            const int64_t n = std::min(panel_width, width - j);
-            const T* left = rows_packed_ + d * transposed_ld_;
-            if constexpr (packed) {
-                product(m, panel_columns(col + j, cols_, col_multiple<T>), k_end, left, transposed_ld_,
-                        h_cols_ + j / panel_width * (height_ / 2) * panel_width * 2, panel_width, scratch, panel_width, false);
-            } else {
-                for (int64_t k = 0; k < k_end; k += depth) {
-                    product(m, n, std::min(depth, k_end - k), left + k, transposed_ld_, h_rows_ + k * row_ld_ + j, row_ld_,
-                            scratch, panel_width, k > 0);
-                }
-            }
-            add_transposed(scratch, panel_width, m, n, out + (col + j) * stride + d, stride, add);
+            product(m, panel_columns(col + j, cols_, col_multiple<T>), k_end, rows_packed_ + d * transposed_ld_, transposed_ld_,
+                    h_cols_ + j / panel_width * (height_ / 2) * panel_width * 2, panel_width, scratch, panel_width, false);
+            add_transposed(scratch, panel_width, m, std::min(panel_width, width - j), out + (col + j) * stride + d, stride, add);
         }
     }
 
@@ -450,13 +455,13 @@ class Gradient {
     bool parallel_;
     Entry kind_ = Entry::softmax;
     int64_t n_, cols_, dim_, padded_cols_, height_, width_, row_ld_, transposed_ld_, rows_at_once_;
-    bool turned_;
+    bool turned_, packs_rows_, packs_cols_, shares_packed_;
     KeptTiles<A> kept_;
     Workspace workspace_;
     Exponents<A> exponents_;
     Weights<A> weights_;
     A *per_row_[5], *per_col_[5], *scratch_;
-    T *h_rows_, *h_cols_, *rows_packed_, *cols_interleaved_;
+    T *h_rows_, *h_cols_, *rows_packed_, *cols_packed_;
     double* moments_;
 };
 

@@ -1,7 +1,7 @@
 // Operands in the order in which products read them. n rows of K numbers; panels are 64 columns of a right operand wide.
 //
 //     pack_transposed    [n, K] → [⌈n/64⌉][K][64]       the right operand of rows·colsᵀ
-//     pack_panels        [n, K] → [⌈K/64⌉][n][64]       the right operand of H·cols (bf16 only: others are read in place)
+//     pack_panels        [n, K] → [⌈K/64⌉][n][64]       the right operand of H·cols
 //     transpose_rows     [n, K] → [K][ld]               the left operand of rowsᵀ·H
 //
 // In bf16 pairs of rows of a right operand are interleaved: [K/2][64][2] and [n/2][64][2]. Words of 32 bits, a float or
@@ -85,11 +85,25 @@ void pack_transposed(const T* in, int64_t stride, int64_t rows, int64_t dim, int
     }
 }
 
-// Panel `p` of pack_panels, for rows [0, rows) and `pairs` pairs of rows.
-inline void pack_panel(const Bf16* in, int64_t stride, int64_t rows, int64_t dim, int64_t pairs, int64_t p, Bf16* out) {
-    const int64_t first = p * panel_width;
-    interleave_rows(in + first, stride, rows, std::min(panel_width, dim - first), pairs,
-                    reinterpret_cast<uint32_t*>(out + first * pairs * 2), panel_width);
+// Rows [begin, end) of pack_panels, of panels `length` rows long; in bf16 both are even, and there are zeros from `rows` on.
+inline void pack_panels(const Bf16* in, int64_t stride, int64_t rows, int64_t dim, int64_t begin, int64_t end, int64_t length,
+                        Bf16* out) {
+    for (int64_t k = 0; k < dim; k += panel_width) {
+        interleave_rows(in + begin * stride + k, stride, rows - begin, std::min(panel_width, dim - k), (end - begin) / 2,
+                        reinterpret_cast<uint32_t*>(out + k * length + begin * panel_width), panel_width);
+    }
+}
+template <class T>
+void pack_panels(const T* in, int64_t stride, int64_t, int64_t dim, int64_t begin, int64_t end, int64_t length, T* out) {
+    for (int64_t i = begin; i < end; ++i) {
+        const T* row = in + i * stride;
+        T* to = out + i * panel_width;
+        int64_t k = 0;
+        for (; k + panel_width <= dim; k += panel_width, to += length * panel_width) {
+            for (int64_t j = 0; j < panel_width; j += Vec<T>::size) Vec<T>::load(row + k + j).store(to + j);
+        }
+        std::copy(row + k, row + dim, to);
+    }
 }
 
 // Columns [first, first + count) of transpose_rows: rows of the result.
