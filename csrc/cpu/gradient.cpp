@@ -164,7 +164,7 @@ class Gradient {
           width_(std::min(block_cols, padded_cols_)),
           row_ld_(width_ + 32),
           transposed_ld_(height_ + 32),
-          rows_at_once_(n_ > 1024 && !matrix.symmetric ? 256 : square),
+          rows_at_once_(n_ > 1024 ? 128 : 64),
           turned_(turns(n_, cols_, dim_)),
           packs_rows_(in_pairs || height_ > few_rows),
           packs_cols_(in_pairs || width_ > few_rows),
@@ -173,11 +173,11 @@ class Gradient {
           workspace_(bytes()) {
         for (A*& p : per_row_) p = workspace_.take<A>(n_);  // three, and two for weights and limits
         for (A*& p : per_col_) p = workspace_.take<A>(padded_cols_);
-        h_rows_ = workspace_.take<T>((height_ + 1) * row_ld_);
+        h_rows_ = workspace_.take<T>(num_threads() * h_rows_size());
         h_cols_ = workspace_.take<T>(h_cols_size());
         rows_packed_ = workspace_.take<T>(rows_packed_size());
         cols_packed_ = workspace_.take<T>(cols_packed_size());
-        moments_ = workspace_.take<double>(max_tiles());
+        moments_ = workspace_.take<double>(row_groups(height_));
         scratch_ = workspace_.take<A>(num_threads() * scratch_size);
     }
 
@@ -195,7 +195,6 @@ class Gradient {
 
   private:
     static constexpr int64_t scratch_size = dims_at_once * panel_width;
-    static constexpr int64_t tile_cols = 4 * panel_width;  // of a task of step 1
     static constexpr int64_t task_cols = 2 * panel_width;  // of a task of step 2
     static constexpr int64_t packed_at_once = 64;
 
@@ -206,20 +205,20 @@ class Gradient {
         return !in_pairs || n * cols < added;
     }
 
+    int64_t row_groups(int64_t height) const { return (height + rows_at_once_ - 1) / rows_at_once_; }
+    int64_t h_rows_size() const { return (rows_at_once_ + 1) * row_ld_; }
     int64_t h_cols_size() const { return turned_ ? width_ * transposed_ld_ : height_ * width_; }
     int64_t rows_packed_size() const {
         return !turned_ ? dim_ * transposed_ld_ : packs_rows_ && !shares_packed_ ? round_up(dim_, panel_width) * height_ : 0;
     }
     int64_t cols_packed_size() const { return packs_cols_ ? round_up(dim_, panel_width) * width_ : 0; }
 
-    int64_t max_tiles() const { return ((height_ + tile_rows - 1) / tile_rows) * ((width_ + tile_cols - 1) / tile_cols); }
-
     size_t bytes() const {
         using W = Workspace;
         size_t total = 5 * W::bytes<A>(n_) + 5 * W::bytes<A>(padded_cols_);
-        total += W::bytes<T>((height_ + 1) * row_ld_) + W::bytes<T>(h_cols_size()) + W::bytes<T>(rows_packed_size());
+        total += W::bytes<T>(num_threads() * h_rows_size()) + W::bytes<T>(h_cols_size()) + W::bytes<T>(rows_packed_size());
         total += W::bytes<T>(cols_packed_size());
-        return total + W::bytes<double>(max_tiles()) + W::bytes<A>(num_threads() * scratch_size);
+        return total + W::bytes<double>(row_groups(height_)) + W::bytes<A>(num_threads() * scratch_size);
     }
 
     // Everything per row and per column that the epilogue reads.
@@ -279,49 +278,34 @@ class Gradient {
     void add_block(int64_t row, int64_t height, int64_t col, int64_t width, bool fresh) {
         const bool wants_rows = products_.rows != nullptr;
         const bool wants_cols = matrix_.symmetric ? wants_rows : products_.cols != nullptr;
-        const int64_t row_tiles = (height + tile_rows - 1) / tile_rows, col_tiles = (width + tile_cols - 1) / tile_cols;
-        const int64_t tiles = row_tiles * col_tiles;
         const int64_t col_parts = packs_cols_ && (wants_rows || shares_packed_) ? parts(width) : 0;
         const int64_t row_parts = !(wants_cols && fresh) || rows_packed_size() == 0 ? 0
                                   : turned_                                         ? parts(height)
                                                     : (dim_ + panel_width - 1) / panel_width;
-        run_tasks(tiles + col_parts + row_parts, parallel_, [&](int64_t t, int thread) {
-            if (t < tiles) {
-                write_tiles(t, row, height, t / col_tiles * tile_rows, col, width, t % col_tiles * tile_cols,
-                            scratch_ + thread * scratch_size);
-            } else if (t < tiles + col_parts) {
-                pack(operands_.cols + col * operands_.col_stride, operands_.col_stride, width, t - tiles,
-                     products_of_cols(width), cols_packed_);
+        run_tasks(col_parts + row_parts, parallel_, [&](int64_t t, int) {
+            if (t < col_parts) {
+                pack(operands_.cols + col * operands_.col_stride, operands_.col_stride, width, t, products_of_cols(width),
+                     cols_packed_);
             } else {
-                pack_or_transpose_rows(row, height, t - tiles - col_parts);
+                pack_or_transpose_rows(row, height, t - col_parts);
             }
         });
+        run_tasks(row_groups(height), parallel_, [&](int64_t t, int thread) {
+            const int64_t i = t * rows_at_once_, m = std::min(rows_at_once_, height - i);
+            T* h = h_rows_ + thread * h_rows_size();
+            moments_[t] = write_tiles(row, i, m, col, width, h, scratch_ + thread * scratch_size);
+            if (wants_rows) multiply_rows(row, i, m, col, width, h);
+        });
         if (products_.moment) {
-            for (int64_t t = 0; t < tiles; ++t) *products_.moment += moments_[t];
+            for (int64_t t = 0; t < row_groups(height); ++t) *products_.moment += moments_[t];
         }
+        if (!wants_cols) return;
         const int64_t dim_groups = (dim_ + dims_at_once - 1) / dims_at_once;
-        const int64_t row_groups = wants_rows ? (height + rows_at_once_ - 1) / rows_at_once_ : 0;
-        const int64_t col_groups = wants_cols ? (width + task_cols - 1) / task_cols : 0;
-        const auto rows_task = [&](int64_t t) {
-            multiply_rows(row, height, t / dim_groups * rows_at_once_, col, width, t % dim_groups * dims_at_once);
-        };
-        const auto cols_task = [&](int64_t t, int thread) {
+        const int64_t col_groups = (width + task_cols - 1) / task_cols;
+        run_tasks(col_groups * dim_groups, parallel_, [&](int64_t t, int thread) {
             multiply_cols(row, height, col, width, t / dim_groups * task_cols, t % dim_groups * dims_at_once,
                           scratch_ + thread * scratch_size);
-        };
-        const int64_t row_tasks = row_groups * dim_groups, col_tasks = col_groups * dim_groups;
-        if (matrix_.symmetric) {  // both add to the same rows
-            run_tasks(row_tasks, parallel_, [&](int64_t t, int) { rows_task(t); });
-            run_tasks(col_tasks, parallel_, cols_task);
-        } else {
-            run_tasks(row_tasks + col_tasks, parallel_, [&](int64_t t, int thread) {
-                if (t < row_tasks) {
-                    rows_task(t);
-                } else {
-                    cols_task(t - row_tasks, thread);
-                }
-            });
-        }
+        });
     }
 
     // Rows of right operands are packed so many at a time.
@@ -339,37 +323,39 @@ class Gradient {
         transpose_rows(rows, operands_.stride, height, first, std::min(panel_width, dim_ - first), rows_packed_, transposed_ld_);
     }
 
-    // Step 1: rows [i, i + 128) and columns [j, j + 256) of the block at (row, col).
-    void write_tiles(int64_t t, int64_t row, int64_t height, int64_t i, int64_t col, int64_t width, int64_t j, A* s) {
-        const int64_t tile_height = std::min(tile_rows, height - i);
+    // H of rows [i, i + m) of the block at (row, col), and its transposition. Returns the moment.
+    double write_tiles(int64_t row, int64_t i, int64_t m, int64_t col, int64_t width, T* h, A* s) {
         double moment = 0;
-        for (int64_t end = std::min(j + tile_cols, width); j < end; j += panel_width) {
-            if (matrix_.symmetric && (col + j) / square < (row + i) / square) continue;
+        for (int64_t j = first_col(row + i, col); j < width; j += panel_width) {
             const int64_t tile_width = panel_columns(col + j, cols_, col_multiple<T>);
             const A* kept = kept_.at(row + i, col + j);
             if (!kept) {
-                inner_products(operands_, row + i, tile_height, (col + j) / panel_width, tile_width, s);
-                leave_out(s, row + i, tile_height, col + j, std::min(tile_width, cols_ - col - j), matrix_.diagonal, false);
-                leave_out_equal(s, row + i, tile_height, col + j, std::min(tile_width, cols_ - col - j), matrix_);
+                inner_products(operands_, row + i, m, (col + j) / panel_width, tile_width, s);
+                leave_out(s, row + i, m, col + j, std::min(tile_width, cols_ - col - j), matrix_.diagonal, false);
+                leave_out_equal(s, row + i, m, col + j, std::min(tile_width, cols_ - col - j), matrix_);
             }
             T* interleaved = !in_pairs ? nullptr
                              : turned_ ? reinterpret_cast<T*>(s + tile_rows * panel_width)
                                        : h_cols_ + (j / panel_width * (height_ / 2) + i / 2) * panel_width * 2;
-            moment += epilogue(kept ? kept : s, tile_height, tile_width, row + i, col + j,
-                               Destination<T>{h_rows_ + i * row_ld_ + j, row_ld_, interleaved});
-            if (turned_) turn_tile(i, tile_height, j, std::min(tile_width, width - j), interleaved);
+            moment += epilogue(kept ? kept : s, m, tile_width, row + i, col + j, Destination<T>{h + j, row_ld_, interleaved});
+            if (turned_) turn_tile(h, i, m, j, std::min(tile_width, width - j), interleaved);
         }
-        moments_[t] = moment;
+        return moment;
+    }
+
+    // The first column of the block of which row `row` has tiles: a symmetric matrix has none below its diagonal.
+    int64_t first_col(int64_t row, int64_t col) const {
+        return matrix_.symmetric ? std::max<int64_t>(row / square * square - col, 0) : 0;
     }
 
     // A tile of H to Hᵀ; pairs of rows interleaved are words of it.
-    void turn_tile(int64_t i, int64_t height, int64_t j, int64_t width, const T* interleaved) {
+    void turn_tile(const T* h, int64_t i, int64_t height, int64_t j, int64_t width, const T* interleaved) {
         if constexpr (in_pairs) {
             const int64_t pairs = (height + 1) / 2;
             transpose_words(reinterpret_cast<const uint8_t*>(interleaved), panel_width, pairs, width, pairs,
                             reinterpret_cast<uint32_t*>(h_cols_ + j * transposed_ld_ + i), transposed_ld_ / 2);
         } else {
-            transpose_rows(h_rows_ + i * row_ld_, row_ld_, height, j, width, h_cols_ + i, transposed_ld_);
+            transpose_rows(h, row_ld_, height, j, width, h_cols_ + i, transposed_ld_);
         }
     }
 
@@ -394,12 +380,9 @@ class Gradient {
         }
     }
 
-    // Step 2, rows [i, i + rows_at_once) of the block: rows += H·cols.
-    void multiply_rows(int64_t row, int64_t height, int64_t i, int64_t col, int64_t width, int64_t d) const {
-        const int64_t m = std::min(rows_at_once_, height - i), d_end = std::min(d + dims_at_once, dim_);
-        // Tiles below the diagonal of a symmetric matrix were not written.
-        const int64_t first = matrix_.symmetric ? std::max<int64_t>((row + i) / square * square - col, 0) : 0;
-        const int64_t k_end = products_of_cols(width);
+    // rows [i, i + m) of the block += H·cols.
+    void multiply_rows(int64_t row, int64_t i, int64_t m, int64_t col, int64_t width, const T* h) const {
+        const int64_t first = first_col(row + i, col), k_end = products_of_cols(width);
         if (first >= k_end) return;
         // A row's first products: of the first columns, or of a symmetric matrix those of its square on the diagonal,
         // unless rows above it have come before.
@@ -408,17 +391,17 @@ class Gradient {
         const int64_t stride = operands_.col_stride;
         const Right<T> right = packs_cols_ ? Right<T>{cols_packed_, k_end * panel_width, panel_width}
                                            : Right<T>{operands_.cols + col * stride, panel_width, stride};
-        multiply(m, k_end - first, h_rows_ + i * row_ld_ + first, row_ld_, right, first, out, products_.row_stride, d, add);
+        multiply(m, k_end - first, h + first, row_ld_, right, first, out, products_.row_stride, 0, dim_, add);
     }
 
     // How many numbers a product of whole rows or columns of the block's H takes.
     static int64_t products_of_cols(int64_t width) { return in_pairs ? round_up(width, col_multiple<T>) : width; }
     static int64_t products_of_rows(int64_t height) { return in_pairs ? round_up(height, 2) : height; }
 
-    // Columns [d, d + 256) of out[m, dim] = h[m, k]·right[first + k, dim], or added to it.
+    // Columns [d, d_end) of out[m, dim] = h[m, k]·right[first + k, dim], or added to it.
     void multiply(int64_t m, int64_t k, const T* h, int64_t h_ld, const Right<T>& right, int64_t first, A* out, int64_t out_ld,
-                  int64_t d, bool add) const {
-        for (const int64_t d_end = std::min(d + dims_at_once, dim_); d < d_end; d += panel_width) {
+                  int64_t d, int64_t d_end, bool add) const {
+        for (; d < d_end; d += panel_width) {
             product(m, std::min(panel_width, dim_ - d), k, h, h_ld, right.at(first, d), right.ld, out + d, out_ld, add);
         }
     }
@@ -440,7 +423,7 @@ class Gradient {
                                        ? Right<T>{shares_packed_ ? cols_packed_ : rows_packed_, length * panel_width, panel_width}
                                        : Right<T>{operands_.factors[0].rows + row * operands_.stride, panel_width, operands_.stride};
             return multiply(std::min(task_cols, width - j), k_end, h_cols_ + j * transposed_ld_, transposed_ld_, right, 0,
-                            out + (col + j) * stride, stride, d, add);
+                            out + (col + j) * stride, stride, d, d + m, add);
         }
         for (int64_t end = std::min(j + task_cols, width); j < end; j += panel_width) {
             product(m, panel_columns(col + j, cols_, col_multiple<T>), k_end, rows_packed_ + d * transposed_ld_, transposed_ld_,

@@ -86,13 +86,13 @@ class KeptTiles {
 
     bool complete() const { return rows_ == all_rows_; }
 
-    // Null where the tile is not kept.
+    // From this row of the tile on; null where it is not kept.
     A* at(int64_t row, int64_t col) const {
         const int64_t r = row / tile_rows, p = col / panel_width;
         if (r >= rows_) return nullptr;
-        if (!symmetric_) return data_ + (r * panels_ + p) * tile_size;
-        const int64_t first = r * (tile_rows / panel_width);
-        return p < first ? nullptr : data_ + (before(r, panels_) + p - first) * tile_size;
+        const int64_t first = symmetric_ ? r * (tile_rows / panel_width) : 0;
+        if (p < first) return nullptr;
+        return data_ + ((symmetric_ ? before(r, panels_) : r * panels_) + p - first) * tile_size + row % tile_rows * panel_width;
     }
 
   private:
