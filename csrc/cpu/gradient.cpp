@@ -11,18 +11,21 @@
 // is below 2^−76 of a sum); otherwise two.
 //
 //     for each block of at most 2048 rows × 1024 columns:
-//         1   tiles of 128 × 64:   S (L1) → H, in bf16 twice: [row][column] and, pairs of rows interleaved, [panel][row][64]
-//             beside them the block's operands: pairs of rows of cols interleaved, rows transposed
-//         2   rows_I  += H[I, :]·cols                 a thread owns rows I and columns of D
-//             colsᵀ_J  = rowsᵀ·H[:, J], then added    a thread owns columns J and columns of D
+//         1   right operands are packed in panels of 64 columns, in bf16 with pairs of rows interleaved
+//         2   a task owns rows I, at most 128: tiles of them × 64:  S (L1) → H[I, :] (L2) and Hᵀ, then
+//             rows_I += H[I, :]·cols
+//         3   a task owns columns J and columns of D:
+//             cols_J += Hᵀ[J, :]·rows
 //
-// Where a matrix is small beside its operands step 1 leaves Hᵀ instead, and step 2 takes Hᵀ[J, :]·rows: less is transposed.
+// Where a matrix in bf16 is large beside its operands, less is transposed by leaving H itself for step 3, packed as a right
+// operand: colsᵀ_J = rowsᵀ·H[:, J], then added.
 //
 // Tasks are fixed by the shape and each number has one owner: the same bits for any number of threads. A symmetric
 // matrix has tiles on and above its diagonal only; those above are multiplied both ways into the rows. The first product
 // that a number receives overwrites it where the caller says so: no memory is filled with zeros first.
 //
-// 6·n·N·D operations (half if symmetric), n·N exponentials; 12 MiB for H in bf16, 8 in float32, and O(N·D) for packing.
+// 6·n·N·D operations (half if symmetric), n·N exponentials; 4 MiB for Hᵀ in bf16, 8 in float32, up to 0.5 a thread for
+// H, and O(D) for a block's packed operands.
 
 #include <cmath>
 
@@ -32,7 +35,7 @@ namespace {
 
 constexpr int64_t block_rows = 2048, block_cols = 1024;
 constexpr int64_t square = 128;       // granularity of the triangle
-constexpr int64_t dims_at_once = 256; // columns of D that a task of step 2 owns
+constexpr int64_t dims_at_once = 256; // columns of D that a task of step 3 owns
 constexpr int64_t few_rows = 256;     // of a right operand in float32 are read where they are
 constexpr double largest_range = 100;
 
@@ -136,7 +139,7 @@ double gradient_tile(const A* s, int64_t height, int64_t width, const Exponents<
     return result;
 }
 
-// A right operand of products in step 2: panels of 64 columns, as they are or packed.
+// A right operand: panels of 64 columns, as they are or packed.
 template <class T>
 struct Right {
     const T* data;
@@ -195,8 +198,8 @@ class Gradient {
 
   private:
     static constexpr int64_t scratch_size = dims_at_once * panel_width;
-    static constexpr int64_t task_cols = 2 * panel_width;  // of a task of step 2
-    static constexpr int64_t packed_at_once = 64;
+    static constexpr int64_t task_cols = 2 * panel_width;  // of a task of step 3
+    static constexpr int64_t packed_at_once = 64;  // rows of right operands
 
     // Words that are transposed or interleaved either way; those added to products are read and written besides. H that is
     // the right operand of a product has to be packed, which is done on the way only in bf16.
@@ -278,7 +281,7 @@ class Gradient {
     void add_block(int64_t row, int64_t height, int64_t col, int64_t width, bool fresh) {
         const bool wants_rows = products_.rows != nullptr;
         const bool wants_cols = matrix_.symmetric ? wants_rows : products_.cols != nullptr;
-        const int64_t col_parts = packs_cols_ && (wants_rows || shares_packed_) ? parts(width) : 0;
+        const int64_t col_parts = packs_cols_ && wants_rows ? parts(width) : 0;
         const int64_t row_parts = !(wants_cols && fresh) || rows_packed_size() == 0 ? 0
                                   : turned_                                         ? parts(height)
                                                     : (dim_ + panel_width - 1) / panel_width;
@@ -308,7 +311,6 @@ class Gradient {
         });
     }
 
-    // Rows of right operands are packed so many at a time.
     static int64_t parts(int64_t count) { return (count + packed_at_once - 1) / packed_at_once; }
     void pack(const T* rows, int64_t stride, int64_t count, int64_t part, int64_t length, T* out) const {
         const int64_t begin = part * packed_at_once, end = std::min(begin + packed_at_once, length);
@@ -380,7 +382,7 @@ class Gradient {
         }
     }
 
-    // rows [i, i + m) of the block += H·cols.
+    // Rows [i, i + m) of the block += H·cols.
     void multiply_rows(int64_t row, int64_t i, int64_t m, int64_t col, int64_t width, const T* h) const {
         const int64_t first = first_col(row + i, col), k_end = products_of_cols(width);
         if (first >= k_end) return;
@@ -406,7 +408,7 @@ class Gradient {
         }
     }
 
-    // Step 2, columns [j, j + 128) of the block: cols += (rowsᵀ·H)ᵀ.
+    // Columns [j, j + 128) of the block, numbers [d, d + 256) of each: cols += Hᵀ·rows.
     void multiply_cols(int64_t row, int64_t height, int64_t col, int64_t width, int64_t j, int64_t d, A* scratch) const {
         const int64_t m = std::min(dims_at_once, dim_ - d);
         const bool add = !(matrix_.symmetric ? products_.first_rows && row == 0 && col + j >= block_rows
