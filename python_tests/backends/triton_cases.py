@@ -10,10 +10,12 @@ from oracle import TOLERANCE, Tolerance, assert_matches_oracle, random_embedding
 from test_contrast import compare
 
 from gapkernels import backends, gap_loss, similarity_logsumexp, similarity_softplus
+from gapkernels.backends.contract import Matrix
 from gapkernels.backends.triton import backend as triton_backend
 from gapkernels.backends.triton import gradient_blocks, gradient_tiles, steps, tuning
 from gapkernels.backends.triton.device import INTERPRETED
 from gapkernels.backends.triton.products import add_products
+from gapkernels.backends.triton.tile_sums import tile_sums
 
 torch.set_num_threads(1)
 interpreter.hasten()
@@ -31,6 +33,22 @@ def test_values_are_interpreted():
 )
 def test_values(n, dim, scale, dtype):
     assert_matches_oracle(random_embeddings(n, dim, dtype=dtype), scale, "triton")
+
+
+@pytest.mark.parametrize(("rows", "cols", "symmetric"), [(40, 33, False), (33, 40, False), (70, 70, True)])
+def test_values_of_sums(rows, cols, symmetric):
+    """Before a sum that is missing would be taken for one out of range, and be computed again."""
+    x, y = (torch.nn.functional.normalize(torch.randn(n, 32), dim=1) for n in (rows, cols))
+    y = x if symmetric else y
+    scale = torch.tensor(3.0)
+    row_factor, col_factor = (torch.full((n,), 0.0 if symmetric else 1.0) for n in (rows, cols))
+    matrix = Matrix(x, row_factor, y, col_factor, scale, biased=symmetric, symmetric=symmetric)
+    sums = [s[0].double() for s in tile_sums([matrix], None, 100)]
+    entries = torch.exp(3.0 * x.double() @ y.double().T).fill_diagonal_(0)
+    if symmetric:
+        torch.testing.assert_close(sums[0], entries.sum(dim=1), rtol=1e-5, atol=0)
+    else:
+        torch.testing.assert_close(sums, [entries.sum(dim=1), entries.sum(dim=0)], rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("pairs", ["anchor", "all"])
