@@ -129,7 +129,7 @@ CPU: dict[str, list[Grid]] = {
     "small": [
         Grid(
             (OURS, "matmul", "matmul-compile"),
-            width=(64, 512),
+            width=(64, 128, 512, 768),
             samples=(16, 128, 512),
             dtype=("float32", "bfloat16"),
         )
