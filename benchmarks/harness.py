@@ -162,8 +162,8 @@ class Session:
         try:
             peak = self._peak_memory(case, function)
             errors = self._errors(case, implementation, function)
-            timing = self._time(case, implementation, function, sampler)
-            return self._row(case, implementation, timing, peak, errors)
+            times = self._time(case, implementation, function, sampler)
+            return self._row(case, implementation, times, peak, errors)
         except memory.OutOfMemory as error:
             self._out_of_memory[_without_size(case)] = case.samples
             raise Skipped("memory", str(error)) from error
@@ -290,13 +290,7 @@ class Session:
         times = samples.seconds
         if case.samples >= self._last_call.get(_without_size(case), (0, 0.0))[0]:
             self._last_call[_without_size(case)] = (case.samples, min(times))
-        return {
-            **summarise(times),
-            "back_to_back": self._back_to_back(case, function, inputs, rounds),
-            "discarded_rounds": samples.discarded,
-            "cpu_share": samples.cpu_share,
-            "other_cpu_share": samples.other_cpu_share,
-        }
+        return {**timing(samples), "back_to_back": self._back_to_back(case, function, inputs, rounds)}
 
     def _back_to_back(self, case: Case, function: Loss, inputs: Sequence[Tensor], steps: int) -> float | None:
         """Seconds per step, median of some runs of steps with nothing in between; None on a CPU, which has no queue."""
@@ -319,7 +313,7 @@ class Session:
         self,
         case: Case,
         implementation: Implementation,
-        timing: dict[str, Any],
+        times: dict[str, Any],
         peak: int | None,
         errors: dict[str, float | None],
     ) -> dict[str, Any]:
@@ -327,8 +321,7 @@ class Session:
         operations = case.operations()
         if implementation.operations is not None:
             operations = implementation.operations * case.samples**2 * case.width
-        rate = operations / timing["median"]
-        return {
+        row = {
             **self.describe(case),
             "note": implementation.note,
             "device": results.device_name(self.device),
@@ -336,10 +329,8 @@ class Session:
             "versions": results.versions(),
             "commit": results.commit(),
             "clock": "wall" if self.device.type == "cpu" else "device",
-            **timing,
+            **times,
             "operations": operations,
-            "tflops": rate / 1e12,
-            "utilisation": rate / matmul["matmul"],
             "matmul_tflops": matmul["matmul"] / 1e12,
             "matmul_dtype": str(_MATMUL_DTYPE[self.device.type]).removeprefix("torch."),
             "onednn_tflops": matmul["onednn"] / 1e12 if "onednn" in matmul else None,
@@ -347,6 +338,34 @@ class Session:
             "gradient_bytes": case.gradient_bytes(),
             **errors,
         }
+        return {**row, **_rates(row)}
+
+
+def with_turns(row: Mapping[str, Any], turns: Sequence[Samples]) -> dict[str, Any]:
+    """A row whose times are those of several turns, taken between those of other implementations of its problem."""
+    together = Samples(
+        [seconds for samples in turns for seconds in samples.seconds],
+        statistics.mean(samples.cpu_share for samples in turns),
+        statistics.mean(samples.other_cpu_share for samples in turns),
+        sum(samples.discarded for samples in turns),
+    )
+    row = {**row, **timing(together), "turns": len(turns)}
+    return {**row, **_rates(row)}
+
+
+def timing(samples: Samples) -> dict[str, Any]:
+    """What a row says of the times of its calls."""
+    return {
+        **summarise(samples.seconds),
+        "discarded_rounds": samples.discarded,
+        "cpu_share": samples.cpu_share,
+        "other_cpu_share": samples.other_cpu_share,
+    }
+
+
+def _rates(row: Mapping[str, Any]) -> dict[str, float]:
+    rate = row["operations"] / row["median"]
+    return {"tflops": rate / 1e12, "utilisation": rate / row["matmul_tflops"] / 1e12}
 
 
 def _without_size(case: Case) -> Case:

@@ -313,3 +313,22 @@ def test_unknown_suite_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     with pytest.raises(SystemExit):
         run.main(["--out", str(tmp_path / "x.json"), "--suites", "speeed"])
     assert "unknown suite speeed; there are peers" in capsys.readouterr().err
+
+
+def test_implementations_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All calls of a turn come before those of the next implementation's, and the row is that of all turns."""
+    session = Session(CPU, case_seconds=0.01, matmul_size=64)
+    turns, order = run.Turns(session, 3), []
+    cases = [Case(name, samples=16, width=8) for name in ("matmul", "gapkernels-torch")]
+    firsts = [turns.measure(case) for case in cases]
+    monkeypatch.setattr(run, "sample", lambda call, *rest: order.append((call, rest[2])) or Samples([0.5], 1.0, 0.0))
+    rows = turns.take()
+    calls = [call for call, rounds in order if rounds > 1]
+    assert calls == [calls[0], calls[1]] * 2
+    assert calls[0] is not calls[1]
+    for first, row in zip(firsts, rows, strict=True):
+        assert row["implementation"] == first["implementation"]
+        assert row["turns"] == 3
+        assert row["rounds"] == first["rounds"] + 2
+        assert row["tflops"] == pytest.approx(row["operations"] / row["median"] / 1e12)
+        assert row["utilisation"] == pytest.approx(row["tflops"] / row["matmul_tflops"])
