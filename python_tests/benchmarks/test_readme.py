@@ -67,5 +67,5 @@ def test_one_device_is_shown_in_full_and_the_others_in_a_line(tmp_path: Path) ->
     line = readme._line(cpus[1])
     assert line.startswith("CPU B, torch ")
     assert "InfoNCE + ATP + CU, N = 4096" in line
-    assert "authors' formulation" in line
+    assert "time relative to that: " in line
     assert line.endswith("([all rows](benchmarks/results/b.json))")
