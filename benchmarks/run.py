@@ -73,7 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for case in cases.cases(suites, table, groups(device)):
         known = results.identity(session.describe(case)) in done
         if not known and re.search(options.select, case.id) and (options.slow or not case.slow):
-            problems.setdefault(case.problem, []).append(case)
+            # What takes no turns is measured in the order of the suites: time may end anywhere.
+            problems.setdefault(case.problem if options.turns > 1 else case.id, []).append(case)
     for problem in problems.values():
         turns = Turns(session, options.turns)
         for case in problem:
@@ -102,34 +103,34 @@ class Turns:
     def __init__(self, session: Session, count: int) -> None:
         self.rows: list[dict[str, Any]] = []
         self._session, self._count = session, count
-        self._next: list[Callable[[], Samples]] = []
-        self._taken: list[list[Samples]] = []
+        self._timed: list[tuple[Callable[[], Samples], list[Samples]]] = []
 
     def measure(self, case: Case) -> dict[str, Any]:
         """The row of the first turn; raises ``Skipped`` as ``Session.measure`` does, and then there are no others."""
-        taken: list[tuple[Callable[[], Samples], Samples]] = []
+        if self._count == 1:
+            return self._session.measure(case)
+        timed: list[tuple[Callable[[], Samples], list[Samples]]] = []
 
         def sampler(call: Callable[[], object], prepare: Callable[[], None], clock: Clock, rounds: int) -> Samples:
             def turn() -> Samples:
                 sample(call, prepare, clock, 1)  # back into the caches
                 return sample(call, prepare, clock, rounds, self._session.patience)
 
-            taken.append((turn, turn()))
-            return taken[0][1]
+            first = turn()
+            timed.append((turn, [first]))
+            return first
 
         row = self._session.measure(case, sampler)
-        turn, first = taken[0]
         self.rows.append(row)
-        self._next.append(turn)
-        self._taken.append([first])
+        self._timed += timed
         return row
 
     def take(self) -> list[dict[str, Any]]:
         """The rows, in the order of their measurement, after the turns that are left."""
         for _ in range(self._count - 1):
-            for turn, taken in zip(self._next, self._taken, strict=True):
+            for turn, taken in self._timed:
                 taken.append(turn())
-        self.rows = [with_turns(row, taken) for row, taken in zip(self.rows, self._taken, strict=True)]
+        self.rows = [with_turns(row, taken) for row, (_, taken) in zip(self.rows, self._timed, strict=True)]
         return self.rows
 
 

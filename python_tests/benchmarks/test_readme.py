@@ -42,6 +42,8 @@ def test_one_device_is_shown_in_full_and_the_others_in_a_line(tmp_path: Path) ->
     """Of the CPUs the one with the most rows, whatever its date; a GPU before any CPU, the newest of several."""
     contents = [json.loads(path.read_text(encoding="utf-8")) for path in readme.result_files()]
     content = max(contents, key=lambda content: len(content["benchmarks"]))
+    large = {"loss": "gap", "samples": 4096, "dtype": "float32"}  # first, whatever the order of the file
+    content["benchmarks"].sort(key=lambda entry: not large.items() <= entry["extra_info"].items())
     full = len(content["benchmarks"])
     assert full > 10
 
@@ -67,5 +69,5 @@ def test_one_device_is_shown_in_full_and_the_others_in_a_line(tmp_path: Path) ->
     line = readme._line(cpus[1])
     assert line.startswith("CPU B, torch ")
     assert "InfoNCE + ATP + CU, N = 4096" in line
-    assert "time relative to that: " in line
+    assert "authors' formulation" in line
     assert line.endswith("([all rows](benchmarks/results/b.json))")
