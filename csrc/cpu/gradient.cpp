@@ -427,10 +427,12 @@ class Gradient {
             return multiply(std::min(task_cols, width - j), k_end, h_cols_ + j * transposed_ld_, transposed_ld_, right, 0,
                             out + (col + j) * stride, stride, d, d + m, add);
         }
-        for (int64_t end = std::min(j + task_cols, width); j < end; j += panel_width) {
-            product(m, panel_columns(col + j, cols_, col_multiple<T>), k_end, rows_packed_ + d * transposed_ld_, transposed_ld_,
-                    h_cols_ + j / panel_width * (height_ / 2) * panel_width * 2, panel_width, scratch, panel_width, false);
-            add_transposed(scratch, panel_width, m, std::min(panel_width, width - j), out + (col + j) * stride + d, stride, add);
+        if constexpr (in_pairs) {
+            for (int64_t end = std::min(j + task_cols, width); j < end; j += panel_width) {
+                product(m, panel_columns(col + j, cols_, col_multiple<T>), k_end, rows_packed_ + d * transposed_ld_, transposed_ld_,
+                        h_cols_ + j / panel_width * (height_ / 2) * panel_width * 2, panel_width, scratch, panel_width, false);
+                add_transposed(scratch, panel_width, m, std::min(panel_width, width - j), out + (col + j) * stride + d, stride, add);
+            }
         }
     }
 

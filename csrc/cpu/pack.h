@@ -159,12 +159,3 @@ inline void add_transposed(const float* in, int64_t in_stride, int64_t rows, int
         }
     }
 }
-inline void add_transposed(const double* in, int64_t in_stride, int64_t rows, int64_t cols, double* out,
-                           int64_t out_stride, bool add) {
-    for (int64_t c = 0; c < cols; ++c) {
-        for (int64_t r = 0; r < rows; ++r) {
-            double& to = out[c * out_stride + r];
-            to = add ? to + in[r * in_stride + c] : in[r * in_stride + c];
-        }
-    }
-}
