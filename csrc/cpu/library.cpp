@@ -12,10 +12,8 @@
 #include <bit>
 #include <cstdlib>
 #include <exception>
-#include <iterator>
 #include <mutex>
 #include <new>
-#include <utility>
 
 int num_threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
@@ -128,32 +126,61 @@ namespace {
 // H and its transposition are walked across more pages than are looked up fast.
 constexpr size_t huge_page = size_t{2} << 20;
 
-// A few blocks are kept between calls: an evaluation takes up to five at a time.
-constexpr size_t largest_kept = size_t{16} << 20;  // new pages cost nothing beside the work that larger ones are for
+// Between calls blocks of this size in all are kept, the last ones given back: an evaluation takes up to five at a time, and
+// getting new pages for them took a sixth of the time of a step at N = 2048.
+constexpr size_t smallest = size_t{64} << 10, largest_total = size_t{64} << 20;
 struct Block {
-    char* memory = nullptr;
-    size_t size = 0;
+    char* memory;
+    size_t size;
 };
-std::mutex mutex;
-Block kept[8];
+
+// Without a destructor: a thread may give a block back while the process ends.
+class Pool {
+  public:
+    // The smallest that is large enough and not much larger, which others will ask for; or none.
+    Block take(size_t bytes) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        int best = -1;
+        for (int b = 0; b < count_; ++b) {
+            const size_t size = blocks_[b].size;
+            if (size >= bytes && size <= 2 * bytes + smallest && (best < 0 || size < blocks_[best].size)) best = b;
+        }
+        return best < 0 ? Block{nullptr, 0} : remove(best);
+    }
+
+    void give_back(Block block) {
+        if (block.size > largest_total) return std::free(block.memory);
+        const std::lock_guard<std::mutex> lock(mutex_);
+        while (count_ == capacity || total_ + block.size > largest_total) std::free(remove(0).memory);
+        blocks_[count_++] = block;
+        total_ += block.size;
+    }
+
+  private:
+    static constexpr int capacity = 16;
+
+    Block remove(int at) {
+        const Block block = blocks_[at];
+        std::copy(blocks_ + at + 1, blocks_ + count_--, blocks_ + at);
+        total_ -= block.size;
+        return block;
+    }
+
+    std::mutex mutex_;
+    Block blocks_[capacity];  // the one given back last at the end
+    int count_ = 0;
+    size_t total_ = 0;
+};
+Pool pool;
 
 }  // namespace
 
-Workspace::Workspace(size_t bytes) : memory_(nullptr), size_(0) {
-    {
-        const std::lock_guard<std::mutex> lock(mutex);
-        Block* best = nullptr;  // the smallest that is large enough
-        for (Block& block : kept) {
-            if (block.size >= bytes && block.memory && (!best || block.size < best->size)) best = &block;
-        }
-        if (best) {
-            memory_ = best->memory;
-            size_ = best->size;
-            *best = Block();
-        }
-    }
+Workspace::Workspace(size_t bytes) {
+    const Block block = pool.take(bytes);
+    memory_ = block.memory;
+    size_ = block.size;
     if (memory_ == nullptr) {
-        size_ = (std::max<size_t>(bytes, 1 << 16) + 4095) / 4096 * 4096;
+        size_ = (std::max(bytes, smallest) + 4095) / 4096 * 4096;
         const bool large = size_ >= huge_page;
         void* memory = nullptr;
         if (posix_memalign(&memory, large ? huge_page : 4096, size_) != 0) throw std::bad_alloc();
@@ -172,14 +199,5 @@ Workspace::~Workspace() {
 #ifdef __SANITIZE_ADDRESS__
     ASAN_UNPOISON_MEMORY_REGION(memory_, size_);
 #endif
-    if (size_ <= largest_kept) {
-        const std::lock_guard<std::mutex> lock(mutex);
-        Block* smallest = std::min_element(std::begin(kept), std::end(kept),
-                                           [](const Block& a, const Block& b) { return a.size < b.size; });
-        if (size_ > smallest->size) {
-            std::swap(memory_, smallest->memory);
-            std::swap(size_, smallest->size);
-        }
-    }
-    std::free(memory_);
+    pool.give_back({memory_, size_});
 }

@@ -32,8 +32,8 @@ void product(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const
 void product(int64_t m, int64_t n, int64_t k, const double* a, int64_t lda, const double* b, int64_t ldb, double* c,
              int64_t ldc, bool add);
 
-// Memory for the length of a call, or of a tensor, aligned to cache lines; not initialised. What a call took is kept for
-// the next one unless it is large. Under the address sanitizer only what was taken may be touched.
+// Memory for the length of a call, or of a tensor, aligned to cache lines; not initialised. What was taken last is kept
+// for the next call, up to 64 MiB. Under the address sanitizer only what was taken may be touched.
 class Workspace {
   public:
     explicit Workspace(size_t bytes);
