@@ -140,7 +140,7 @@ class Session:
         Measured again now and then: the best so far counts, as whatever disturbs it makes it slower.
         """
         if time.monotonic() - self._matmul_at > _MATMUL_VALID_SECONDS:
-            for name, rate in self._measure_matmul().items():
+            for name, rate in self.measure_matmul().items():
                 self._matmul[name] = max(rate, self._matmul.get(name, 0.0))
             self._matmul_at = time.monotonic()
         return self._matmul
@@ -195,7 +195,8 @@ class Session:
     def _sample(self, call: Callable[[], object], prepare: Callable[[], None], clock: Clock, rounds: int) -> Samples:
         return sample(call, prepare, clock, rounds, self.patience)
 
-    def _measure_matmul(self) -> dict[str, float]:
+    def measure_matmul(self) -> dict[str, float]:
+        """The same at present."""
         size, dtype = self.matmul_size, _MATMUL_DTYPE[self.device.type]
         left, right = (torch.randn(size, size, device=self.device, dtype=dtype) for _ in range(2))
         products: dict[str, Callable[[], object]] = {"matmul": lambda: torch.matmul(left, right)}
@@ -341,15 +342,21 @@ class Session:
         return {**row, **_rates(row)}
 
 
-def with_turns(row: Mapping[str, Any], turns: Sequence[Samples]) -> dict[str, Any]:
-    """A row whose times are those of several turns, taken between those of other implementations of its problem."""
+def with_turns(
+    row: Mapping[str, Any], turns: Sequence[Samples], matmul: Sequence[Mapping[str, float]]
+) -> dict[str, Any]:
+    """A row whose times are those of several turns, taken between those of other implementations of its problem.
+
+    Its yardstick took turns with it, so the medians of both are compared and not the best that one of them met.
+    """
     together = Samples(
         [seconds for samples in turns for seconds in samples.seconds],
         statistics.mean(samples.cpu_share for samples in turns),
         statistics.mean(samples.other_cpu_share for samples in turns),
         sum(samples.discarded for samples in turns),
     )
-    row = {**row, **timing(together), "turns": len(turns)}
+    yardstick = {f"{name}_tflops": statistics.median(rates[name] for rates in matmul) / 1e12 for name in matmul[0]}
+    row = {**row, **timing(together), **yardstick, "turns": len(turns)}
     return {**row, **_rates(row)}
 
 

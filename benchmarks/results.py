@@ -66,7 +66,11 @@ def document(rows: Sequence[dict[str, Any]], skipped: Sequence[dict[str, Any]]) 
 
 
 def share_yardstick(rows: Sequence[dict[str, Any]]) -> None:
-    """Relate all rows of a run to the best yardstick that was measured in it, early rows to a later one too."""
+    """Relate all rows of a run to the best yardstick that was measured in it, early rows to a later one too.
+
+    Those that were measured in turns have their own, which took turns with them.
+    """
+    rows = [row for row in rows if "turns" not in row]
     for name in ("matmul_tflops", "onednn_tflops"):
         known = [row[name] for row in rows if row[name] is not None]
         for row in rows:

@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _measure(session, case, turns, rows, options)
             if session.skipped and _LOST_CONTEXT.search(session.skipped[-1]["reason"]):
                 return 1  # after such an error nothing works in this process any more
-        if options.turns > 1:
+        if options.turns > 1 and turns.rows:
             rows[len(rows) - len(turns.rows) :] = turns.take()
             results.write(options.out, results.document(rows, session.skipped))
             for row in turns.rows:
@@ -90,14 +90,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class Turns:
-    """Times the implementations of one problem in turns.
+    """Times the implementations of one problem, and the yardstick, in turns.
 
     The clock of a shared machine moves within minutes: between what was timed one after another only part of the
     difference is the implementations'.
 
     Args:
         session: what measures.
-        count: turns of each implementation; the first is that of its own measurement.
+        count: turns of each implementation; the first is that of its own measurement, without the yardstick.
     """
 
     def __init__(self, session: Session, count: int) -> None:
@@ -127,10 +127,12 @@ class Turns:
 
     def take(self) -> list[dict[str, Any]]:
         """The rows, in the order of their measurement, after the turns that are left."""
+        matmul = []
         for _ in range(self._count - 1):
+            matmul.append(self._session.measure_matmul())
             for turn, taken in self._timed:
                 taken.append(turn())
-        self.rows = [with_turns(row, taken) for row, (_, taken) in zip(self.rows, self._timed, strict=True)]
+        self.rows = [with_turns(row, taken, matmul) for row, (_, taken) in zip(self.rows, self._timed, strict=True)]
         return self.rows
 
 

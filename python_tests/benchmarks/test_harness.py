@@ -322,7 +322,10 @@ def test_implementations_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     cases = [Case(name, samples=16, width=8) for name in ("matmul", "gapkernels-torch")]
     firsts = [turns.measure(case) for case in cases]
     monkeypatch.setattr(run, "sample", lambda call, *rest: order.append((call, rest[2])) or Samples([0.5], 1.0, 0.0))
+    rates = iter([4.0, 2.0])
+    monkeypatch.setattr(session, "measure_matmul", lambda: order.append((None, 0)) or {"matmul": next(rates) * 1e12})
     rows = turns.take()
+    assert [call is None for call, rounds in order if rounds != 1] == [True, False, False] * 2
     calls = [call for call, rounds in order if rounds > 1]
     assert calls == [calls[0], calls[1]] * 2
     assert calls[0] is not calls[1]
@@ -332,3 +335,14 @@ def test_implementations_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
         assert row["rounds"] == first["rounds"] + 2
         assert row["tflops"] == pytest.approx(row["operations"] / row["median"] / 1e12)
         assert row["utilisation"] == pytest.approx(row["tflops"] / row["matmul_tflops"])
+        assert row["matmul_tflops"] == 3.0
+
+
+def test_only_rows_without_turns_share_a_yardstick() -> None:
+    rows = [
+        {"tflops": 1.0, "utilisation": 0.5, "matmul_tflops": rate, "onednn_tflops": None} for rate in (2.0, 4.0, 8.0)
+    ]
+    rows[2]["turns"] = 3
+    results.share_yardstick(rows)
+    assert [row["matmul_tflops"] for row in rows] == [4.0, 4.0, 8.0]
+    assert [row["utilisation"] for row in rows] == [0.25, 0.25, 0.5]
