@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from gapkernels import cpu as processor
 from gapkernels.backends import cpu, native_build
 from gapkernels.backends.cpu import build
 
@@ -55,11 +56,33 @@ def test_the_instruction_set_can_be_chosen_among_those_of_the_processor(monkeypa
         build.instruction_set()
 
 
+@pytest.mark.parametrize(
+    ("flags", "is_amd", "expected"),
+    [
+        ("avx512_bf16 amx_bf16", False, "AVX512-BF16"),
+        ("avx512_bf16", True, "AVX512-BF16"),
+        ("avx512_bf16", False, "AVX-512"),  # Intel's take longer than float32's
+        ("", True, "AVX-512"),
+    ],
+)
+def test_the_fastest_instruction_set_is_taken(monkeypatch, flags, is_amd, expected) -> None:
+    monkeypatch.delenv(build.ISA_VARIABLE, raising=False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(processor, "has", lambda flag: flag in flags.split())
+    monkeypatch.setattr(processor, "is_amd", lambda: is_amd)
+    processor.multiplies_bfloat16.cache_clear()
+    try:
+        assert build.instruction_set() == expected
+        assert processor.multiplies_bfloat16() == (expected == "AVX512-BF16")
+    finally:
+        processor.multiplies_bfloat16.cache_clear()
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("instruction_set", ["AVX-512", "AVX2"])
-def test_the_kernels_for_lesser_processors(instruction_set) -> None:
+@pytest.mark.parametrize("instruction_set", list(build.INSTRUCTION_SETS))
+def test_the_kernels_for_other_processors(instruction_set) -> None:
     """All of these two files passes too, with the same variable; here what differs most, to save time."""
-    if instruction_set not in build.instruction_sets()[1:]:
+    if instruction_set not in build.instruction_sets() or instruction_set == build.instruction_set():
         pytest.skip("the other tests are of these kernels here, or the processor lacks it")
     kernels = "kernels and (63 or 65 or 257 or 2100-2 or errors or any_shape)"
     oracle = "test_loss and cpu and (degenerate or modalities or (sizes and (-3- or -129-)))"
@@ -68,9 +91,9 @@ def test_the_kernels_for_lesser_processors(instruction_set) -> None:
 
 @pytest.mark.slow
 def test_the_kernels_for_processors_with_products_of_bfloat16() -> None:
-    """Emulated where the processor has none; where it has, the other tests are of these kernels."""
-    if build.instruction_sets()[0] != "AVX-512":
-        pytest.skip("the other tests are of these kernels here, or the processor lacks AVX-512")
+    """Emulated where the processor has none; where it has, other tests are of these kernels."""
+    if build.instruction_sets()[:1] != ["AVX-512"]:
+        pytest.skip("other tests are of these kernels here, or the processor lacks AVX-512")
     kernels = "kernels and bfloat16 and (63 or 65 or 257 or any_shape)"
     steps = "step and bfloat16"
     oracle = "test_loss and cpu and bfloat16 and (degenerate or (sizes and (-3- or -129-)))"

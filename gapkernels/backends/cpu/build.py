@@ -2,7 +2,7 @@
 
 python -m gapkernels.backends.cpu.build        ahead of time, instead of at the first use
 
-GAPKERNELS_CPU_ISA=AVX2 (or AVX-512, AVX512-BF16) takes a smaller instruction set than the processor's richest, to test
+GAPKERNELS_CPU_ISA=AVX2 (or AVX-512, AVX512-BF16) takes an instruction set that is not the processor's fastest, to test
 or to measure its code. GAPKERNELS_CXX_FLAGS adds flags for the compiler, a sanitizer's for instance. Each choice has a
 library of its own; both are read when the kernels are loaded, once in a process.
 """
@@ -64,14 +64,15 @@ def instruction_sets() -> list[str]:
 
 
 def instruction_set() -> str | None:
-    """What the kernels are compiled for: GAPKERNELS_CPU_ISA, or the richest there is; None if there is none.
+    """What the kernels are compiled for: GAPKERNELS_CPU_ISA, or the fastest there is; None if there is none.
 
     Raises:
         ValueError: GAPKERNELS_CPU_ISA names what this machine does not have.
     """
     present, chosen = instruction_sets(), os.environ.get(ISA_VARIABLE)
     if not chosen:
-        return present[0] if present else None
+        slow = set() if cpu.multiplies_bfloat16() else {"AVX512-BF16"}
+        return next((name for name in present if name not in slow), None)
     if chosen not in present:
         accepted = ", ".join(present) or "nothing: it has neither AVX2 nor AVX-512"
         raise ValueError(f"{ISA_VARIABLE}={chosen}: this machine accepts {accepted}")
