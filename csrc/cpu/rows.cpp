@@ -18,6 +18,9 @@
 #include "kernels.h"
 #include "operands.h"
 
+// Inlines all that is called: vectors given to a function and constants of its loop would go through memory each time.
+#define FLATTEN __attribute__((flatten))
+
 namespace {
 
 using V = Vec<double>;
@@ -343,7 +346,7 @@ std::vector<bool> row_statistics(const std::vector<Rows>& embeddings, const Spec
     const int64_t size = (modalities + 1) * length + round_up(sum_scalars, 8);
     Doubles partial(chunks.count * size);
     std::vector<char> all_moderate(chunks.count * modalities, 1);
-    chunks.run([&](int64_t chunk, int64_t begin, int64_t end) {
+    chunks.run([&](int64_t chunk, int64_t begin, int64_t end) FLATTEN {
         double* out = partial.data() + chunk * size;
         double* scalars = out + (modalities + 1) * length;
         Row row(embeddings, spec);
@@ -390,7 +393,7 @@ bool inverse_norms(const Rows& rows, Numbers factors) {
     const Chunks chunks(rows.count, rows.dim);
     const int64_t length = length_of(rows.dim);
     std::vector<char> moderate(chunks.count, 1);
-    chunks.run([&](int64_t chunk, int64_t begin, int64_t end) {
+    chunks.run([&](int64_t chunk, int64_t begin, int64_t end) FLATTEN {
         Doubles row(length);
         for (int64_t i = begin; i < end; ++i) {
             double square = load_row(rows, i, rows.dim, row.data());
@@ -404,7 +407,7 @@ bool inverse_norms(const Rows& rows, Numbers factors) {
 
 void copy_rows(const Rows& in, const Rows& out, const Numbers* factors) {
     const int64_t length = length_of(in.dim);
-    Chunks(in.count, in.dim).run([&](int64_t, int64_t begin, int64_t end) {
+    Chunks(in.count, in.dim).run([&](int64_t, int64_t begin, int64_t end) FLATTEN {
         Doubles row(length);
         for (int64_t i = begin; i < end; ++i) {
             double square = load_row(in, i, in.dim, row.data()), scale = 1;
@@ -434,7 +437,7 @@ void centroids(const std::vector<Rows>& embeddings, const double* sums, double u
     const double stretch = out.type == Type::f16 ? centroid_stretch(sums, modalities, dim, total_rows) : 1;
     *scale = 2 * uniformity_t / (stretch * stretch);
     const Doubles mean = mean_centroid(sums, modalities, dim, total_rows);
-    Chunks(out.count, modalities * dim).run([&](int64_t, int64_t begin, int64_t end) {
+    Chunks(out.count, modalities * dim).run([&](int64_t, int64_t begin, int64_t end) FLATTEN {
         Row row(embeddings, spec);
         Doubles stored(length);
         for (int64_t i = begin; i < end; ++i) {
@@ -461,7 +464,7 @@ void row_gradients(const GradientOfRows& task) {
     const double product_weight =
         with_centroids ? cu_weight * std::exp2(task.centroid_reference - task.centroid_total) / task.centroid_stretch : 0;
     const Doubles mean = mean_centroid(task.sums, modalities, dim, task.total_rows);
-    Chunks(task.num_rows, static_cast<int64_t>(task.targets.size()) * 3 * dim).run([&](int64_t, int64_t begin, int64_t end) {
+    Chunks(task.num_rows, static_cast<int64_t>(task.targets.size()) * 3 * dim).run([&](int64_t, int64_t begin, int64_t end) FLATTEN {
         Row row(task.embeddings, spec);
         Doubles buffer(2 * length);
         double *g = buffer.data(), *through = g + length;
