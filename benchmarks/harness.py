@@ -196,7 +196,7 @@ class Session:
         return sample(call, prepare, clock, rounds, self.patience)
 
     def measure_matmul(self) -> dict[str, float]:
-        """The same at present."""
+        """The rates of `matmul_rate` at this moment, whatever was measured before."""
         size, dtype = self.matmul_size, _MATMUL_DTYPE[self.device.type]
         left, right = (torch.randn(size, size, device=self.device, dtype=dtype) for _ in range(2))
         products: dict[str, Callable[[], object]] = {"matmul": lambda: torch.matmul(left, right)}

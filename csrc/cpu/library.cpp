@@ -126,8 +126,8 @@ namespace {
 // H and its transposition are walked across more pages than are looked up fast.
 constexpr size_t huge_page = size_t{2} << 20;
 
-// Between calls blocks of this size in all are kept, the last ones given back: an evaluation takes up to five at a time, and
-// getting new pages for them took a sixth of the time of a step at N = 2048.
+// Between calls blocks of this size in all are kept, the last ones given back. An evaluation takes up to five at a time;
+// getting new pages for them took a sixth of a step's processor time at N = 2048.
 constexpr size_t smallest = size_t{64} << 10, largest_total = size_t{64} << 20;
 struct Block {
     char* memory;

@@ -28,7 +28,7 @@ _SPLITS_OF_GROUPS = 5
 
 
 def compute_precision(precision: str, device: torch.device) -> str:
-    """Return the precision that encoders run in; `auto` is bf16 where the device multiplies in it, else fp32."""
+    """Return the precision that encoders run in; `auto` is bf16 where products in it are faster, else fp32."""
     if precision != "auto":
         return precision
     if device.type == "cuda":
